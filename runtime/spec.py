@@ -7,6 +7,8 @@ A family (Llama, Qwen3, Gemma 3, ...) is a row of these facts (`runtime/families
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from flashvec.kernels.rope import Rope
+
 Attention = Literal["bidirectional", "causal"]
 PoolingMode = Literal["mean", "weighted_mean", "mean_sqrt_len", "max", "last", "cls"]
 PoolingSpan = Literal["offsets", "prompt_tokens", "template", "count_from_right"]
@@ -15,25 +17,6 @@ ATTENTIONS: tuple[Attention, ...] = ("bidirectional", "causal")
 POOLING_MODES: tuple[PoolingMode, ...] = ("mean", "weighted_mean", "mean_sqrt_len", "max", "last", "cls")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DENSE_ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "silu", "sigmoid")
-
-
-@dataclass(frozen=True)
-class Rope:
-    """One rotary table: base frequency and the rule that stretches it.
-
-    `kind` is default, linear, llama3 or yarn; the other numbers are that rule's own (see `kernels/rope.py`).
-    """
-
-    theta: float = 10_000.0
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0  # cos and sin are multiplied by it
-    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,7 +40,7 @@ class DecoderSpec:
     qk_norm: bool = False  # RMSNorm over each query and key head, before RoPE
     post_norms: bool = False  # RMSNorm on each block's output, before the residual add
     norm_offset: float = 0.0  # 1.0: the norm multiplies by 1 + w (Gemma)
-    embedding_scale: float = 1.0  # token embeddings are multiplied by it, rounded to the weights' dtype
+    embedding_scale: float = 1.0  # token embeddings are multiplied by it, in fp32
     attention_scale: float = 0.0  # scores are q·k times this
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     ropes: tuple[Rope, ...] = (Rope(),)

@@ -1,0 +1,115 @@
+"""A plain Hugging Face decoder folder: config.json, safetensors, tokenizer.json."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from flashvec.runtime.checkpoint.open import Checkpoint, Overrides
+from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
+from flashvec.runtime.checkpoint.source import CheckpointError
+from flashvec.runtime.families import decoder_spec, stated_attention
+from flashvec.runtime.spec import ATTENTIONS, POOLING_MODES, Attention, ModelSpec, PoolingMode
+from flashvec.runtime.tokenize import Tokenizer
+
+MAX_JSON_BYTES = 16 * 2**20
+DEFAULT_MAX_LENGTH = 512  # tokens, where neither the layout nor the caller says; long enough for passages
+HF_POOLING = {"avg": "mean", "mean": "mean", "cls": "cls", "last": "last", "weighted_mean": "weighted_mean"}
+
+
+def read_json(path: Path) -> Any:
+    """A configuration file, untrusted: bounded in size, parsed, nothing else.
+
+    Raises:
+        CheckpointError: missing, too large or not JSON; names the file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent.name}/{path.name} is missing")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path.name}: {path.stat().st_size} bytes, more than a configuration can have")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: not valid JSON ({error})") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, as an object."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError("config.json: expected an object")
+    return config
+
+
+def choose_attention(override: str | None) -> Attention | None:
+    """The caller's attention direction, checked."""
+    if override is not None and override not in ATTENTIONS:
+        raise ValueError(f"attention is {override!r}, known are {', '.join(ATTENTIONS)}")
+    return cast(Attention | None, override)
+
+
+def choose_pooling(override: str | tuple[str, ...] | list[str] | None) -> tuple[PoolingMode, ...] | None:
+    """The caller's pooling, checked, as a tuple of modes."""
+    if override is None:
+        return None
+    modes = (override,) if isinstance(override, str) else tuple(override)
+    for mode in modes:
+        if mode not in POOLING_MODES:
+            raise ValueError(f"pooling is {mode!r}, known are {', '.join(POOLING_MODES)}")
+    return cast(tuple[PoolingMode, ...], modes)
+
+
+def choose_max_length(override: int | None, stated: int | None, max_positions: int) -> int:
+    """Tokens a text may have: the caller's word, else the layout's, else the default; never past the model's."""
+    if override is not None and not 1 <= override <= max_positions:
+        raise ValueError(f"max_length is {override}, the model has {max_positions} positions")
+    return override or min(stated or DEFAULT_MAX_LENGTH, max_positions)
+
+
+def plain_spec(
+    config: dict[str, Any],
+    overrides: Overrides,
+    layout: str = "hf",
+    where: str = "config.json",
+    stated_pooling: str | None = None,
+) -> tuple[ModelSpec, list[str]]:
+    """The encoder that a decoder's configuration makes, and what its user should know.
+
+    Nothing is guessed in silence: a decoder that does not say how it is to be read becomes bidirectional with mean
+    pooling, and a notice says that it was not trained for that.
+    """
+    stated = stated_attention(config)
+    attention: Attention = choose_attention(overrides.attention) or stated or "bidirectional"
+    decoder = decoder_spec(config, attention, where)
+    modes = choose_pooling(overrides.pooling)
+    stated_pooling = stated_pooling or config.get("pooling")
+    if modes is None and stated_pooling is not None:
+        if stated_pooling not in HF_POOLING:
+            raise CheckpointError(
+                f"{where}: pooling is {stated_pooling!r}; pass pooling= with one of {', '.join(POOLING_MODES)}"
+            )
+        modes = (cast(PoolingMode, HF_POOLING[stated_pooling]),)
+    notices = []
+    if stated is None and overrides.attention is None:
+        notices.append(
+            "this checkpoint is a plain decoder: it runs with bidirectional attention and "
+            f"{'+'.join(modes or ('mean',))} pooling, which it was not trained for; expect rough similarities, or "
+            "train it first (pass attention= and pooling= to choose)"
+        )
+    spec = ModelSpec(
+        decoder=decoder,
+        attention=attention,
+        pooling=modes or (("mean",) if attention == "bidirectional" else ("last",)),
+        layout=layout,
+        max_length=choose_max_length(overrides.max_length, None, decoder.max_positions),
+        truncate_dim=overrides.truncate_dim,
+        base_model=config.get("_name_or_path") or None,
+    )
+    return spec, notices
+
+
+def open_hf(folder: Path, overrides: Overrides) -> Checkpoint:
+    """Open a plain decoder folder."""
+    spec, notices = plain_spec(read_config(folder), overrides)
+    return Checkpoint(spec, SafetensorsSource(folder), Tokenizer.from_folder(folder), notices=notices)

@@ -1,0 +1,282 @@
+"""Decoder families: how each one's config.json becomes a `DecoderSpec`.
+
+A family is a row of facts over one decoder. transformers' own configuration classes supply defaults and read the old
+spellings; its modelling code is not used. A config is untrusted input: only known keys of known families are read,
+and sizes are bounded before anything is built from them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from flashvec.kernels.rope import Rope
+from flashvec.runtime.checkpoint.source import CheckpointError
+from flashvec.runtime.spec import Attention, DecoderSpec
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family's layers do beyond the common decoder, and which config keys say so."""
+
+    activation_key: str = "hidden_act"
+    qkv_bias: bool | str = False  # a fact, or the config key that states it
+    out_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False  # by sqrt(hidden size)
+    windows: str = "none"  # none, all (sliding_window in every layer), layer_types
+    attention_scale_key: str | None = None  # scores are scaled by its value ** -0.5, else by head size
+    softcap_key: str | None = None
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": Family(windows="all"),
+    "ministral": Family(windows="layer_types"),
+    "ministral3": Family(windows="all"),
+    "qwen2": Family(qkv_bias=True, windows="layer_types"),
+    "qwen3": Family(
+        qkv_bias="attention_bias", out_bias="attention_bias", qk_norm=True, windows="layer_types"
+    ),
+    "gemma": Family(
+        qkv_bias="attention_bias", out_bias="attention_bias", norm_offset=1.0, scaled_embedding=True
+    ),
+    "gemma2": Family(
+        activation_key="hidden_activation",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        post_norms=True,
+        norm_offset=1.0,
+        scaled_embedding=True,
+        windows="layer_types",
+        attention_scale_key="query_pre_attn_scalar",
+        softcap_key="attn_logit_softcapping",
+    ),
+    "gemma3_text": Family(
+        activation_key="hidden_activation",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm=True,
+        post_norms=True,
+        norm_offset=1.0,
+        scaled_embedding=True,
+        windows="layer_types",
+        attention_scale_key="query_pre_attn_scalar",
+    ),
+}
+
+# Published embedding models that renamed their family only to switch the causal mask off.
+BIDIRECTIONAL_NAMES = {
+    "llama_bidirec": "llama",
+    "ministral3_bidirec": "ministral3",
+    "bidirectional_pplx_qwen3": "qwen3",
+}
+BIDIRECTIONAL_ARCHITECTURES = ("BiModel", "BiForMNTP", "EncoderModel", "BidirectionalModel")
+
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+LIMITS = {  # far above every model there is; a config beyond them is damaged or hostile
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**19,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**12,
+    "max_position_embeddings": 2**31,
+    "sliding_window": 2**31,
+}
+
+# Keys that name code, kernels or download sources: never passed on.
+IGNORED_KEYS = ("auto_map", "trust_remote_code", "quantization_config", "torch_dtype", "dtype", "model_type")
+
+
+def stated_attention(config: dict[str, Any]) -> Attention | None:
+    """The attention direction a config.json states, or None where it says nothing."""
+    if config.get("is_causal") is False or config.get("use_bidirectional_attention") is True:
+        return "bidirectional"
+    if config.get("model_type") in BIDIRECTIONAL_NAMES:
+        return "bidirectional"
+    names = config.get("architectures") or []
+    if any(str(name).endswith(BIDIRECTIONAL_ARCHITECTURES) for name in names):
+        return "bidirectional"
+    return "causal" if config.get("is_causal") is True else None
+
+
+def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "config.json") -> DecoderSpec:
+    """The decoder that a config.json describes, its windows resolved for the direction it will run in.
+
+    Args:
+        config: the parsed config.json.
+        attention: direction that will run; a window's reach depends on it (see `_reach`).
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: an unknown family, activation or RoPE rule, or a size out of bounds; names file and key.
+    """
+    model_type = config.get("model_type")
+    name = BIDIRECTIONAL_NAMES.get(str(model_type), str(model_type))
+    family = FAMILIES.get(name)
+    if family is None:
+        hint = ", a multimodal family: only its text decoder runs" if "text_config" in config else ""
+        raise CheckpointError(
+            f"{where}: model_type is {model_type!r}{hint}; known families are {', '.join(FAMILIES)}"
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{where}: quantization_config: quantised safetensors are not read; use the original")
+    hf = _standard_config(name, config, where)
+
+    head_size = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    num_kv_heads = hf.num_key_value_heads or hf.num_attention_heads
+    if hf.num_attention_heads % num_kv_heads:
+        raise CheckpointError(
+            f"{where}: num_attention_heads {hf.num_attention_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+        )
+    if head_size % 2:
+        raise CheckpointError(f"{where}: head_dim is {head_size}; rotary embedding needs an even one")
+    activation = ACTIVATION_NAMES.get(str(getattr(hf, family.activation_key)))
+    if activation is None:
+        raise CheckpointError(
+            f"{where}: {family.activation_key} is {getattr(hf, family.activation_key)!r}; "
+            f"known are {', '.join(ACTIVATION_NAMES)}"
+        )
+
+    sliding = _sliding_layers(family, hf)
+    ropes, layer_ropes = _ropes(hf, sliding, where)
+    reach = _reach(hf, attention)
+    scale_by = getattr(hf, family.attention_scale_key) if family.attention_scale_key else head_size
+    scaling = hf.rope_parameters if isinstance(hf.rope_parameters, dict) else {}
+    return DecoderSpec(
+        family=name,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        mlp_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        max_positions=hf.max_position_embeddings,
+        norm_eps=float(hf.rms_norm_eps),
+        activation=activation,  # type: ignore[arg-type]
+        qkv_bias=_fact(family.qkv_bias, hf),
+        out_bias=_fact(family.out_bias, hf),
+        mlp_bias=_fact(family.mlp_bias, hf),
+        qk_norm=family.qk_norm,
+        post_norms=family.post_norms,
+        norm_offset=family.norm_offset,
+        embedding_scale=math.sqrt(hf.hidden_size) if family.scaled_embedding else 1.0,
+        attention_scale=float(scale_by) ** -0.5,
+        softcap=getattr(hf, family.softcap_key) if family.softcap_key else None,
+        ropes=ropes,
+        layer_ropes=layer_ropes,
+        layer_windows=tuple(reach if slides else None for slides in sliding),
+        query_scale_beta=float(scaling.get("llama_4_scaling_beta") or 0.0) if name == "ministral3" else 0.0,
+        query_scale_positions=int(scaling.get("original_max_position_embeddings") or 0),
+    )
+
+
+def _standard_config(name: str, config: dict[str, Any], where: str) -> Any:
+    """transformers' configuration object of a family: defaults filled in, old spellings read."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for key, limit in LIMITS.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+            raise CheckpointError(f"{where}: {key} is {value!r}; expected a whole number from 1 to {limit}")
+    kept = {k: v for k, v in config.items() if k not in IGNORED_KEYS and not k.startswith("_")}
+    kept = {k: v for k, v in kept.items() if not k.endswith("_kernel") and "attn_implementation" not in k}
+    try:
+        return CONFIG_MAPPING[name](**kept)
+    except Exception as error:  # its validators raise types of their own
+        raise CheckpointError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _fact(fact: bool | str, hf: Any) -> bool:
+    return bool(getattr(hf, fact, False)) if isinstance(fact, str) else fact
+
+
+def _sliding_layers(family: Family, hf: Any) -> list[bool]:
+    """Which layers see a window only."""
+    if family.windows == "none" or getattr(hf, "sliding_window", None) is None:
+        return [False] * hf.num_hidden_layers
+    if family.windows == "all":
+        return [True] * hf.num_hidden_layers
+    return [kind == "sliding_attention" for kind in hf.layer_types]
+
+
+def _reach(hf: Any, attention: Attention) -> int | None:
+    """Tokens a windowed layer sees to each allowed side, itself not counted.
+
+    transformers' masks, read from its source (5.23, `masking_utils.py`, `modeling_gemma3.py`): a causal layer sees
+    i - j < window. With the causal mask switched off it sees |i - j| <= window. Gemma 3 with its own flag
+    `use_bidirectional_attention` halves the window first (w // 2 + 1) and then sees |i - j| < that.
+    """
+    window = getattr(hf, "sliding_window", None)
+    if window is None:
+        return None
+    if getattr(hf, "use_bidirectional_attention", False) and hf.model_type == "gemma3_text":
+        # The configuration class has halved it already.
+        return window - 1 if attention == "bidirectional" else 2 * (window - 1) - 1
+    return window if attention == "bidirectional" else window - 1
+
+
+def _ropes(hf: Any, sliding: list[bool], where: str) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
+    """Rotary tables and which of them each layer reads: one for all, or one per kind of layer (Gemma 3)."""
+    parameters = hf.rope_parameters
+    if "full_attention" in parameters:
+        tables = tuple(_rope(parameters[kind], hf, where) for kind in ("full_attention", "sliding_attention"))
+        # A layer of the sliding kind keeps its own table even where its window is switched off.
+        kinds = [kind == "sliding_attention" for kind in hf.layer_types]
+        return tables, tuple(int(kind) for kind in kinds)
+    return (_rope(parameters, hf, where),), (0,) * len(sliding)
+
+
+def _rope(parameters: dict[str, Any], hf: Any, where: str) -> Rope:
+    kind = parameters.get("rope_type", "default")
+    theta = float(parameters.get("rope_theta") or 10_000.0)
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{where}: partial_rotary_factor is not 1: heads rotated in part are not supported")
+    if kind in ("default", "dynamic"):  # dynamic changes nothing up to max_position_embeddings
+        return Rope(theta)
+    factor = float(parameters.get("factor") or 1.0)
+    original = int(parameters.get("original_max_position_embeddings") or hf.max_position_embeddings)
+    if kind == "linear":
+        return Rope(theta, "linear", factor)
+    if kind == "llama3":
+        low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+        return Rope(theta, "llama3", factor, low, high, original)
+    if kind == "yarn":
+        return Rope(
+            theta,
+            "yarn",
+            factor,
+            original_max_positions=original,
+            beta_fast=float(parameters.get("beta_fast") or 32),
+            beta_slow=float(parameters.get("beta_slow") or 1),
+            attention_factor=_yarn_attention_factor(parameters, factor),
+            truncate=bool(parameters.get("truncate", True)),
+        )
+    raise CheckpointError(f"{where}: rope_type is {kind!r}; known are default, linear, dynamic, llama3, yarn")
+
+
+def _yarn_attention_factor(parameters: dict[str, Any], factor: float) -> float:
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+
+    def magnitude(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if mscale and mscale_all:
+        return magnitude(float(mscale)) / magnitude(float(mscale_all))
+    return magnitude(1.0)

@@ -1,0 +1,132 @@
+"""From token states to finished vectors: pool, dense heads, cut, normalise, number format."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashvec.kernels.linear import linear
+from flashvec.kernels.mean_pool import mean_pool
+from flashvec.runtime.decoder import Decoder
+from flashvec.runtime.engine import Pack
+from flashvec.runtime.row_counts import RowCounts
+from flashvec.runtime.spec import ModelSpec
+
+PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
+
+DENSE_FUNCTIONS = {
+    "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+class DenseHead:
+    """A linear layer after pooling, in fp32: it is tiny, and its rounding would reach the vector unaveraged."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+        self.weight, self.bias, self.activation = weight.float(), None if bias is None else bias.float(), activation
+        self.row_counts = RowCounts([self.weight])
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        rows = len(x_BD)
+        if x_BD.device.type == "cpu":  # zero rows up to a count that gives the same bits as any other
+            plan = self.row_counts.plan(rows)
+            x_BD = F.pad(x_BD, (0, 0, 0, sum(plan) - rows))
+        else:
+            plan = (rows,)
+        return DENSE_FUNCTIONS[self.activation](linear(x_BD, self.weight, self.bias, plan))[:rows]
+
+
+def pool(spec: ModelSpec, decoder: Decoder, pack: Pack, spans_S2: Tensor, texts_S: Tensor | None = None) -> Tensor:
+    """Pool spans of a pack's tokens.
+
+    Args:
+        spans_S2: int64 [S, 2] first token and one past the last, counted from the first token of the span's text.
+        texts_S: int64 [S] which of the pack's texts each span belongs to; default one span for each text.
+
+    Returns:
+        fp32 [S, D * modes], before heads and normalisation.
+    """
+    starts_B = pack.schedule.cu_seqlens[:-1].to(torch.int64)
+    lengths_B = pack.schedule.cu_seqlens.diff().to(torch.int64)
+    if texts_S is None:
+        texts_S = torch.arange(len(starts_B), device=spans_S2.device)
+    pooled = []
+    for mode in spec.pooling:
+        spans = spans_S2
+        if mode in ("last", "cls"):  # the text's own last and first token, whatever the instruction
+            spans = torch.stack([torch.zeros_like(lengths_B), lengths_B], 1)[texts_S]
+        first = spans[:, 0] + 1 if spec.span == "prompt_tokens" else None
+        pooled.append(
+            mean_pool(
+                pack.hidden_TD,
+                spans + starts_B[texts_S][:, None],
+                decoder.norm_D,
+                decoder.spec.norm_eps,
+                norm_offset=decoder.spec.norm_offset,
+                mode=mode,
+                first_weights_S=first,
+            )
+        )
+    return torch.cat(pooled, 1)
+
+
+def finish(
+    spec: ModelSpec, x_SD: Tensor, heads: Sequence[DenseHead], normalize: bool | None, truncate_dim: int | None
+) -> Tensor:
+    """Dense heads, Matryoshka cut and L2 norm, fp32.
+
+    A sentence-transformers folder cuts after its own normalisation and does not normalise again unless asked to;
+    everything else cuts first, so that a cut vector has unit length too. A zero vector stays zero.
+    """
+    for head in heads:
+        x_SD = head(x_SD)
+    wanted = spec.normalize if normalize is None else normalize
+    dim = truncate_dim or spec.truncate_dim
+    if spec.layout == "sentence-transformers" and spec.normalize and dim:
+        x_SD = F.normalize(x_SD, dim=-1)
+        wanted = bool(normalize)
+    if dim:
+        x_SD = x_SD[:, :dim]
+    return F.normalize(x_SD, dim=-1) if wanted else x_SD
+
+
+def quantize(x: np.ndarray, precision: str, ranges: tuple[Sequence[float], Sequence[float]] | None) -> np.ndarray:
+    """Vectors in a narrower number format.
+
+    Args:
+        x: fp32 [n, d].
+        precision: one of `PRECISIONS`. int8 and uint8 spread each dimension's range over 256 steps; binary keeps
+            signs, eight to a byte (d a multiple of 8), offset by -128 to int8; ubinary leaves the bytes as they are.
+        ranges: per dimension minimum and maximum, for int8 and uint8.
+
+    Returns:
+        [n, d], or [n, d / 8] for the binary formats.
+
+    Raises:
+        ValueError: an unknown precision, missing ranges, or a width that does not fill bytes.
+    """
+    if precision == "float32":
+        return x
+    if precision == "float16":
+        return x.astype(np.float16)
+    if precision in ("binary", "ubinary"):
+        if x.shape[1] % 8:
+            raise ValueError(f"precision={precision!r} packs 8 dimensions to a byte; {x.shape[1]} is no multiple of 8")
+        bits = np.packbits(x > 0, axis=-1)
+        return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+    if precision in ("int8", "uint8"):
+        if ranges is None:
+            raise ValueError(
+                f"precision={precision!r} needs value ranges: call enc.calibrate(texts) once on typical texts"
+            )
+        low, high = (np.asarray(r, dtype=np.float32)[: x.shape[1]] for r in ranges)
+        steps = np.clip((x - low) / np.maximum(high - low, 1e-12) * 255, 0, 255)
+        return steps.astype(np.uint8) if precision == "uint8" else (steps - 128).astype(np.int8)
+    raise ValueError(f"precision is {precision!r}, known are {', '.join(PRECISIONS)}")

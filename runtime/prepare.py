@@ -1,0 +1,179 @@
+"""From a user's text and instruction to the string that is tokenised, and to the tokens that are pooled.
+
+Layouts differ in three rules: what is written around a text, which of its tokens are pooled, and what truncation may
+cut. They are told apart by `ModelSpec.span`:
+
+    offsets           plain decoders: all tokens; with an instruction just those that cover the text's characters
+    prompt_tokens     sentence-transformers: all tokens, or all after the prompt's own token count
+    template          LLM2Vec: instruction, BOS and the template's prefix attend but are not pooled, its suffix is
+    count_from_right  the LLM2Vec reference to the letter: as many tokens from the right as the text has alone
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.tokenize import Tokenizer, Tokens
+
+SEPARATOR = "!@#$%^&*()"  # the reference joins instruction and text with it; here only `compat` knows it
+PLACEHOLDER = "{text}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Strings to tokenise: `before + text + after`, row by row."""
+
+    before: list[str]
+    texts: list[str]
+    after: list[str]
+    pooled: list[str] | None = None  # count_from_right: the part whose own token count is pooled
+
+    @property
+    def strings(self) -> list[str]:
+        parts = zip(self.before, self.texts, self.after, strict=True)
+        return [before + text + after for before, text, after in parts]
+
+
+def prepare(spec: ModelSpec, texts: Sequence[str], instructions: Sequence[str] | None, tokenizer: Tokenizer) -> Prepared:
+    """Write instruction and template around each text.
+
+    Args:
+        instructions: one per text, or None. With `{text}` in it an instruction is a template of its own.
+
+    Raises:
+        ValueError: an instruction with more than one `{text}`.
+    """
+    if spec.compat == "llm2vec":
+        return _prepare_reference(spec, texts, instructions, tokenizer)
+    before, after = [], []
+    for instruction in instructions if instructions is not None else [""] * len(texts):
+        head, found, tail = instruction.partition(PLACEHOLDER)
+        if PLACEHOLDER in tail:
+            raise ValueError(f"instruction holds {PLACEHOLDER} more than once: {instruction[:80]!r}")
+        if spec.span == "template" and head and not found:
+            head = head.strip() + " "
+        prefix, _, suffix = (spec.template or PLACEHOLDER).partition(PLACEHOLDER)
+        before.append(prefix + head)
+        after.append(tail + suffix + spec.text_suffix)
+    texts = [text.rstrip() for text in texts] if spec.span == "template" else list(texts)
+    return Prepared(before, texts, after)
+
+
+def _prepare_reference(
+    spec: ModelSpec, texts: Sequence[str], instructions: Sequence[str] | None, tokenizer: Tokenizer
+) -> Prepared:
+    """`LLM2Vec.encode`'s own preparation (llm2vec 0.2.3): cut by words, join by the separator, wrap, split again."""
+    strings, pooled = [], []
+    limit = spec.document_max_length or spec.max_length
+    for i, text in enumerate(texts):
+        text = _cut_by_words(text, limit, spec.max_length, tokenizer)
+        instruction = instructions[i] if instructions is not None else ""
+        joined = f"{instruction.strip()} {SEPARATOR}{text}" if instruction else SEPARATOR + text
+        wrapped = (spec.template or PLACEHOLDER).replace(PLACEHOLDER, joined.strip()) + spec.text_suffix
+        parts = wrapped.split(SEPARATOR)
+        strings.append("".join(parts))
+        pooled.append(parts[1] if len(parts) > 1 else "")
+    return Prepared([""] * len(texts), strings, [""] * len(texts), pooled)
+
+
+def _cut_by_words(text: str, limit: int, max_length: int, tokenizer: Tokenizer) -> str:
+    """Drop words from the right until at most `limit` tokens are left, in the reference's steps."""
+    num_tokens = min(int(tokenizer.count([text])[0]), max_length)
+    while num_tokens > limit:
+        words = text.split()
+        text = " ".join(words[: int(len(words) * limit / num_tokens)])
+        num_tokens = min(int(tokenizer.count([text])[0]), max_length)
+    return text
+
+
+def tokenise(
+    tokenizer: Tokenizer, prepared: Prepared, max_length: int, *, offsets: bool, split_special: bool = False
+) -> Tokens:
+    """Tokenise; where a row is too long, its text is cut and what follows the text stays.
+
+    A prompt's end often decides the vector (last-token pooling reads it), so truncation never takes it.
+    """
+    encode = dict(offsets=offsets, split_special=split_special)
+    tokens = tokenizer.encode(prepared.strings, max_length, **encode)
+    too_long = [i for i in np.flatnonzero(tokens.truncated) if prepared.after[i]]
+    if not too_long:
+        return tokens
+    strings = prepared.strings
+    for i in too_long:
+        strings[i] = _cut_to_fit(tokenizer, prepared, int(i), max_length, split_special)
+    truncated = tokens.truncated
+    tokens = tokenizer.encode(strings, max_length, **encode)
+    return Tokens(tokens.ids, tokens.lengths, truncated | tokens.truncated, tokens.offsets, tokens.special)
+
+
+def _cut_to_fit(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: int, split_special: bool) -> str:
+    """The longest `before + text[:cut] + after` found that holds at most `max_length` tokens."""
+    before, text, after = prepared.before[row], prepared.texts[row], prepared.after[row]
+    room = max_length - int(tokenizer.count([after])[0])
+    fixed = int(tokenizer.count([before + after], special=True)[0])
+    if fixed >= max_length:
+        raise ValueError(f"the instruction alone has {fixed} tokens, max_length is {max_length}: nothing is left of the text")
+    while True:
+        head = tokenizer.encode([before + text], room, offsets=True, split_special=split_special)
+        assert head.offsets is not None
+        cut = max(int(head.offsets[:, 1].max()) - len(before), 0)
+        string = before + text[:cut] + after
+        if cut == 0 or int(tokenizer.count([string], special=True)[0]) <= max_length:
+            return string
+        room -= 1
+
+
+def pooled_spans(
+    spec: ModelSpec, tokens: Tokens, prepared: Prepared, instructions: Sequence[str] | None, tokenizer: Tokenizer
+) -> np.ndarray:
+    """Which tokens of each text its vector is made of.
+
+    Returns:
+        int64 [n, 2]: first token and one past the last, counted from the text's first token. Never empty: where a
+        rule leaves nothing (an empty text) all tokens are pooled.
+    """
+    n = tokens.lengths.astype(np.int64)
+    spans = np.stack([np.zeros_like(n), n], 1)
+    if spec.span == "count_from_right":
+        assert prepared.pooled is not None
+        counts = np.minimum(tokenizer.count(prepared.pooled), n)
+        spans[:, 0] = np.where(counts > 0, n - counts, 0)
+    elif spec.span == "prompt_tokens":
+        if instructions is not None and not spec.include_prompt:
+            spans[:, 0] = _prompt_lengths(prepared, tokenizer)
+    elif spec.span == "template" or instructions is not None:
+        stops = n if spec.span == "template" else None
+        spans = text_token_spans(tokens, [len(b) for b in prepared.before], [len(t) for t in prepared.texts])
+        if stops is not None:
+            spans[:, 1] = stops
+    empty = (spans[:, 1] <= spans[:, 0]) | (spans[:, 0] >= n)
+    spans[empty] = np.stack([np.zeros_like(n), n], 1)[empty]
+    return spans
+
+
+def _prompt_lengths(prepared: Prepared, tokenizer: Tokenizer) -> np.ndarray:
+    """Tokens of each prompt tokenised alone with special tokens, without those at the end."""
+    distinct = {prompt: 0 for prompt in prepared.before}
+    for prompt in distinct:
+        counted = int(tokenizer.count([prompt], special=True)[0])
+        distinct[prompt] = counted - len(tokenizer.suffix_ids) if prompt else 0
+    return np.array([distinct[prompt] for prompt in prepared.before], dtype=np.int64)
+
+
+def text_token_spans(tokens: Tokens, starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+    """The tokens that cover at least one character of [start, start + size) in each row: int64 [n, 2]."""
+    assert tokens.offsets is not None and tokens.special is not None
+    spans = np.zeros((len(tokens.lengths), 2), dtype=np.int64)
+    row_starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
+    for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        rows = slice(row_starts[i], row_starts[i + 1])
+        spans[i] = char_span_to_tokens(tokens.offsets[rows], tokens.special[rows], start, start + size)
+    return spans
+
+
+def char_span_to_tokens(offsets: np.ndarray, special: np.ndarray, start: int, stop: int) -> tuple[int, int]:
+    """First and one past the last token that overlap characters [start, stop); (0, 0) if none does."""
+    inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop) & ~special)
+    return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
