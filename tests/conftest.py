@@ -1,0 +1,30 @@
+"""Shared fixtures: a device, fixed seeds, and empty tensors poisoned so that a forgotten element shows."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """new_empty returns NaN, so an output element that an op forgot fails its test."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *size, **kwargs):
+        out = new_empty(self, *size, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
