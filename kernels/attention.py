@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import implementation
+from flashvec.kernels.precision import widen
 from flashvec.kernels.schedule import Group, Schedule
 
 QUERY_BLOCK = 1024  # rows of queries per call where scores or masks are held in memory: bounds them to 1024 * n
@@ -30,12 +31,12 @@ def attention_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """One sequence after the other, in fp32, scores written out."""
+    """One sequence after the other, in fp32 or wider, scores written out."""
     out_THK = torch.zeros_like(q_THK)
     heads_per_group = q_THK.shape[1] // k_TGK.shape[1]
     offsets = schedule.cu_seqlens.tolist()
     for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
-        q, k, v = (x[start:stop].float().transpose(0, 1) for x in (q_THK, k_TGK, v_TGK))
+        q, k, v = (widen(x[start:stop]).transpose(0, 1) for x in (q_THK, k_TGK, v_TGK))
         k, v = (x.repeat_interleave(heads_per_group, 0) for x in (k, v))
         scores = q @ k.transpose(1, 2) * scale
         if softcap is not None:

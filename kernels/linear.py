@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashvec.kernels.precision import widen
+
 
 def linear_reference(x_TC: Tensor, weight_NC: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    bias = None if bias_N is None else bias_N.float()
-    return F.linear(x_TC.float(), weight_NC.float(), bias).to(x_TC.dtype)
+    bias = None if bias_N is None else widen(bias_N)
+    return F.linear(widen(x_TC), widen(weight_NC), bias).to(x_TC.dtype)
 
 
 def linear(

@@ -9,12 +9,14 @@ Source: Zhang and Sennrich 2019; `offset` 1 is Gemma's form, whose weights are s
 import torch
 from torch import Tensor
 
+from flashvec.kernels.precision import widen
+
 
 def rms_norm_reference(
     x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
 ) -> Tensor:
-    x = x_TD.float()
-    scale_D = weight_D.float() + offset
+    x = widen(x_TD)
+    scale_D = weight_D.to(x.dtype) + offset
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale_D).to(dtype or x_TD.dtype)
 
 

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flashvec.kernels.precision import widen
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -82,7 +84,7 @@ def rope_table(rope: Rope, head_size: int, num_positions: int) -> tuple[Tensor, 
 
 
 def rope_reference(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    x0, x1 = x_THK.float().chunk(2, -1)
+    x0, x1 = widen(x_THK).chunk(2, -1)
     cos, sin = cos_TK[:, None], sin_TK[:, None]
     return torch.cat([x0 * cos - x1 * sin, x1 * cos + x0 * sin], -1).to(x_THK.dtype)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import implementation
+from flashvec.kernels.precision import widen
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -19,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def swiglu_reference(gate_up_T2F: Tensor, activation: str = "silu") -> Tensor:
-    gate_TF, up_TF = gate_up_T2F.float().chunk(2, -1)
+    gate_TF, up_TF = widen(gate_up_T2F).chunk(2, -1)
     return (ACTIVATIONS[activation](gate_TF) * up_TF).to(gate_up_T2F.dtype)
 
 
