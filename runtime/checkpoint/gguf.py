@@ -1,0 +1,216 @@
+"""Weights of a GGUF file (llama.cpp), read one tensor at a time, as Hugging Face names and lays them out.
+
+llama.cpp's converter renames every tensor, and changes two kinds of them; both changes are undone here:
+
+    q and k where it rotates in pairs (Llama, Mistral): rows of a head stored as 0, K/2, 1, K/2 + 1, ...
+    norms of the Gemma family: stored as w + 1
+
+Source: llama.cpp, conversion/llama.py (`permute`) and conversion/gemma.py.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashvec.runtime.checkpoint.gguf_file import GGUFFile, StoredArray
+from flashvec.runtime.checkpoint.source import CheckpointError
+
+CHUNK = 2**20  # values dequantised at a time: the package's temporaries are several times as large
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one of llama.cpp's architectures is stored."""
+
+    model_type: str  # Hugging Face's family
+    permuted: bool = False  # rows of q and k are interleaved
+    shifted_norms: bool = False  # norms are stored as w + 1
+    post_norms: bool = False  # ffn_norm is the norm before the MLP, and both blocks have one after
+    causal: bool | None = None  # direction the architecture itself stands for
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", permuted=True),  # Mistral 7B and Nemo too
+    "llama-embed": Architecture("llama", permuted=True, causal=False),
+    "mistral3": Architecture("ministral3", permuted=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma": Architecture("gemma", shifted_norms=True),
+    "gemma2": Architecture("gemma2", shifted_norms=True, post_norms=True),
+    "gemma3": Architecture("gemma3_text", shifted_norms=True, post_norms=True),
+    "gemma-embedding": Architecture("gemma3_text", shifted_norms=True, post_norms=True, causal=False),
+}
+
+MODEL_NAMES = {
+    "token_embd.weight": "embed_tokens.weight",
+    "output_norm.weight": "norm.weight",
+    "output.weight": "lm_head.weight",
+    # EmbeddingGemma's linear layers after pooling; sentence-transformers numbers them so too
+    "dense_2.weight": "dense_2.weight",
+    "dense_3.weight": "dense_3.weight",
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+NORM_NAMES = {"ffn_norm": "post_attention_layernorm"}
+POST_NORM_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+LAYER = re.compile(r"blk\.(0|[1-9]\d{0,3})\.([a-z_]+)\.(weight|bias)")
+# Rotary tables: `gguf_config` turns the first into a rule, old files repeat what the rule says.
+IGNORED = re.compile(r"rope_freqs\.weight|blk\.\d+\.(rope_freqs|attn_rot_embd)\.weight")
+
+
+class GGUFSource:
+    """`TensorSource` over one GGUF file: quantised tensors are given as fp32, others as they are stored."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises:
+        CheckpointError: a damaged file, an unknown architecture, tensor or storage type; names it.
+        """
+        self._file = GGUFFile(path)
+        self._architecture = architecture_of(self._file)
+        self._stored = self._canonical_names()
+        _check_types(self._file)
+
+    def names(self) -> frozenset[str]:
+        """Every tensor this source can give."""
+        return frozenset(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape without reading the data.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        return self._file.tensors[self._stored[name]].shape
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU: fp32, or bf16 or fp16 where it is stored so; norms of shifted families fp32.
+
+        Takes little more memory than the tensor itself.
+
+        Raises:
+            KeyError: no such tensor.
+            CheckpointError: q or k whose rows do not divide into the heads of the metadata.
+        """
+        stored_name = self._stored[name]
+        info = self._file.tensors[stored_name]
+        stored = self._file.stored(stored_name)
+        if self._architecture.permuted:
+            if name.endswith(("q_proj.weight", "q_proj.bias")):
+                stored = self._unpermuted(stored, stored_name, "head_count")
+            elif name.endswith(("k_proj.weight", "k_proj.bias")):
+                stored = self._unpermuted(stored, stored_name, "head_count_kv")
+        tensor = _decoded(stored, info.kind).view(info.shape)
+        if self._architecture.shifted_norms and name.endswith("norm.weight"):
+            return tensor.float() - 1
+        return tensor
+
+    def close(self) -> None:
+        """Release the mapped file. A later read maps it again."""
+        self._file.close()
+
+    def _canonical_names(self) -> dict[str, str]:
+        """Hugging Face's name -> stored name."""
+        layer_names = LAYER_NAMES | (POST_NORM_NAMES if self._architecture.post_norms else NORM_NAMES)
+        names: dict[str, str] = {}
+        for stored in self._file.tensors:
+            layer = LAYER.fullmatch(stored)
+            if stored in MODEL_NAMES:
+                names[MODEL_NAMES[stored]] = stored
+            elif layer and layer[2] in layer_names:
+                names[f"layers.{layer[1]}.{layer_names[layer[2]]}.{layer[3]}"] = stored
+            elif not IGNORED.fullmatch(stored):
+                architecture = self._file.metadata["general.architecture"]
+                raise CheckpointError(
+                    f"{self._file.path}: tensor {stored} has no place in a {architecture} decoder; "
+                    "mixtures of experts and fused projections are not supported"
+                )
+        return names
+
+    def _unpermuted(self, stored: Tensor, name: str, key: str) -> Tensor:
+        """Rows in Hugging Face's order, moved as stored bytes: a row is whole blocks, and they are fewer."""
+        num_heads = head_count(self._file, key)
+        num_rows = self._file.tensors[name].shape[0]
+        if num_rows % (2 * num_heads):
+            raise CheckpointError(f"{self._file.path}: {name} has {num_rows} rows for {num_heads} heads")
+        pairs = stored.view(num_heads, num_rows // num_heads // 2, 2, -1)
+        return pairs.transpose(1, 2).reshape(-1)
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """Raises CheckpointError: none stated, or one that is not supported."""
+    name = file.metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{file.path}: general.architecture is {name!r}; known are {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name]
+
+
+def head_count(file: GGUFFile, key: str) -> int:
+    """`<architecture>.attention.<key>`: head_count, or head_count_kv, which falls back to it.
+
+    Raises:
+        CheckpointError: missing, out of bounds, or not the same in every layer.
+    """
+    prefix = f"{file.metadata['general.architecture']}.attention"
+    value = file.metadata.get(f"{prefix}.{key}", file.metadata.get(f"{prefix}.head_count"))
+    if isinstance(value, StoredArray):  # one per layer
+        values = set(file.array(f"{prefix}.{key}"))
+        value = values.pop() if len(values) == 1 else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**12:
+        raise CheckpointError(f"{file.path}: {prefix}.{key} is {value!r}; expected one number for all layers")
+    return value
+
+
+def _check_types(file: GGUFFile) -> None:
+    """Each storage type can be read, found out before the first tensor is."""
+    from gguf import GGML_QUANT_SIZES
+
+    for name, tensor in file.tensors.items():
+        if tensor.kind.name not in ("F32", "F16", "BF16", "F64"):
+            block_bytes = GGML_QUANT_SIZES[tensor.kind][1]
+            try:
+                _dequantised(torch.zeros(block_bytes, dtype=torch.uint8), tensor.kind)
+            except NotImplementedError:
+                raise CheckpointError(
+                    f"{file.path}: {name} has type {tensor.kind.name}, which the gguf package cannot dequantise"
+                ) from None
+
+
+def _decoded(stored: Tensor, kind: Any) -> Tensor:
+    """Stored bytes as values, flat: a view where the type is one of torch's."""
+    if kind.name == "F64":
+        return stored.view(torch.float64).float()
+    floats = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return stored.view(floats[kind.name]) if kind.name in floats else _dequantised(stored, kind)
+
+
+def _dequantised(stored: Tensor, kind: Any) -> Tensor:
+    """fp32 [values]. Blocks stand alone, so the tensor is cut into chunks without regard to its rows."""
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = stored.view(-1, block_bytes)
+    out = torch.empty(len(blocks), block, dtype=torch.float32)
+    for piece, values in zip(blocks.split(CHUNK // block), out.split(CHUNK // block), strict=True):
+        # One row: the package loops in Python over groups of 16 rows.
+        values.view(-1).copy_(torch.from_numpy(dequantize(piece.reshape(1, -1).numpy(), kind)).view(-1))
+    return out.view(-1)
