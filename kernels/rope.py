@@ -37,28 +37,35 @@ class Rope:
 
 
 def rope_frequencies(rope: Rope, head_size: int) -> Tensor:
-    """Radians per position for each of the head's K / 2 planes: fp64 [K / 2]."""
-    planes = torch.arange(0, head_size, 2, dtype=torch.float64)
-    frequencies = rope.theta ** (-planes / head_size)
+    """Radians per position for each of the head's K / 2 planes: fp32 [K / 2].
+
+    Computed in fp32, in the order of the models' own code: a model was trained with these roundings, and at position
+    4,000 a frequency that is exact instead turns a plane by another 2e-4 radians.
+    """
+    period = rope.theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    frequencies = 1.0 / period
     if rope.kind == "linear":
         return frequencies / rope.factor
     if rope.kind == "llama3":
         return _llama3(frequencies, rope)
     if rope.kind == "yarn":
-        return _yarn(frequencies, rope, head_size)
+        return _yarn(period, rope, head_size)
     return frequencies
 
 
 def _llama3(frequencies: Tensor, rope: Rope) -> Tensor:
-    """Keep fast planes, stretch slow ones by `factor`, blend between the two wavelengths."""
-    turns = rope.original_max_positions * frequencies / (2 * math.pi)  # full turns over the original context
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = blend.clamp(0, 1)
-    return frequencies * (blend + (1 - blend) / rope.factor)
+    """Keep fast planes, slow those down by `factor` whose wave is long, blend between the two wavelengths."""
+    wavelengths = 2 * math.pi / frequencies
+    shortest, longest = (rope.original_max_positions / f for f in (rope.high_freq_factor, rope.low_freq_factor))
+    blend = rope.original_max_positions / wavelengths - rope.low_freq_factor
+    blend = blend / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - blend) * frequencies / rope.factor + blend * frequencies
+    slowed = torch.where(wavelengths > longest, frequencies / rope.factor, frequencies)
+    return torch.where((wavelengths >= shortest) & (wavelengths <= longest), blended, slowed)
 
 
-def _yarn(frequencies: Tensor, rope: Rope, head_size: int) -> Tensor:
-    """Keep planes that turn more than `beta_fast` times, stretch those below `beta_slow`, ramp between."""
+def _yarn(period: Tensor, rope: Rope, head_size: int) -> Tensor:
+    """Keep planes that turn more than `beta_fast` times, slow those below `beta_slow`, ramp between."""
 
     def plane_with(turns: float) -> float:
         ratio = rope.original_max_positions / (turns * 2 * math.pi)
@@ -69,18 +76,18 @@ def _yarn(frequencies: Tensor, rope: Rope, head_size: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_size - 1)
     width = high - low if high != low else 0.001
-    stretch = ((torch.arange(head_size // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
-    return frequencies * (1 - stretch) + frequencies / rope.factor * stretch
+    keep = 1 - ((torch.arange(head_size // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return 1.0 / (rope.factor * period) * (1 - keep) + 1.0 / period * keep
 
 
 def rope_table(rope: Rope, head_size: int, num_positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0 .. num_positions - 1.
 
     Returns:
-        Two fp32 [num_positions, K / 2] tensors. Angles are kept in fp64, so each entry is within one rounding.
+        Two fp32 [num_positions, K / 2] tensors; angles are fp32 products, as in the models' own code.
     """
-    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * rope_frequencies(rope, head_size)
-    return (angles.cos() * rope.attention_factor).float(), (angles.sin() * rope.attention_factor).float()
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * rope_frequencies(rope, head_size)
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
 def rope_reference(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:

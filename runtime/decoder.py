@@ -169,7 +169,7 @@ class DecoderLoader:
     """Reads a decoder's tensors from a source, merges what one product reads, and checks everything it reads."""
 
     IGNORED = ("lm_head.weight", "lm_head.bias")  # the language-model head: an encoder has no use for it
-    IGNORED_ENDINGS = ("rotary_emb.inv_freq",)  # recomputed in fp64; old checkpoints carry it
+    IGNORED_ENDINGS = ("rotary_emb.inv_freq",)  # recomputed; old checkpoints carry it
 
     def __init__(self, spec: DecoderSpec, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.source, self.dtype, self.device = spec, source, dtype, device

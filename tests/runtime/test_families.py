@@ -1,0 +1,290 @@
+"""Every family against Hugging Face's own model, and proof that each fact of a family's row matters.
+
+Weights and norms are drawn wide (std 0.25), eps is 1e-2, theta small, the soft-cap near 1, lengths lie at a window's
+edge and far past it: a fact that is wrong shows at once, and `test_every_fact_matters` shows that it does.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flashvec.kernels.mean_pool import MODES
+from flashvec.kernels.rms_norm import rms_norm
+from flashvec.kernels.rope import Rope
+from flashvec.runtime import engine
+from flashvec.runtime.checkpoint.source import CheckpointError
+from flashvec.runtime.decoder import Decoder, DecoderLoader
+from flashvec.runtime.families import FAMILIES, decoder_spec, stated_attention
+from flashvec.runtime.pooling import finish, pool
+from flashvec.runtime.spec import DecoderSpec, ModelSpec
+
+WINDOW = 9
+BASE = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-2,
+    "max_position_embeddings": 8192,
+    "rope_theta": 10.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10.0,
+    "factor": 128.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+    "llama_4_scaling_beta": 0.1,
+}
+GEMMA3 = {
+    "sliding_window": WINDOW,
+    "query_pre_attn_scalar": 20,
+    "sliding_window_pattern": 2,
+    "rope_theta": 100.0,
+    "rope_local_base_freq": 10.0,
+}
+CONFIGS: dict[str, dict] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "llama linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "mistral": {"sliding_window": WINDOW},
+    "ministral": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "ministral3": {"sliding_window": None, "rope_parameters": YARN},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 2,
+        "hidden_size": 96,
+        "head_dim": None,
+    },
+    "qwen3": {"attention_bias": True},
+    "gemma": {},
+    "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 20},
+    "gemma3_text": GEMMA3,
+    "gemma3_text flag": {**GEMMA3, "use_bidirectional_attention": True},  # EmbeddingGemma
+}
+CASES = [(name, a) for name in CONFIGS for a in ("bidirectional", "causal") if not (name.endswith("flag") and a == "causal")]
+LENGTHS = [1, 2, 4, 5, 6, 8, 9, 10, 11, 17, 18, 19, 63, 64, 65, 130]
+
+
+class ModuleSource:
+    """A Hugging Face module's parameters as a tensor source."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.tensors = dict(module.state_dict())
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def close(self) -> None:
+        pass
+
+
+def config_of(name: str, attention: str) -> dict:
+    config = {**BASE, **CONFIGS[name], "model_type": name.split()[0]}
+    if "rope_parameters" in config:
+        del config["rope_theta"]
+    if config["head_dim"] is None:
+        del config["head_dim"]
+    if attention == "bidirectional" and not name.endswith("flag"):
+        config["is_causal"] = False
+    return config
+
+
+@cache
+def models(name: str, attention: str) -> tuple[torch.nn.Module, Decoder]:
+    config = config_of(name, attention)
+    hf_config = CONFIG_MAPPING[config["model_type"]](**{k: v for k, v in config.items() if k != "model_type"})
+    # transformers' SDPA path knows no soft-cap
+    eager = config["model_type"] == "gemma2"
+    model = AutoModel.from_config(hf_config, attn_implementation="eager" if eager else "sdpa").eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.normal_(0, 0.25, generator=generator)
+            if "norm" in key and not FAMILIES[config["model_type"]].norm_offset:
+                parameter.add_(1.0)  # around one, where a norm's effective weight lies in every family
+    assert stated_attention(config) == ("bidirectional" if attention == "bidirectional" else None)
+    spec = decoder_spec(config, attention)  # type: ignore[arg-type]
+    decoder = DecoderLoader(spec, ModuleSource(model), torch.float32, torch.device("cpu")).load()
+    return model, decoder
+
+
+def texts_of(lengths: list[int]) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, BASE["vocab_size"], n, dtype=np.int32) for n in lengths]
+
+
+def hugging_face_states(model: torch.nn.Module, texts: list[np.ndarray]) -> list[Tensor]:
+    with torch.inference_mode():
+        return [model(torch.from_numpy(t.astype(np.int64))[None]).last_hidden_state[0] for t in texts]
+
+
+def run_packs(decoder: Decoder, texts: list[np.ndarray], causal: bool) -> list[engine.Pack]:
+    lengths = np.array([len(t) for t in texts], dtype=np.int32)
+    return list(engine.run(decoder, np.concatenate(texts), lengths, 512, causal))
+
+
+def our_states(decoder: Decoder, texts: list[np.ndarray], causal: bool) -> list[Tensor]:
+    return final_states(decoder, run_packs(decoder, texts, causal), texts)
+
+
+def final_states(decoder: Decoder, packs: list[engine.Pack], texts: list[np.ndarray]) -> list[Tensor]:
+    states: list[Tensor] = [torch.empty(0)] * len(texts)
+    for done in packs:
+        spec = decoder.spec
+        x = rms_norm(done.hidden_TD[: done.schedule.num_tokens], decoder.norm_D, spec.norm_eps, spec.norm_offset)
+        for i, part in zip(done.indices, x.split([len(texts[i]) for i in done.indices]), strict=True):
+            states[i] = part
+    return states
+
+
+def unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def pooled_by_hand(state: Tensor, mode: str, first: int) -> Tensor:
+    part = state[first:]
+    if mode == "weighted_mean":
+        weights = torch.arange(1, len(part) + 1)[:, None]
+        return (part * weights).sum(0) / weights.sum()
+    if mode == "mean_sqrt_len":
+        return part.sum(0) / len(part) ** 0.5
+    return {"mean": part.mean(0), "max": part.max(0).values, "last": state[-1], "cls": state[0]}[mode]
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_matches_hugging_face(name, attention):
+    model, decoder = models(name, attention)
+    texts = texts_of([*LENGTHS, 4000] if attention == "bidirectional" else LENGTHS)
+    theirs = hugging_face_states(model, texts)
+    packs = run_packs(decoder, texts, attention == "causal")
+    for got, want in zip(final_states(decoder, packs, texts), theirs, strict=True):
+        assert (unit(got) - unit(want)).abs().max() <= 1e-5
+
+    for instruction in (0, 1):  # tokens of instruction in front, attended to and not pooled
+        spans = np.array([[min(instruction, len(t) - 1), len(t)] for t in texts])
+        for mode in MODES:
+            spec = ModelSpec(decoder.spec, attention, (mode,), "hf")  # type: ignore[arg-type]
+            for done in packs:
+                pooled = pool(spec, decoder, done, torch.from_numpy(spans[done.indices]))
+                vectors = finish(spec, pooled, (), None, None)
+                for i, vector in zip(done.indices, vectors, strict=True):
+                    want = unit(pooled_by_hand(theirs[i], mode, int(spans[i, 0])))
+                    assert (vector - want).abs().max() <= 1e-5, (mode, instruction, len(texts[i]))
+
+
+def changed_facts(spec: DecoderSpec, attention: str) -> dict[str, DecoderSpec]:
+    """One fact of the row changed at a time, in each way that this row can be wrong."""
+    changes = {
+        "theta": replace(spec, ropes=tuple(replace(r, theta=r.theta * 1.5) for r in spec.ropes)),
+        "norm offset": replace(spec, norm_offset=1.0 - spec.norm_offset),
+        "embedding scale": replace(spec, embedding_scale=2.0 * spec.embedding_scale),
+        "attention scale": replace(spec, attention_scale=spec.attention_scale * 1.1),
+        "activation": replace(spec, activation="silu" if spec.activation != "silu" else "gelu_tanh"),
+        "softcap": replace(spec, softcap=1.0 if spec.softcap is None else None),
+        "head size": replace(
+            spec,
+            head_size=spec.head_size // 2,
+            num_heads=spec.num_heads * 2,
+            num_kv_heads=spec.num_kv_heads * 2,
+        ),
+        "eps": replace(spec, norm_eps=1e-1),
+    }
+    if spec.qk_norm:
+        del changes["head size"]  # the norms' weights fix it
+    if any(r.kind != "default" for r in spec.ropes):
+        changes["rope scaling"] = replace(spec, ropes=tuple(Rope(r.theta) for r in spec.ropes))
+    if any(w is not None for w in spec.layer_windows):
+        for by in (-1, 1):
+            windows = tuple(None if w is None else w + by for w in spec.layer_windows)
+            changes[f"window {by:+d}"] = replace(spec, layer_windows=windows)
+        changes["window in all layers"] = replace(spec, layer_windows=(WINDOW - 4,) * spec.num_layers)
+    else:
+        changes["window"] = replace(spec, layer_windows=(WINDOW,) * spec.num_layers)
+    if len(spec.ropes) == 2:
+        changes["rope of each layer"] = replace(spec, layer_ropes=tuple(1 - i for i in spec.layer_ropes))
+    if spec.query_scale_beta:
+        changes["query scale"] = replace(spec, query_scale_beta=0.0)
+    return changes
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_every_fact_matters(name, attention):
+    _, decoder = models(name, attention)
+    texts, causal = texts_of([19, 40, 130] if decoder.spec.query_scale_beta else [19, 40]), attention == "causal"
+    right = [unit(s.mean(0)) for s in our_states(decoder, texts, causal)]
+
+    def moved(other: Decoder, causal: bool) -> float:
+        wrong = [unit(s.mean(0)) for s in our_states(other, texts, causal)]
+        return max(float((a - b).abs().max()) for a, b in zip(right, wrong, strict=True))
+
+    for fact, spec in changed_facts(decoder.spec, attention).items():
+        assert moved(Decoder(spec, decoder.embedding_VD, decoder.layers, decoder.norm_D), causal) > 1e-3, fact
+    assert moved(decoder, not causal) > 1e-3, "direction"
+    for weight in ("qkv_bias", "out_bias", "gate_up_bias", "down_bias", "query_norm", "attention_post_norm"):
+        if getattr(decoder.layers[0], weight) is not None:
+            layers = [replace(layer, **{weight: None}) for layer in decoder.layers]
+            other = Decoder(decoder.spec, decoder.embedding_VD, layers, decoder.norm_D)
+            assert moved(other, causal) > 1e-3, weight
+
+
+def test_every_family_is_compared():
+    assert {name.split()[0] for name in CONFIGS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "bert"}, "model_type is 'bert'; known families are llama"),
+        ({"model_type": "gemma3", "text_config": {}}, "a multimodal family"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"hidden_size": "48"}, "hidden_size is '48'"),
+        ({"num_key_value_heads": 4}, "no multiple of num_key_value_heads 4"),
+        ({"head_dim": 15}, "head_dim.*15"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_refuses_by_name(change, message):
+    config = {**BASE, "model_type": "llama", **change}
+    with pytest.raises(CheckpointError, match=message):
+        decoder_spec(config, "bidirectional")
+
+
+def test_code_in_a_config_is_ignored():
+    hostile = {
+        "auto_map": {"AutoModel": "evil.Model"},
+        "_attn_implementation_internal": "evil/kernel",
+        "attn_implementation": "evil/kernel",
+        "trust_remote_code": True,
+    }
+    config = {**BASE, "model_type": "llama"}
+    assert decoder_spec({**config, **hostile}, "causal") == decoder_spec(config, "causal")

@@ -1,0 +1,88 @@
+"""Row counts whose products agree bit for bit: the committed table, the measurement, the plan."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flashvec.runtime import row_counts
+from flashvec.runtime.row_counts import LADDER, LARGEST, RowCounts, machine_key, measure
+
+
+def weights(dtype):
+    return [torch.randn(n, c).to(dtype) for n, c in ((960, 576), (576, 576), (3072, 576), (576, 1536))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_table_holds_on_this_machine(dtype):
+    """Every entry for this instruction set is measured again; another machine's entries cannot be."""
+    tabled = row_counts._table().get(machine_key(), {}).get(str(dtype).removeprefix("torch."), {})
+    for shape, differing in tabled.items():
+        rows, columns = map(int, shape.split("x"))
+        if rows * columns < 4_000_000:  # the large ones belong to the soak run
+            assert measure(torch.randn(rows, columns).to(dtype)) == differing, shape
+
+
+def test_the_table_is_well_formed():
+    table = json.loads(row_counts.TABLE.read_text())
+    assert set(table) == {"about", "disagree"}
+    for machine in table["disagree"].values():
+        for shapes in machine.values():
+            for differing in shapes.values():
+                assert set(differing) <= set(LADDER)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_every_plan(dtype):
+    given = weights(dtype)
+    counts = RowCounts(given)
+    for weight in given:
+        x = torch.randn(700, weight.shape[1]).to(dtype)
+        alone = torch.cat([F.linear(F.pad(r, (0, 0, 0, sum(counts.plan(1)) - 1)), weight)[:1] for r in x[:40].split(1)])
+        for rows in (40, 41, 130, 257, 700):
+            plan = counts.plan(rows)
+            padded = F.pad(x[:rows], (0, 0, 0, sum(plan) - rows))
+            out = torch.cat([F.linear(part, weight) for part in padded.split(plan)])
+            assert torch.equal(out[:40], alone)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 700, 2048, 2049, 5000])
+def test_a_plan_covers_its_rows_without_much_filling(rows):
+    plan = RowCounts(weights(torch.float32)).plan(rows)
+    assert rows <= sum(plan) <= rows * row_counts.PADDING_WORTH + LADDER[0]
+
+
+def test_counts_that_differ_are_not_used():
+    class AmxLike(RowCounts):
+        """As measured on an AMX machine in bf16: at most 32 rows, or a thousand and more."""
+
+        def agrees(self, rows):
+            return rows <= 32 or rows >= 1000
+
+    counts = AmxLike([])
+    assert counts.plan(30) == (32,)
+    assert counts.plan(100) == (32, 32, 32, 16)
+    assert counts.plan(900) == (1024,)
+    assert counts.plan(3000) == (LARGEST, 1024)
+
+
+def test_a_machine_where_nothing_agrees_still_gets_one_count():
+    class Nothing(RowCounts):
+        def agrees(self, rows):
+            return rows == LARGEST
+
+    assert Nothing([]).plan(3) == (LARGEST,)
+    assert Nothing([]).plan(LARGEST + 3) == (LARGEST, LARGEST)
+
+
+def test_measurement_finds_a_difference(monkeypatch):
+    """A library that sums in another order below 100 rows is caught at just those counts."""
+
+    def odd(x, weight):
+        order = torch.arange(x.shape[1]) if len(x) >= 100 else torch.arange(x.shape[1]).flip(0)
+        chunks = [x[:, c] @ weight[:, c].T for c in order.split(7)]
+        return torch.stack(chunks).sum(0)
+
+    monkeypatch.setattr(row_counts.F, "linear", odd)
+    assert measure(torch.randn(33, 64), (16, 96, 128)) == [16, 96]
