@@ -9,41 +9,21 @@ Source: llama.cpp, conversion/llama.py (`permute`) and conversion/gemma.py.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashvec.runtime.checkpoint.gguf_file import GGUFFile, StoredArray
+from flashvec.runtime.checkpoint.gguf_config import architecture_of, gguf_config, head_count
+from flashvec.runtime.checkpoint.gguf_file import GGUFFile
+from flashvec.runtime.checkpoint.gguf_tokenizer import gguf_tokenizer
 from flashvec.runtime.checkpoint.source import CheckpointError
+
+__all__ = ["GGUFSource", "gguf_config", "gguf_tokenizer"]
 
 CHUNK = 2**20  # values dequantised at a time: the package's temporaries are several times as large
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one of llama.cpp's architectures is stored."""
-
-    model_type: str  # Hugging Face's family
-    permuted: bool = False  # rows of q and k are interleaved
-    shifted_norms: bool = False  # norms are stored as w + 1
-    post_norms: bool = False  # ffn_norm is the norm before the MLP, and both blocks have one after
-    causal: bool | None = None  # direction the architecture itself stands for
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", permuted=True),  # Mistral 7B and Nemo too
-    "llama-embed": Architecture("llama", permuted=True, causal=False),
-    "mistral3": Architecture("ministral3", permuted=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "gemma": Architecture("gemma", shifted_norms=True),
-    "gemma2": Architecture("gemma2", shifted_norms=True, post_norms=True),
-    "gemma3": Architecture("gemma3_text", shifted_norms=True, post_norms=True),
-    "gemma-embedding": Architecture("gemma3_text", shifted_norms=True, post_norms=True, causal=False),
-}
 
 MODEL_NAMES = {
     "token_embd.weight": "embed_tokens.weight",
@@ -154,32 +134,6 @@ class GGUFSource:
         return pairs.transpose(1, 2).reshape(-1)
 
 
-def architecture_of(file: GGUFFile) -> Architecture:
-    """Raises CheckpointError: none stated, or one that is not supported."""
-    name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{file.path}: general.architecture is {name!r}; known are {', '.join(ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[name]
-
-
-def head_count(file: GGUFFile, key: str) -> int:
-    """`<architecture>.attention.<key>`: head_count, or head_count_kv, which falls back to it.
-
-    Raises:
-        CheckpointError: missing, out of bounds, or not the same in every layer.
-    """
-    prefix = f"{file.metadata['general.architecture']}.attention"
-    value = file.metadata.get(f"{prefix}.{key}", file.metadata.get(f"{prefix}.head_count"))
-    if isinstance(value, StoredArray):  # one per layer
-        values = set(file.array(f"{prefix}.{key}"))
-        value = values.pop() if len(values) == 1 else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**12:
-        raise CheckpointError(f"{file.path}: {prefix}.{key} is {value!r}; expected one number for all layers")
-    return value
-
-
 def _check_types(file: GGUFFile) -> None:
     """Each storage type can be read, found out before the first tensor is."""
     from gguf import GGML_QUANT_SIZES
@@ -191,7 +145,7 @@ def _check_types(file: GGUFFile) -> None:
                 _dequantised(torch.zeros(block_bytes, dtype=torch.uint8), tensor.kind)
             except NotImplementedError:
                 raise CheckpointError(
-                    f"{file.path}: {name} has type {tensor.kind.name}, which the gguf package cannot dequantise"
+                    f"{file.path}: {name} has type {tensor.kind.name}, which the gguf package does not decode"
                 ) from None
 
 

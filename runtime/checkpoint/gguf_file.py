@@ -1,14 +1,14 @@
 """A GGUF file's header (metadata and tensor table) and its stored tensors, mapped.
 
-Little-endian: "GGUF", u32 version, u64 number of tensors, u64 number of keys; per key a name, a u32 type and the
-value; per tensor a name, u32 number of dimensions, these as u64 (fastest first), u32 type, u64 offset into the
-data; padding to the alignment; the data. A string is a u64 length and UTF-8; an array a u32 type, a u64 count
-and its entries.
+Little-endian: "GGUF", u32 version, u64 number of tensors, u64 number of keys; per key a name, a u32 type and
+the value; per tensor a name, u32 number of dimensions, these as u64 (fastest first), u32 type, u64 offset in
+the data; padding to the alignment; the data. A string is a u64 length and UTF-8; an array a u32 type, a u64
+count and its entries.
 
 The gguf package's reader is not used: it makes numpy objects of each vocabulary entry (10 s and 680 MB for
 Gemma 3's 262144 tokens) and believes every count it finds. Here each count is checked against the file before
-it is followed, and arrays stay in the file until asked for. Types, block sizes and dequantisation do come from
-the package.
+it is followed, and arrays stay in the file until asked for. Types, block sizes and dequantisation do come
+from the package.
 
 Source: ggml, docs/gguf.md.
 """
@@ -243,8 +243,8 @@ def _read_tensors(cursor: _Cursor, num_tensors: int, alignment: int) -> dict[str
         known, num_bytes = _stored_size(cursor.path, name, shape, kind)
         if offset % alignment or first + offset + num_bytes > len(cursor.data):
             raise CheckpointError(
-                f"{cursor.path}: {name} is said to be {num_bytes} bytes at {first + offset}, which are not in the "
-                f"file of {len(cursor.data)} bytes; fetch it again"
+                f"{cursor.path}: {name} is said to be {num_bytes} bytes at {first + offset}, not all in "
+                f"the file of {len(cursor.data)} bytes; fetch it again"
             )
         tensors[name] = StoredTensor(shape, known, first + offset, num_bytes)
     end, before = 0, ""
