@@ -32,14 +32,19 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path.name}: not valid JSON ({error})") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A configuration file that holds an object."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path.name}: expected an object")
+    return values
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, as an object."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError("config.json: expected an object")
-    return config
+    return read_object(folder / "config.json")
 
 
 def choose_attention(override: str | None) -> Attention | None:

@@ -1,0 +1,192 @@
+"""Adapters merged while reading, against peft's own merge."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+
+from flashvec.runtime.checkpoint.peft import AdapterSource
+from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
+from flashvec.runtime.checkpoint.source import CheckpointError
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+PATTERNS = {
+    "r": 4,
+    "rank_pattern": {"layers.1.self_attn.q_proj": 7, "v_proj": 2, r"^layers\.2\.mlp\.(up|gate)_proj": 3},
+    "alpha_pattern": {"layers.0.mlp.down_proj": 40, "o_proj": 1.5},
+    "target_modules": ALL,
+}
+CASES = {
+    "plain": {"r": 4, "lora_alpha": 16, "target_modules": ALL},
+    "few modules": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 8, "lora_alpha": 3, "use_rslora": True, "target_modules": ALL},
+    "patterns": PATTERNS,
+    "patterns, rslora": {**PATTERNS, "use_rslora": True},
+    "dora": {"r": 4, "use_dora": True, "target_modules": ALL},
+    "embedding": {"r": 4, "lora_alpha": 5, "target_modules": ["q_proj", "embed_tokens"]},
+    "whole modules": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]},
+}
+
+
+def train(model, folder, **config):
+    """Save an adapter with random parameters; return peft's own merge."""
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **config))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    adapted.save_pretrained(folder)
+    return adapted.merge_and_unload()
+
+
+def assert_merged(source, model):
+    truth = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    truth.pop("lm_head.weight", None)
+    assert source.names() - {"lm_head.weight"} == set(truth)
+    for name, tensor in truth.items():
+        got = source.read(name)
+        assert got.shape == source.shape(name) == tensor.shape
+        torch.testing.assert_close(got, tensor, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture
+def base(tmp_path):
+    return tiny_model(tmp_path / "base"), tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    train(base[0], tmp_path / "adapter", r=4, target_modules=ALL)
+    return tmp_path / "adapter"
+
+
+def edit(path, **values):
+    """Change a JSON file; a value of None is written as null."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("headless", [True, False])
+def test_equals_pefts_merge(case, headless, tmp_path):
+    model = tiny_model(tmp_path / "base", causal_lm=not headless)
+    config = CASES[case]
+    merged = train(model, tmp_path / "adapter", **config)
+    assert_merged(AdapterSource(SafetensorsSource(tmp_path / "base"), tmp_path / "adapter"), merged)
+
+
+def test_patterns_are_anchored_as_in_peft(tmp_path):
+    """`^model...` matches under the language-model head only, `layers.1` not layer 11."""
+    model = tiny_model(tmp_path / "base", causal_lm=True, num_hidden_layers=12)
+    config = {"rank_pattern": {r"^model\.layers\.1\.self_attn\.q_proj": 2, "layers.11.self_attn.v_proj": 3}}
+    merged = train(model, tmp_path / "adapter", r=4, target_modules=["q_proj", "v_proj"], **config)
+    assert_merged(AdapterSource(SafetensorsSource(tmp_path / "base"), tmp_path / "adapter"), merged)
+
+
+def test_two_adapters_one_over_the_other(base, tmp_path):
+    model, folder = base
+    model = train(model, tmp_path / "first", r=4, target_modules=ALL)
+    model = train(model, tmp_path / "second", r=2, target_modules=ATTENTION)
+    source = AdapterSource(SafetensorsSource(folder), tmp_path / "first")
+    assert_merged(AdapterSource(source, tmp_path / "second"), model)
+
+
+def test_headless_adapter_fits_a_base_with_a_head_and_the_other_way_round(tmp_path):
+    headless = tiny_model(tmp_path / "headless")
+    full = tiny_model(None, causal_lm=True)
+    full.model.load_state_dict(headless.state_dict())
+    full.save_pretrained(tmp_path / "full")
+    train(full, tmp_path / "from full", r=4, target_modules=ALL)
+    merged = train(headless, tmp_path / "from headless", r=4, target_modules=ALL)
+    assert_merged(AdapterSource(SafetensorsSource(tmp_path / "full"), tmp_path / "from headless"), merged)
+    AdapterSource(SafetensorsSource(tmp_path / "headless"), tmp_path / "from full")
+
+
+def test_keys_with_the_adapters_name_and_half_precision(base, adapter, tmp_path):
+    """Old files keep `.default`; bf16 factors are multiplied in fp32."""
+    _, folder = base
+    path = adapter / "adapter_model.safetensors"
+    stored = {key: tensor.bfloat16() for key, tensor in load_file(path).items()}
+    save_file({key.replace(".weight", ".default.weight"): tensor for key, tensor in stored.items()}, path)
+    source = AdapterSource(SafetensorsSource(folder), adapter)
+    name = "layers.0.mlp.up_proj.weight"
+    a, b = (stored[f"base_model.model.layers.0.mlp.up_proj.lora_{x}.weight"].float() for x in "AB")
+    truth = SafetensorsSource(folder).read(name) + b @ a * (8 / 4)
+    torch.testing.assert_close(source.read(name), truth, rtol=0, atol=1e-6)
+
+
+def test_adapted_head_is_ignored(tmp_path):
+    model = tiny_model(tmp_path / "base", causal_lm=True)
+    merged = train(model, tmp_path / "adapter", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert_merged(AdapterSource(SafetensorsSource(tmp_path / "base"), tmp_path / "adapter"), merged)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"r": 5000}, "rank of layers.0.mlp.down_proj is 5000"),
+        ({"r": 0}, "expected 1 to 4096"),
+        ({"r": "four"}, "r of layers.0.mlp.down_proj is 'four'"),
+        ({"r": 3}, "asks for (3, 48)"),
+        ({"use_dora": True}, "use_dora does not agree"),
+        ({"rank_pattern": {"(a+)+b": 1}}, "repeats a group"),
+        ({"rank_pattern": {"(": 1}}, "no regular expression"),
+        ({"rank_pattern": [1]}, "rank_pattern is"),
+    ],
+    ids=str,
+)
+def test_refuses_what_it_cannot_merge(values, named, base, adapter):
+    edit(adapter / "adapter_config.json", **values)
+    with pytest.raises(CheckpointError) as error:
+        AdapterSource(SafetensorsSource(base[1]), adapter)
+    assert named in str(error.value) and "adapter/adapter_" in str(error.value)
+
+
+@pytest.mark.parametrize("stranger", ["other sizes", "other layers", "other family"])
+def test_refuses_an_adapter_for_another_model(stranger, adapter, tmp_path):
+    keys = {"other sizes": {"hidden_size": 64}, "other layers": {"num_hidden_layers": 2}, "other family": {}}[
+        stranger
+    ]
+    if stranger == "other family":
+        save_file({"h.0.attn.c_attn.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    else:
+        tiny_model(tmp_path / "other", **keys)
+    source = SafetensorsSource(tmp_path if stranger == "other family" else tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"base_model\.model\.layers.*the adapter is for another model"):
+        AdapterSource(source, adapter)
+
+
+def test_refuses_half_a_pair_and_left_over_tensors(base, adapter):
+    path = adapter / "adapter_model.safetensors"
+    stored = load_file(path)
+    key = "base_model.model.layers.1.mlp.up_proj.lora_B.weight"
+    save_file({k: t for k, t in stored.items() if k != key}, path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.lora_A\.weight has no partner"):
+        AdapterSource(SafetensorsSource(base[1]), adapter)
+    save_file({**stored, "base_model.model.score.weight": torch.zeros(2, 32)}, path)
+    with pytest.raises(CheckpointError, match=r"score\.weight fits nowhere in the base"):
+        AdapterSource(SafetensorsSource(base[1]), adapter)
+
+
+def test_missing_files_name_the_cure(base, adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model\.safetensors is missing.*safe_serialization=True"
+    ):
+        AdapterSource(SafetensorsSource(base[1]), adapter)
+    shutil.rmtree(adapter)
+    adapter.mkdir()
+    with pytest.raises(CheckpointError, match=r"adapter/adapter_config\.json is missing"):
+        AdapterSource(SafetensorsSource(base[1]), adapter)
