@@ -86,9 +86,7 @@ def _attention_grouped(
     out_THK[schedule.num_tokens :] = 0
     for group in schedule.groups:
         rows = slice(group.start, group.stop)
-        q, k, v = (
-            x[rows].unflatten(0, (group.count, group.length)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK)
-        )
+        q, k, v = (x[rows].unflatten(0, (group.count, group.length)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
         out = out_THK[rows].view(group.count, group.length, H, K)
         if softcap is not None:
             for i in range(group.count):
@@ -182,6 +180,4 @@ def attention(
         raise ValueError(f"window counts tokens to each side, got {window}")
     # Equal-length groups serve every device until the Triton kernels take over on CUDA.
     implementation(q_THK)
-    return _attention_grouped(
-        q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap
-    )
+    return _attention_grouped(q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap)

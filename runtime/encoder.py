@@ -1,15 +1,15 @@
 """`Encoder`: a decoder LLM as a text encoder. Load it, embed texts."""
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import has_hardware_bf16
@@ -17,7 +17,9 @@ from flashvec.kernels.rms_norm import rms_norm
 from flashvec.runtime import engine, prepare
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.decoder import Decoder, DecoderLoader
+from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.pooling import DenseHead, finish, pool, quantize
+from flashvec.runtime.progress import Progress
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import as_instructions, as_texts
 from flashvec.runtime.tokenize import Tokens
@@ -49,7 +51,31 @@ class SpanVectors(NamedTuple):
     tokens: list[TokenVectors]
 
 
-class Encoder:
+@dataclass(frozen=True)
+class _Run:
+    """How a call runs: what `embed`, `embed_tokens` and `embed_spans` have in common."""
+
+    max_length: int | None = None
+    batch_tokens: int | None = None
+    split_special: bool = False
+    show_progress: bool | None = None
+
+
+class _Done(NamedTuple):
+    """One pack of texts that ran, and what is needed to finish it."""
+
+    rows: np.ndarray  # int64 [B] numbers of these texts in the call's list
+    pack: engine.Pack
+    spans_B2: Tensor  # int64 tokens that each text's vector is made of
+    tokens: Tokens  # of the window this pack is from; `pack.indices` counts in it
+    starts: np.ndarray  # int64 first token of each of the window's texts, and the end
+
+    def own(self, index: int) -> slice:
+        """A text's tokens in `tokens`, by its number in the window."""
+        return slice(self.starts[index], self.starts[index + 1])
+
+
+class Encoder(SentenceTransformerNames):
     """A text encoder: `Encoder.load(model).embed(texts)`.
 
     The same text gives the same bits alone or in any batch, in any order, under any token budget (CPU; same
@@ -109,7 +135,7 @@ class Encoder:
         overrides = Overrides(attention, modes, max_length, truncate_dim, compat)
         adapter_list = [adapters] if isinstance(adapters, str | Path) else list(adapters)
         path = resolve(model, revision, local_files_only)
-        checkpoint = open_checkpoint(path, overrides, tuple(str(a) for a in adapter_list))
+        checkpoint = open_checkpoint(path, overrides, tuple(str(a) for a in adapter_list), local_files_only)
         for notice in checkpoint.notices:
             logger.warning("%s: %s", path.name, notice)
         return cls._from_checkpoint(checkpoint, device, torch_dtype, layers)
@@ -135,6 +161,25 @@ class Encoder:
             for (weight, bias), dense in zip(checkpoint.dense, spec.dense, strict=True)
         ]
         return cls(spec, decoder, checkpoint.tokenizer, heads)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the encoder; `load` restores it bit for bit in the same dtype, int8 ranges and adapters included.
+
+        sentence-transformers (6 or later) opens the folder too, unless the model has rules that such a folder cannot
+        hold (LLM2Vec's template); a notice then says so. Weights are written in the precision they run in: to change
+        a model's format without loss use `flashvec.runtime.checkpoint.export.convert`.
+
+        Args:
+            folder: where to; must not exist or be empty, unless `overwrite`.
+            overwrite: replace a model folder that is already there.
+
+        Raises:
+            ValueError: a folder that may not be replaced.
+        """
+        from flashvec.runtime.checkpoint.export import save
+
+        for notice in save(self, folder, overwrite=overwrite):
+            logger.warning("%s: %s", folder, notice)
 
     @property
     def device(self) -> torch.device:
@@ -204,9 +249,9 @@ class Encoder:
         quantize(np.zeros((0, dim), np.float32), precision, self.spec.int8_ranges)  # refuse before working
         instructions = self._instructions(instruction, prompt_name, len(rows))
         vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device)
-        settings = (max_length, batch_tokens, split_special)
-        for indices, part in self._vectors(rows, instructions, normalize, truncate_dim, settings, show_progress):
-            vectors[torch.from_numpy(indices).to(self.device)] = part
+        run = _Run(max_length, batch_tokens, split_special, show_progress)
+        for done in self._run(rows, instructions, run):
+            vectors[self._on_device(done.rows)] = self._vectors(done, normalize, truncate_dim)
         if output == "torch":
             result: Any = vectors.to(torch.float16) if precision == "float16" else vectors
         else:
@@ -259,7 +304,12 @@ class Encoder:
     # --- vectors of tokens, words and spans -----------------------------------------------------------
 
     def embed_tokens(
-        self, texts: Iterable[str], *, instruction: Instruction = None, normalize: bool = False, **settings: Any
+        self,
+        texts: str | Iterable[str],
+        *,
+        instruction: Instruction = None,
+        normalize: bool = False,
+        **run: Any,
     ) -> list[TokenVectors]:
         """The final state of every token, special tokens included.
 
@@ -267,42 +317,39 @@ class Encoder:
             texts: as in `embed`; a str gives a list of one.
             instruction: as in `embed`; its tokens are part of the result, offsets count from its first character.
             normalize: L2-normalise each token's vector.
-            settings: `max_length`, `batch_tokens`, `split_special`.
+            run: `max_length`, `batch_tokens`, `split_special`, `show_progress`.
 
         Returns:
             One `TokenVectors` per text: vectors fp32 [len, D], offsets int32 [len, 2], ids int32 [len].
         """
         rows, _ = as_texts(texts)
         instructions = self._instructions(instruction, None, len(rows))
-        result: list[TokenVectors | None] = [None] * len(rows)
-        for pack_rows, tokens, starts, states in self._states(rows, instructions, settings):
-            for i, state in zip(pack_rows, states, strict=True):
-                own = slice(starts[i], starts[i + 1])
+        result: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
+        for done in self._run(rows, instructions, _Run(**run), offsets=True):
+            for row, vectors in zip(done.rows, self._token_vectors(done), strict=True):
                 if normalize:
-                    state = torch.nn.functional.normalize(state, dim=-1)
-                assert tokens.offsets is not None
-                result[i] = TokenVectors(state.cpu().numpy(), tokens.offsets[own], tokens.ids[own])
-        return [r for r in result if r is not None]
+                    vectors = vectors._replace(vectors=F.normalize(torch.from_numpy(vectors.vectors)).numpy())
+                result[row] = vectors
+        return result
 
-    def embed_words(self, words: Iterable[Sequence[str]], **settings: Any) -> list[np.ndarray]:
+    def embed_words(self, words: Iterable[Sequence[str]], **run: Any) -> list[np.ndarray]:
         """One vector per word of texts that are already split: the mean of the word's token states.
 
         Args:
             words: lists of words; they are joined by single spaces.
-            settings: as in `embed_tokens`.
+            run: as in `embed_tokens`.
 
         Returns:
             One fp32 [words, D] array per list; a word cut off by `max_length` has a zero row.
         """
         lists = [list(w) for w in words]
-        for row, word_list in enumerate(lists):
-            if not all(isinstance(w, str) for w in word_list):
-                raise TypeError(f"words[{row}] must be a list of str")
         spans = []
-        for word_list in lists:
-            stops = np.cumsum([len(w) + 1 for w in word_list]) - 1 if word_list else np.zeros(0, int)
+        for row, word_list in enumerate(lists):
+            if isinstance(words, str) or not all(isinstance(w, str) for w in word_list):
+                raise TypeError(f"words[{row}] must be a list of str, as in [['A', 'text'], ['Another', 'one']]")
+            stops = np.cumsum([len(w) + 1 for w in word_list], dtype=np.int64) - 1
             spans.append([(int(s) - len(w), int(s)) for s, w in zip(stops, word_list, strict=True)])
-        return self.embed_spans([" ".join(w) for w in lists], spans, normalize=False, **settings).spans
+        return self.embed_spans([" ".join(w) for w in lists], spans, normalize=False, **run).spans
 
     def embed_spans(
         self,
@@ -310,7 +357,7 @@ class Encoder:
         spans: Sequence[Sequence[tuple[int, int]]],
         *,
         normalize: bool | None = None,
-        **settings: Any,
+        **run: Any,
     ) -> SpanVectors:
         """Documents, parts of them and their tokens from one forward: every part has seen the whole text.
 
@@ -318,7 +365,7 @@ class Encoder:
             texts: n texts.
             spans: for each text, character ranges (start, stop); they may nest and overlap.
             normalize: for document and span vectors; default the layout's rule.
-            settings: `max_length`, `batch_tokens`, `split_special`.
+            run: as in `embed_tokens`.
 
         Returns:
             `SpanVectors`. A span is the mean of the final states of the tokens that overlap it (before dense heads); one
@@ -333,84 +380,24 @@ class Encoder:
         for row, ranges in enumerate(spans):
             for start, stop in ranges:
                 if not 0 <= start <= stop <= len(rows[row]):
-                    raise ValueError(f"spans[{row}] has ({start}, {stop}); text {row} has {len(rows[row])} characters")
+                    size = len(rows[row])
+                    raise ValueError(f"spans[{row}] has ({start}, {stop}); text {row} has {size} characters")
         wanted = self.spec.normalize if normalize is None else normalize
-        width = self.decoder.spec.hidden_size
-        parts: list[np.ndarray] = [np.zeros((len(ranges), width), np.float32) for ranges in spans]
-        token_vectors = self.embed_tokens(rows, **settings)
-        special = np.array(sorted({*self.tokenizer.prefix_ids, *self.tokenizer.suffix_ids}), dtype=np.int32)
-        for row, (vectors, offsets, ids) in enumerate(token_vectors):
-            # Template tokens carry the empty range (0, 0), so only a zero-width span could meet them.
-            outside = np.isin(ids, special) & (offsets[:, 1] == 0)
-            for i, (start, stop) in enumerate(spans[row]):
-                first, last = prepare.char_span_to_tokens(offsets, outside, start, stop)
-                if last > first:
-                    part = vectors[first:last].mean(0, dtype=np.float64).astype(np.float32)
-                    parts[row][i] = part / max(float(np.linalg.norm(part)), 1e-12) if wanted else part
-        documents = self.embed(rows, normalize=normalize, **settings)
-        return SpanVectors(documents, parts, token_vectors)
-
-    # --- sentence-transformers' names -------------------------------------------------------------------
-
-    def encode(
-        self,
-        inputs: str | Iterable[str],
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
-        output_value: Literal["sentence_embedding", "token_embeddings"] | None = "sentence_embedding",
-        precision: str = "float32",
-        convert_to_numpy: bool = True,
-        convert_to_tensor: bool = False,
-        device: Any = None,
-        normalize_embeddings: bool = False,
-        truncate_dim: int | None = None,
-    ) -> Any:
-        """`embed` under sentence-transformers' name and parameters.
-
-        `batch_size` counts rows there and has no meaning here (packs are filled by tokens); `device` is where the
-        encoder was loaded. Both are accepted so that code written for that library runs as it is.
-        """
-        if output_value == "token_embeddings":
-            states = self.embed_tokens(inputs if not isinstance(inputs, str) else [inputs], instruction=prompt)
-            tensors = [torch.from_numpy(s.vectors) for s in states]
-            return tensors[0] if isinstance(inputs, str) else tensors
-        if output_value != "sentence_embedding":
-            raise ValueError(f"output_value is {output_value!r}, known are sentence_embedding and token_embeddings")
-        result = self.embed(
-            inputs,
-            instruction=prompt,
-            prompt_name=prompt_name,
-            normalize=True if normalize_embeddings else None,
-            truncate_dim=truncate_dim,
-            precision=precision,
-            show_progress=show_progress_bar,
-            output="torch" if convert_to_tensor else "numpy",
-        )
-        return result if convert_to_numpy or convert_to_tensor else [torch.from_numpy(row) for row in result]
-
-    def encode_query(self, inputs: str | Iterable[str], **settings: Any) -> Any:
-        """`encode` with the prompt named "query", where the model has one."""
-        return self._encode_as(("query",), inputs, settings)
-
-    def encode_document(self, inputs: str | Iterable[str], **settings: Any) -> Any:
-        """`encode` with the first prompt named "document", "passage" or "corpus" that the model has."""
-        return self._encode_as(("document", "passage", "corpus"), inputs, settings)
-
-    def _encode_as(self, names: Sequence[str], inputs: Any, settings: dict[str, Any]) -> Any:
-        if settings.get("prompt") is None and settings.get("prompt_name") is None:
-            settings["prompt_name"] = next((name for name in names if name in self.spec.prompts), None)
-        return self.encode(inputs, **settings)
-
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Score of every vector of the first against every one of the second: fp32 [n1, n2], by `spec.similarity`."""
-        a, b = (torch.atleast_2d(torch.as_tensor(np.asarray(x), dtype=torch.float32)) for x in (embeddings1, embeddings2))
-        if self.spec.similarity == "dot":
-            return a @ b.T
-        if self.spec.similarity in ("euclidean", "manhattan"):
-            return -torch.cdist(a, b, p=2 if self.spec.similarity == "euclidean" else 1)
-        return torch.nn.functional.normalize(a, dim=-1) @ torch.nn.functional.normalize(b, dim=-1).T
+        documents = np.zeros((len(rows), self.spec.embedding_size), np.float32)
+        parts = [np.zeros((len(ranges), self.decoder.spec.hidden_size), np.float32) for ranges in spans]
+        tokens: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
+        for done in self._run(rows, None, _Run(**run), offsets=True):
+            documents[done.rows] = self._vectors(done, normalize, None).cpu().numpy()
+            for row, local, own in zip(done.rows, done.pack.indices, self._token_vectors(done), strict=True):
+                tokens[row] = own
+                assert done.tokens.special is not None
+                special = done.tokens.special[done.own(local)]
+                for i, (start, stop) in enumerate(spans[row]):
+                    first, last = prepare.char_span_to_tokens(own.offsets, special, start, stop)
+                    if last > first:
+                        part = own.vectors[first:last].mean(0, dtype=np.float64).astype(np.float32)
+                        parts[row][i] = part / max(float(np.linalg.norm(part)), 1e-12) if wanted else part
+        return SpanVectors(documents, parts, tokens)
 
     # --- the way of a text ------------------------------------------------------------------------------
 
@@ -433,111 +420,61 @@ class Encoder:
         found = as_instructions(instruction, n)
         return None if found is None or not any(found) else found
 
-    def _tokens(
-        self, rows: list[str], instructions: list[str] | None, max_length: int | None, offsets: bool, split: bool
-    ) -> tuple[prepare.Prepared, Tokens]:
-        limit = self.spec.max_length if max_length is None else max_length
+    def _run(
+        self, rows: list[str], instructions: list[str] | None, run: _Run, offsets: bool = False
+    ) -> Iterator[_Done]:
+        """Run texts in windows and packs; warns once if some were cut."""
+        limit = self.spec.max_length if run.max_length is None else run.max_length
         if not 1 <= limit <= self.spec.decoder.max_positions:
             raise ValueError(f"max_length is {limit}, the model has {self.spec.decoder.max_positions} positions")
-        prepared = prepare.prepare(self.spec, rows, instructions, self.tokenizer)
-        return prepared, prepare.tokenise(
-            self.tokenizer, prepared, limit, offsets=offsets, split_special=split
-        )
-
-    def _vectors(
-        self,
-        rows: list[str],
-        instructions: list[str] | None,
-        normalize: bool | None,
-        truncate_dim: int | None,
-        settings: tuple[int | None, int | None, bool],
-        show_progress: bool | None,
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Row numbers and finished fp32 vectors, pack by pack."""
-        max_length, batch_tokens, split = settings
-        budget = self._budget(batch_tokens)
-        offsets = self.spec.span == "template" or (self.spec.span == "offsets" and instructions is not None)
+        budget = self._budget(run.batch_tokens)
+        causal = self.spec.attention == "causal"
+        offsets |= self.spec.span == "template" or (self.spec.span == "offsets" and instructions is not None)
         num_truncated = 0
-        with _Progress(len(rows), show_progress) as progress:
+        with Progress(len(rows), run.show_progress) as progress:
             for at in range(0, len(rows), WINDOW):
                 own = None if instructions is None else instructions[at : at + WINDOW]
-                prepared, tokens = self._tokens(rows[at : at + WINDOW], own, max_length, offsets, split)
+                prepared = prepare.prepare(self.spec, rows[at : at + WINDOW], own, self.tokenizer)
+                tokens = prepare.tokenise(
+                    self.tokenizer, prepared, limit, offsets=offsets, split_special=run.split_special
+                )
                 num_truncated += int(tokens.truncated.sum())
                 spans = prepare.pooled_spans(self.spec, tokens, prepared, own, self.tokenizer)
-                causal = self.spec.attention == "causal"
-                for done in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, causal):
-                    spans_B2 = torch.from_numpy(spans[done.indices]).to(self.device)
-                    pooled = pool(self.spec, self.decoder, done, spans_B2)
-                    yield done.indices + at, finish(self.spec, pooled, self.heads, normalize, truncate_dim)
-                    progress.advance(len(done.indices), done.schedule.num_tokens)
+                starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
+                for pack in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, causal):
+                    yield _Done(pack.indices + at, pack, self._on_device(spans[pack.indices]), tokens, starts)
+                    progress.advance(len(pack.indices), pack.schedule.num_tokens)
         if num_truncated:
-            limit = self.spec.max_length if max_length is None else max_length
             warnings.warn(
                 f"{num_truncated} of {len(rows)} texts were longer than max_length={limit} tokens and were cut",
                 TruncationWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
-    def _states(
-        self, rows: list[str], instructions: list[str] | None, settings: dict[str, Any]
-    ) -> Iterator[tuple[np.ndarray, Tokens, np.ndarray, list[Tensor]]]:
-        """Per pack: row numbers, all tokens, first token of each row, and each row's fp32 [len, D] final states."""
-        unknown = set(settings) - {"max_length", "batch_tokens", "split_special"}
-        if unknown:
-            raise TypeError(f"unknown argument {sorted(unknown)[0]!r}")
-        _, tokens = self._tokens(
-            rows, instructions, settings.get("max_length"), True, settings.get("split_special", False)
-        )
-        starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
-        budget = self._budget(settings.get("batch_tokens"))
-        spec = self.decoder.spec
-        for done in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, self.spec.attention == "causal"):
-            x_TD = rms_norm(done.hidden_TD[: done.schedule.num_tokens], self.decoder.norm_D, spec.norm_eps, spec.norm_offset)
-            yield done.indices, tokens, starts, list(x_TD.split(tokens.lengths[done.indices].tolist()))
+    def _vectors(self, done: _Done, normalize: bool | None, truncate_dim: int | None) -> Tensor:
+        """Finished fp32 vectors [B, d] of a pack's texts."""
+        pooled = pool(self.spec, self.decoder, done.pack, done.spans_B2)
+        return finish(self.spec, pooled, self.heads, normalize, truncate_dim)
+
+    def _token_vectors(self, done: _Done) -> list[TokenVectors]:
+        """Final states of a pack's tokens, one entry per text."""
+        spec, tokens = self.decoder.spec, done.tokens
+        h_TD = done.pack.hidden_TD[: done.pack.schedule.num_tokens]
+        x_TD = rms_norm(h_TD, self.decoder.norm_D, spec.norm_eps, spec.norm_offset).cpu()
+        assert tokens.offsets is not None
+        result = []
+        for local, state in zip(done.pack.indices, x_TD.split(tokens.lengths[done.pack.indices].tolist()), strict=True):
+            own = done.own(local)
+            result.append(TokenVectors(state.numpy(), tokens.offsets[own], tokens.ids[own]))
+        return result
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def _budget(self, batch_tokens: int | None) -> int:
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
         return batch_tokens or engine.default_budget(self.device)
-
-
-class _Progress:
-    """A bar on stderr: texts done, tokens per second, time left. Silent unless asked for or on a terminal."""
-
-    WORTH_A_BAR = 1000  # texts
-
-    def __init__(self, total: int, show: bool | None) -> None:
-        self.total = total
-        self.show = show if show is not None else total >= self.WORTH_A_BAR and sys.stderr.isatty()
-        self.num_tokens = 0
-        self.bar: Any = None
-
-    def __enter__(self) -> "_Progress":
-        if self.show:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                TextColumn("embedding"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("texts  {task.fields[rate]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task("", total=self.total, rate="")
-        return self
-
-    def advance(self, num_texts: int, num_tokens: int) -> None:
-        if self.bar is not None:
-            self.num_tokens += num_tokens
-            elapsed = self.bar.tasks[0].elapsed or 1e-9
-            self.bar.update(self.task, advance=num_texts, rate=f"{self.num_tokens / elapsed:,.0f} tokens/s")
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:

@@ -37,12 +37,8 @@ FAMILIES: dict[str, Family] = {
     "ministral": Family(windows="layer_types"),
     "ministral3": Family(windows="all"),
     "qwen2": Family(qkv_bias=True, windows="layer_types"),
-    "qwen3": Family(
-        qkv_bias="attention_bias", out_bias="attention_bias", qk_norm=True, windows="layer_types"
-    ),
-    "gemma": Family(
-        qkv_bias="attention_bias", out_bias="attention_bias", norm_offset=1.0, scaled_embedding=True
-    ),
+    "qwen3": Family(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm=True, windows="layer_types"),
+    "gemma": Family(qkv_bias="attention_bias", out_bias="attention_bias", norm_offset=1.0, scaled_embedding=True),
     "gemma2": Family(
         activation_key="hidden_activation",
         qkv_bias="attention_bias",
@@ -127,12 +123,10 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
     family = FAMILIES.get(name)
     if family is None:
         hint = ", a multimodal family: only its text decoder runs" if "text_config" in config else ""
-        raise CheckpointError(
-            f"{where}: model_type is {model_type!r}{hint}; known families are {', '.join(FAMILIES)}"
-        )
+        raise CheckpointError(f"{where}: model_type is {model_type!r}{hint}; known families are {', '.join(FAMILIES)}")
     if config.get("quantization_config"):
         raise CheckpointError(f"{where}: quantization_config: quantised safetensors are not read; use the original")
-    hf = _standard_config(name, config, where)
+    hf = standard_config(name, config, where)
 
     head_size = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     num_kv_heads = hf.num_key_value_heads or hf.num_attention_heads
@@ -183,7 +177,7 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
     )
 
 
-def _standard_config(name: str, config: dict[str, Any], where: str) -> Any:
+def standard_config(name: str, config: dict[str, Any], where: str) -> Any:
     """transformers' configuration object of a family: defaults filled in, old spellings read."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -24,5 +24,11 @@ def test_folder_is_linked_into_the_package(folder):
 def test_module_is_imported_by_a_test(module):
     name = "flashvec." + ".".join(module.relative_to(ROOT).with_suffix("").parts)
     tests = (ROOT / "tests").rglob("*.py")
-    mentions = (f"{name} import", f"import {name}", f"{name} ", f'"{name}"', f"from {name.rpartition('.')[0]} import {module.stem}")
+    mentions = (
+        f"{name} import",
+        f"import {name}",
+        f"{name} ",
+        f'"{name}"',
+        f"from {name.rpartition('.')[0]} import {module.stem}",
+    )
     assert any(any(m in test.read_text() for m in mentions) for test in tests), f"no test imports {name}"

@@ -25,8 +25,7 @@ TEXTS = (
     "summit",
     "a decoder reads everything",
     "The cat sleeps.",
-    "Mix flour, water and salt; then wait, and wait, until the dough has doubled in size and smells a little "
-    "sour.",
+    "Mix flour, water and salt; then wait, and wait, until the dough has doubled in size and smells a little sour.",
     "x",
     "Ünïcode — déjà vu, 你好 and 🙂 in one text",
     "  leading and trailing spaces  ",
@@ -84,9 +83,7 @@ def tiny_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     names = ["<pad>", "<s>", "</s>", *specials]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=names, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     if bos or eos:
         single = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")

@@ -74,7 +74,9 @@ def test_same_bits_in_every_batch(variant, dtype):
         chosen = rng.integers(0, len(texts), rng.integers(1, 301 if NUM_BATCHES > 50 else 60))
         budget = int(rng.choice([64, 500, 1024, 2048, 2048, 5000]))
         together = vectors(model, spec, [texts[i] for i in chosen], budget)
-        differing = [(len(texts[i]), budget) for i, v in zip(chosen, together, strict=True) if not torch.equal(v, alone[i])]
+        differing = [
+            (len(texts[i]), budget) for i, v in zip(chosen, together, strict=True) if not torch.equal(v, alone[i])
+        ]
         assert not differing, f"texts of these lengths got other bits: {differing[:5]}"
 
 

@@ -82,7 +82,9 @@ CONFIGS: dict[str, dict] = {
     "gemma3_text": GEMMA3,
     "gemma3_text flag": {**GEMMA3, "use_bidirectional_attention": True},  # EmbeddingGemma
 }
-CASES = [(name, a) for name in CONFIGS for a in ("bidirectional", "causal") if not (name.endswith("flag") and a == "causal")]
+CASES = [
+    (name, a) for name in CONFIGS for a in ("bidirectional", "causal") if not (name.endswith("flag") and a == "causal")
+]
 LENGTHS = [1, 2, 4, 5, 6, 8, 9, 10, 11, 17, 18, 19, 63, 64, 65, 130]
 
 

@@ -1,0 +1,193 @@
+"""The command line: `flashvec info`, `convert`, `verify`.
+
+Exit status: 0 done, 1 failed, 2 wrong usage. `--json` prints one object for machines instead of tables.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import flashvec
+
+app = typer.Typer(
+    name="flashvec",
+    help="Decoder LLMs as text encoders.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+stdout, stderr = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Attention = Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's own word.")]
+Pooling = Annotated[
+    str | None,
+    typer.Option(help="mean, weighted_mean, mean_sqrt_len, max, last or cls; several with commas."),
+]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter to merge; may be repeated.")]
+Compat = Annotated[str | None, typer.Option(help="llm2vec: the reference's own rules.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"flashvec {flashvec.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def info(
+    model: Model,
+    attention: Attention = None,
+    pooling: Pooling = None,
+    adapter: Adapters = None,
+    compat: Compat = None,
+    as_json: Json = False,
+) -> None:
+    """Print what a model is and how it will run, without reading its weights.
+
+    Example: `flashvec info ./my-model`
+    """
+    from flashvec.runtime.checkpoint.open import Overrides, open_checkpoint, resolve
+    from flashvec.runtime.describe import spec_rows
+
+    modes = None if pooling is None else tuple(pooling.split(","))
+    checkpoint = open_checkpoint(resolve(model), Overrides(attention, modes, compat=compat), tuple(adapter or ()))
+    checkpoint.source.close()
+    if as_json:
+        print(json.dumps({"spec": checkpoint.spec.to_dict(), "notices": checkpoint.notices}, indent=1))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in spec_rows(checkpoint.spec):
+        table.add_row(name, value)
+    stdout.print(table, highlight=False)
+    for notice in checkpoint.notices:
+        stderr.print(f"note: {notice}", highlight=False)
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    attention: Attention = None,
+    pooling: Pooling = None,
+    adapter: Adapters = None,
+    compat: Compat = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the stored weights; default as they are (GGUF: float32).")
+    ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option(help="Leave out rules that a sentence-transformers folder cannot hold, and say which."),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as a folder that sentence-transformers opens too, without this package.
+
+    Example: `flashvec convert SmolLM2-135M.gguf ./smollm2-encoder`
+    """
+    from flashvec.runtime.checkpoint.export import convert as convert_model
+    from flashvec.runtime.checkpoint.open import Overrides
+
+    modes = None if pooling is None else tuple(pooling.split(","))
+    notices = convert_model(
+        model,
+        out,
+        plain=plain,
+        dtype=dtype,
+        overwrite=overwrite,
+        adapters=adapter or (),
+        overrides=Overrides(attention, modes, compat=compat),
+    )
+    if as_json:
+        print(json.dumps({"folder": str(out), "notices": list(notices)}))
+        return
+    for notice in notices:
+        stderr.print(f"note: {notice}", highlight=False)
+    stdout.print(f"wrote {out}", highlight=False)
+
+
+@app.command()
+def verify(
+    model: Model,
+    texts: Annotated[
+        Path | None, typer.Argument(help="Text file, one text a line; default: prose that Python carries.")
+    ] = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
+    pooling: Pooling = None,
+    adapter: Adapters = None,
+    limit: Annotated[int, typer.Option(help="Texts to compare.", min=2)] = 200,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per text.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare this package's vectors with Hugging Face's own model on your texts; exit 1 below the gate.
+
+    Example: `flashvec verify ./my-model reviews.txt --dtype bfloat16`
+    """
+    from flashvec.runtime.verify import read_texts, report_rows, verify_model
+
+    report = verify_model(
+        model,
+        read_texts(texts, limit),
+        dtype=dtype,
+        max_length=max_length,
+        adapters=adapter or (),
+        attention=attention,
+        pooling=None if pooling is None else pooling.split(","),
+    )
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for column in report_rows(report)[0]:
+            table.add_column(column, justify="left" if not table.columns else "right")
+        for row in report_rows(report)[1:]:
+            table.add_row(*row)
+        stdout.print(table, highlight=False)
+        for line in report["failures"] or ["passed: " + report["gate"]]:
+            stdout.print(line, highlight=False)
+    if report["failures"]:
+        raise typer.Exit(1)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    stderr.print(f"flashvec: {message}", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr, never a traceback."""
+    logging.basicConfig(format="note: %(message)s", level=logging.WARNING)
+    for noisy in ("transformers", "huggingface_hub", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        app()
+    except (ValueError, TypeError) as error:  # CheckpointError is a ValueError
+        _fail(str(error), 1)
+    except OSError as error:
+        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 1)
+
+
+if __name__ == "__main__":
+    main()
