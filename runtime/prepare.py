@@ -36,7 +36,9 @@ class Prepared:
         return [before + text + after for before, text, after in parts]
 
 
-def prepare(spec: ModelSpec, texts: Sequence[str], instructions: Sequence[str] | None, tokenizer: Tokenizer) -> Prepared:
+def prepare(
+    spec: ModelSpec, texts: Sequence[str], instructions: Sequence[str] | None, tokenizer: Tokenizer
+) -> Prepared:
     """Write instruction and template around each text.
 
     Args:
@@ -52,13 +54,13 @@ def prepare(spec: ModelSpec, texts: Sequence[str], instructions: Sequence[str] |
         head, found, tail = instruction.partition(PLACEHOLDER)
         if PLACEHOLDER in tail:
             raise ValueError(f"instruction holds {PLACEHOLDER} more than once: {instruction[:80]!r}")
-        if spec.span == "template" and head and not found:
+        if spec.layout == "llm2vec" and head and not found:
             head = head.strip() + " "
         prefix, _, suffix = (spec.template or PLACEHOLDER).partition(PLACEHOLDER)
         before.append(prefix + head)
         after.append(tail + suffix + spec.text_suffix)
-    texts = [text.rstrip() for text in texts] if spec.span == "template" else list(texts)
-    return Prepared(before, texts, after)
+    wrapped = spec.layout == "llm2vec" and (spec.template or spec.text_suffix)
+    return Prepared(before, [text.rstrip() for text in texts] if wrapped else list(texts), after)
 
 
 def _prepare_reference(
@@ -71,7 +73,9 @@ def _prepare_reference(
         text = _cut_by_words(text, limit, spec.max_length, tokenizer)
         instruction = instructions[i] if instructions is not None else ""
         joined = f"{instruction.strip()} {SEPARATOR}{text}" if instruction else SEPARATOR + text
-        wrapped = (spec.template or PLACEHOLDER).replace(PLACEHOLDER, joined.strip()) + spec.text_suffix
+        if spec.template or spec.text_suffix:  # text that nothing is written around stays as it is
+            joined = joined.strip()
+        wrapped = (spec.template or PLACEHOLDER).replace(PLACEHOLDER, joined) + spec.text_suffix
         parts = wrapped.split(SEPARATOR)
         strings.append("".join(parts))
         pooled.append(parts[1] if len(parts) > 1 else "")
@@ -114,7 +118,9 @@ def _cut_to_fit(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: 
     room = max_length - int(tokenizer.count([after])[0])
     fixed = int(tokenizer.count([before + after], special=True)[0])
     if fixed >= max_length:
-        raise ValueError(f"the instruction alone has {fixed} tokens, max_length is {max_length}: nothing is left of the text")
+        raise ValueError(
+            f"the instruction alone has {fixed} tokens, max_length is {max_length}: nothing is left of the text"
+        )
     while True:
         head = tokenizer.encode([before + text], room, offsets=True, split_special=split_special)
         assert head.offsets is not None
@@ -155,7 +161,7 @@ def pooled_spans(
 
 def _prompt_lengths(prepared: Prepared, tokenizer: Tokenizer) -> np.ndarray:
     """Tokens of each prompt tokenised alone with special tokens, without those at the end."""
-    distinct = {prompt: 0 for prompt in prepared.before}
+    distinct = dict.fromkeys(prepared.before, 0)
     for prompt in distinct:
         counted = int(tokenizer.count([prompt], special=True)[0])
         distinct[prompt] = counted - len(tokenizer.suffix_ids) if prompt else 0

@@ -1,10 +1,12 @@
 """Which layout a model has, and the reader for it.
 
-    *.gguf                                       gguf.py
-    flashvec.json                                flashvec's own folder (`Encoder.save`), read by hf.py
+    *.gguf                                       gguf_encoder.py
+    flashvec.json                                flashvec's own folder (`Encoder.save`): saved.py
     modules.json                                 sentence_transformers.py
-    adapter_config.json or llm2vec_config.json   llm2vec.py (chains) and peft.py (bare adapters)
+    adapter_config.json, llm2vec_config.json     chain.py (what is merged into what), llm2vec.py, peft.py
     config.json                                  hf.py
+
+The first that a model has counts.
 """
 
 from dataclasses import dataclass, field
@@ -65,22 +67,84 @@ def resolve(model: str | Path, revision: str | None = None, local_files_only: bo
     return Path(folder)
 
 
-def open_checkpoint(path: Path, overrides: Overrides, adapters: tuple[str, ...] = ()) -> Checkpoint:
+def open_checkpoint(
+    path: Path, overrides: Overrides, adapters: tuple[str, ...] = (), local_files_only: bool = False
+) -> Checkpoint:
     """Read a model's configuration and open its weights.
 
     Args:
         path: a folder or a GGUF file.
         overrides: the caller's own settings.
         adapters: PEFT adapters to merge on top, in this order: folders or hub ids.
+        local_files_only: never ask the hub, for adapters and what they are based on either.
 
     Raises:
         CheckpointError: the layout is unknown or a file is missing or damaged; names the file and the cure.
+        ValueError: an override that the layout cannot follow.
     """
+    from flashvec.runtime.checkpoint.llm2vec import reference_rules
+
+    extra = [resolve(adapter, None, local_files_only) for adapter in adapters]
+    checkpoint, merged = _open(path, overrides, extra, local_files_only)
+    _merge(checkpoint, extra[merged:])
+    if overrides.compat is not None and checkpoint.spec.compat != overrides.compat:
+        if checkpoint.spec.layout != "llm2vec":
+            raise ValueError(
+                f"compat={overrides.compat!r} is for LLM2Vec models and plain decoders; "
+                f"{path.name} is a {checkpoint.spec.layout} model"
+            )
+        checkpoint.spec = reference_rules(checkpoint.spec)
+    return checkpoint
+
+
+def _open(path: Path, overrides: Overrides, extra: list[Path], local_files_only: bool) -> tuple[Checkpoint, int]:
+    """The checkpoint, and how many of the extra adapters are merged into it already."""
+    from flashvec.runtime.checkpoint.chain import adapter_chain, model_name
+    from flashvec.runtime.checkpoint.gguf_encoder import open_gguf
     from flashvec.runtime.checkpoint.hf import open_hf
+    from flashvec.runtime.checkpoint.llm2vec import is_llm2vec, open_llm2vec
+    from flashvec.runtime.checkpoint.saved import SPEC_FILE, open_saved
+    from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, open_sentence_transformers
 
     if path.is_file():
-        raise CheckpointError(f"{path.name}: not a model; give a model folder or a .gguf file")
-    checkpoint = open_hf(path, overrides)
-    if adapters:
-        raise CheckpointError("adapters are not read yet")
-    return checkpoint
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path.name}: not a model; give a model folder or a .gguf file")
+        return open_gguf(path, overrides), 0
+    base: Path = path
+    chain: list[Path] = []
+    if not any((path / name).is_file() for name in (SPEC_FILE, MODULES_FILE)):
+        base, chain = adapter_chain(path, local_files_only)
+    if (base / SPEC_FILE).is_file():
+        checkpoint = open_saved(base, overrides)
+    elif (base / MODULES_FILE).is_file():
+        checkpoint = open_sentence_transformers(base, overrides, local_files_only)
+    elif overrides.compat or any(is_llm2vec(f, model_name(f)) for f in (base, *chain, *extra)):
+        checkpoint = open_llm2vec(base, [*chain, *extra], overrides)
+        checkpoint.notices += _base_notice(base, chain)
+        return checkpoint, len(extra)
+    else:
+        checkpoint = open_hf(base, overrides)
+    _merge(checkpoint, chain)
+    checkpoint.notices += _base_notice(base, chain)
+    return checkpoint, 0
+
+
+def _merge(checkpoint: Checkpoint, adapters: list[Path]) -> None:
+    """Merge adapters in order; the last tokenizer among them replaces the base's."""
+    from flashvec.runtime.checkpoint.llm2vec import has_tokenizer
+    from flashvec.runtime.checkpoint.peft import AdapterSource
+
+    for adapter in adapters:
+        checkpoint.source = AdapterSource(checkpoint.source, adapter)
+        if has_tokenizer(adapter):
+            checkpoint.tokenizer = Tokenizer.from_folder(adapter)
+
+
+def _base_notice(base: Path, chain: list[Path]) -> list[str]:
+    """Weights that somebody else's file named are shown, not taken in silence."""
+    from flashvec.runtime.checkpoint.chain import model_name
+
+    if not chain:
+        return []
+    adapters = ", then ".join(model_name(adapter) for adapter in chain)
+    return [f"the weights are those of {model_name(base)}, as adapter_config.json names it, with {adapters} merged in"]

@@ -1,0 +1,88 @@
+"""From an adapter folder to the folders below it: what was trained on what, down to the base weights."""
+
+import os
+from pathlib import Path
+
+from flashvec.runtime.checkpoint.llm2vec import is_llm2vec, is_second_adapter, mntp_name
+from flashvec.runtime.checkpoint.open import resolve
+from flashvec.runtime.checkpoint.peft import CONFIG_FILE, read_adapter_config
+from flashvec.runtime.checkpoint.source import CheckpointError
+
+MAX_CHAIN = 4  # adapters one on top of the other; more is a loop
+
+
+def model_name(folder: Path) -> str:
+    """Hub id of a folder in the hub's cache (models--owner--name/snapshots/commit), else its own name."""
+    folder = Path(os.path.abspath(folder))
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
+
+
+def adapter_chain(folder: Path, local_files_only: bool = False) -> tuple[Path, list[Path]]:
+    """Base folder, and the adapters to merge into it in order; a folder that has weights is its own base.
+
+    Raises:
+        CheckpointError: a model that an adapter needs is not to be had, or adapters name each other in a
+            circle.
+    """
+    adapters: list[Path] = []
+    while (folder / CONFIG_FILE).is_file() and not _has_weights(folder):
+        if len(adapters) == MAX_CHAIN:
+            raise CheckpointError(
+                f"{folder.name}/{CONFIG_FILE}: more than {MAX_CHAIN} adapters name one another"
+            )
+        adapters.insert(0, folder)
+        folder = _below(folder, local_files_only)
+    return folder, adapters
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def _below(folder: Path, local_files_only: bool) -> Path:
+    """The model that an adapter is to be merged into."""
+    name = model_name(folder)
+    stated = read_adapter_config(folder).get("base_model_name_or_path")
+    if not is_second_adapter(folder, name):
+        if not stated or not isinstance(stated, str):
+            raise CheckpointError(
+                f"{name}/{CONFIG_FILE}: base_model_name_or_path is {stated!r}; name the base yourself: "
+                "Encoder.load(base, adapters=[this folder])"
+            )
+        try:
+            return _local(stated, folder) or resolve(stated, None, local_files_only)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{name}/{CONFIG_FILE}: base_model_name_or_path: {error}; where you have the base, use "
+                "Encoder.load(base, adapters=[this folder])"
+            ) from None
+    # It names the raw base, but was trained on base + MNTP adapter.
+    mntp = mntp_name(name)
+    cure = "pass it yourself: Encoder.load(base_or_mntp, adapters=[...]) with the adapters in their order"
+    if mntp is not None:
+        if "/" in mntp:
+            try:
+                return resolve(mntp, None, local_files_only)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: needs the MNTP adapter {mntp}: {error}; {cure}") from None
+        if (folder.parent / mntp).is_dir():
+            return folder.parent / mntp
+    local = _local(str(stated), folder) if stated else None
+    if local is not None and is_llm2vec(local, model_name(local)):
+        return local
+    missing = (
+        f"the MNTP adapter {mntp}, expected beside it"
+        if mntp
+        else "an MNTP adapter, whose name it does not tell"
+    )
+    raise CheckpointError(f"{name}: was trained on top of {missing}, and is wrong without it; {cure}")
+
+
+def _local(stated: str, folder: Path) -> Path | None:
+    """A base that is on this machine: at the path as stated, seen from the adapter's folder, or beside it."""
+    name = Path(stated).name
+    places = [Path(stated).expanduser(), folder / stated, *([folder.parent / name] if name else [])]
+    here = folder.resolve()
+    return next((place for place in places if place.is_dir() and place.resolve() != here), None)

@@ -1,0 +1,414 @@
+"""Writing an encoder to a folder: for this package, and where its rules allow for sentence-transformers >= 6.
+
+    config.json, model.safetensors         transformers' AutoModel reads them, without code from the folder
+    tokenizer files                        with a padding token
+    modules.json, 1_Pooling, 2_Dense, ..., config_sentence_transformers.json, sentence_bert_config.json
+    flashvec.json                          everything once more, exactly: our own loader reads this one
+
+`convert` reads a model from its files and stores each tensor in the precision it has there: bf16 stays bf16,
+GGUF blocks and merged adapters become fp32. So `Encoder.load` gives the same bits from the model and from its
+conversion, in every dtype: each weight is rounded once, from the same number. Give `dtype` for a smaller
+folder.
+
+`save` writes an encoder as it is in memory, so weights have the precision it runs in.
+
+Some rules fit in no sentence-transformers folder (LLM2Vec's template and its unpooled BOS). `convert`, whose
+purpose is such a folder, stops there, or leaves them out when told to; `save` never loses anything: it leaves
+out modules.json instead, and the folder opens with this package only.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashvec.runtime.checkpoint.hf_config import hf_config
+from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
+from flashvec.runtime.checkpoint.saved import SPEC_FILE, dense_folder
+from flashvec.runtime.checkpoint.sentence_transformers import (
+    ACTIVATIONS,
+    MODULES_FILE,
+    POOLING,
+    SETTINGS_FILE,
+    TRANSFORMER_FILE,
+)
+from flashvec.runtime.checkpoint.source import CheckpointError
+from flashvec.runtime.decoder import Decoder
+from flashvec.runtime.spec import DecoderSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from flashvec.runtime.encoder import Encoder
+
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIDTHS = (torch.float16, torch.bfloat16, torch.float32)  # later: wider, for config.json's dtype
+MODULE_TYPES = "sentence_transformers.models."
+PROMPT_NOTICE = (
+    "with a prompt, sentence-transformers leaves out as many tokens as the prompt has alone, this package "
+    "the tokens "
+    "before the text: where one token spans the border, the two vectors differ"
+)
+
+
+def convert(
+    model: str | Path,
+    folder: str | Path,
+    *,
+    plain: bool = False,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
+    overrides: Overrides | None = None,
+    local_files_only: bool = False,
+) -> list[str]:
+    """Write any model that `Encoder.load` takes as a folder that sentence-transformers opens too.
+
+    Args:
+        model: as in `Encoder.load`.
+        folder: where to; must not exist or be empty, unless `overwrite`.
+        plain: where the model has rules that such a folder cannot hold, write it without them and say so.
+        dtype: float32, bfloat16 or float16 to store matrices in; default each tensor's own, fp32 for GGUF and
+            for merged tensors. Norm weights keep theirs.
+        overwrite: replace a model folder that is already there.
+        revision, adapters, local_files_only: as in `Encoder.load`.
+        overrides: attention, pooling, max_length and truncate_dim, as in `Encoder.load`.
+
+    Returns:
+        What the user should know, one sentence each.
+
+    Raises:
+        CheckpointError: the model's files.
+        ValueError: a rule that does not fit in such a folder, named; a dtype; a folder that may not be
+            replaced.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
+    path = resolve(model, revision, local_files_only)
+    target = _target(folder, overwrite, path)
+    checkpoint = open_checkpoint(path, overrides or Overrides(), tuple(map(str, adapters)), local_files_only)
+    spec, notices = checkpoint.spec, list(checkpoint.notices)
+    if rules := unheld_rules(spec, bool(checkpoint.tokenizer.prefix_ids)):
+        if not plain:
+            raise ValueError(
+                f"a sentence-transformers folder cannot hold: {'; '.join(rules)}. Keep the model as it is "
+                "and use it "
+                "with this package, or write it without these rules: plain=True"
+            )
+        notices.append(f"written without: {'; '.join(rules)}; vectors differ from the model's own")
+        spec = plain_rules(spec)
+    if spec.span == "offsets" and not _pools_ends_only(spec):
+        notices.append(PROMPT_NOTICE)
+    tensors = _stored_tensors(checkpoint, None if dtype is None else DTYPES[dtype])
+
+    def write(into: Path) -> None:
+        _write_model(into, spec, tensors, checkpoint.tokenizer, checkpoint.dense)
+        _write_modules(into, spec)
+
+    try:
+        _write_whole(target, write)
+    finally:
+        checkpoint.source.close()
+    return notices
+
+
+def save(encoder: "Encoder", folder: str | Path, *, overwrite: bool = False) -> list[str]:
+    """Write an encoder as it is in memory; `Encoder.load` restores it bit for bit in the same dtype.
+
+    Args:
+        folder: where to; must not exist or be empty, unless `overwrite`.
+        overwrite: replace a model folder that is already there.
+
+    Returns:
+        What the user should know: whether sentence-transformers cannot open the folder, and why.
+    """
+    spec = replace(encoder.spec, decoder=_cut_layers(encoder.spec.decoder))
+    rules = unheld_rules(spec, bool(encoder.tokenizer.prefix_ids))
+    dense = [(head.weight, head.bias) for head in encoder.heads]
+
+    def write(into: Path) -> None:
+        _write_model(into, spec, decoder_tensors(encoder.decoder), encoder.tokenizer, dense)
+        if not rules:
+            _write_modules(into, spec)
+
+    _write_whole(_target(folder, overwrite), write)
+    if not rules:
+        return []
+    return [f"opens with this package only, because a sentence-transformers folder cannot hold: {'; '.join(rules)}"]
+
+
+def unheld_rules(spec: ModelSpec, adds_prefix: bool) -> list[str]:
+    """Rules of an encoder that a sentence-transformers folder has no place for, named one by one.
+
+    Args:
+        adds_prefix: the tokenizer puts a token (BOS) before every text.
+    """
+    rules = []
+    if spec.template is not None:
+        rules.append(f"the template {spec.template!r}")
+    if spec.text_suffix:
+        rules.append(f"the text suffix {spec.text_suffix!r}")
+    if spec.span == "count_from_right":
+        rules.append("compat='llm2vec', which counts pooled tokens from the right")
+    if spec.span == "template" and adds_prefix and not _pools_ends_only(spec):
+        rules.append("the span 'template', under which BOS is not pooled")
+    if spec.span in ("offsets", "template") and spec.prompts and not _pools_ends_only(spec):
+        rules.append(f"prompts ({', '.join(spec.prompts)}) that are left out of pooling by their characters")
+    if spec.layout != "sentence-transformers" and spec.truncate_dim and spec.normalize:
+        rules.append("truncate_dim before normalising")
+    return rules
+
+
+def plain_rules(spec: ModelSpec) -> ModelSpec:
+    """The same model under the rules that a sentence-transformers folder does hold."""
+    return replace(
+        spec,
+        layout="sentence-transformers",
+        span="prompt_tokens",
+        include_prompt=_includes_prompt(spec),
+        template=None,
+        text_suffix="",
+        compat=None,
+        document_max_length=None,
+    )
+
+
+def _pools_ends_only(spec: ModelSpec) -> bool:
+    """Is a text's vector its first or last token's: then it does not matter which others are pooled."""
+    return set(spec.pooling) <= {"last", "cls"}
+
+
+def _includes_prompt(spec: ModelSpec) -> bool:
+    return spec.include_prompt if spec.span == "prompt_tokens" else _pools_ends_only(spec)
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+def decoder_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """A decoder's weights under Hugging Face's names, as `DecoderLoader` reads them."""
+    spec = decoder.spec
+    query_rows, kv_rows = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
+    after_attention, before_mlp = "post_attention_layernorm", "pre_feedforward_layernorm"
+    if not spec.post_norms:
+        before_mlp = after_attention
+    yield "embed_tokens.weight", decoder.embedding_VD
+    for i, layer in enumerate(decoder.layers):
+        found: dict[str, Tensor | None] = {
+            "input_layernorm.weight": layer.attention_norm,
+            f"{before_mlp}.weight": layer.mlp_norm,
+            "self_attn.q_norm.weight": layer.query_norm,
+            "self_attn.k_norm.weight": layer.key_norm,
+            "self_attn.o_proj.weight": layer.out,
+            "self_attn.o_proj.bias": layer.out_bias,
+            "mlp.down_proj.weight": layer.down,
+            "mlp.down_proj.bias": layer.down_bias,
+        }
+        if spec.post_norms:
+            found[f"{after_attention}.weight"] = layer.attention_post_norm
+            found["post_feedforward_layernorm.weight"] = layer.mlp_post_norm
+        for kind, qkv, gate_up in (
+            ("weight", layer.qkv, layer.gate_up),
+            ("bias", layer.qkv_bias, layer.gate_up_bias),
+        ):
+            if qkv is not None:
+                parts = qkv.split([query_rows, kv_rows, kv_rows])
+                found |= {f"self_attn.{x}_proj.{kind}": part for x, part in zip("qkv", parts, strict=True)}
+            if gate_up is not None:
+                parts = gate_up.split([spec.mlp_size, spec.mlp_size])
+                found |= {f"mlp.{x}_proj.{kind}": part for x, part in zip(("gate", "up"), parts, strict=True)}
+        yield from ((f"layers.{i}.{name}", tensor) for name, tensor in found.items() if tensor is not None)
+    yield "norm.weight", decoder.norm_D
+
+
+def decoder_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor a decoder has under Hugging Face's names, and its shape."""
+    D, F, K = spec.hidden_size, spec.mlp_size, spec.head_size
+    rows = {"q": spec.num_heads * K, "k": spec.num_kv_heads * K, "v": spec.num_kv_heads * K}
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (D,),
+        "post_attention_layernorm.weight": (D,),
+        "self_attn.o_proj.weight": (D, rows["q"]),
+        "mlp.gate_proj.weight": (F, D),
+        "mlp.up_proj.weight": (F, D),
+        "mlp.down_proj.weight": (D, F),
+    }
+    layer |= {f"self_attn.{x}_proj.weight": (n, D) for x, n in rows.items()}
+    if spec.qkv_bias:
+        layer |= {f"self_attn.{x}_proj.bias": (n,) for x, n in rows.items()}
+    if spec.out_bias:
+        layer["self_attn.o_proj.bias"] = (D,)
+    if spec.mlp_bias:
+        layer |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,), "mlp.down_proj.bias": (D,)}
+    if spec.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (K,), "self_attn.k_norm.weight": (K,)}
+    if spec.post_norms:
+        layer |= {"pre_feedforward_layernorm.weight": (D,), "post_feedforward_layernorm.weight": (D,)}
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (spec.vocab_size, D)}
+    for i in range(spec.num_layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"norm.weight": (D,)}
+
+
+def _stored_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint, checked, in the dtype it will be stored in."""
+    source, shapes = checkpoint.source, decoder_shapes(checkpoint.spec.decoder)
+    names = source.names()
+    for name, shape in shapes.items():
+        if name not in names:
+            raise CheckpointError(f"tensor {name} is missing; the checkpoint is incomplete or of another family")
+        if source.shape(name) != shape:
+            raise CheckpointError(f"tensor {name} has shape {source.shape(name)}, config.json asks for {shape}")
+        tensor = source.read(name)
+        if dtype is not None and not name.endswith("norm.weight"):  # norms run in fp32 whatever the matrices are
+            tensor = tensor.to(dtype)
+        if not all(torch.isfinite(x) for x in torch.aminmax(tensor)):
+            raise CheckpointError(f"tensor {name} holds NaN or infinity (as {tensor.dtype}); the file is damaged")
+        yield name, tensor
+
+
+def _cut_layers(spec: DecoderSpec) -> DecoderSpec:
+    """An encoder loaded with fewer layers keeps the facts of those only."""
+    keep = slice(spec.num_layers)
+    return replace(spec, layer_ropes=spec.layer_ropes[keep], layer_windows=spec.layer_windows[keep])
+
+
+def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+    """model.safetensors, or shards of SHARD_BYTES with their index; returns the widest dtype of a matrix."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    held_bytes = total_bytes = 0
+    widest = WIDTHS[0]
+
+    def flush() -> None:
+        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and held_bytes + tensor.nbytes > SHARD_BYTES:
+            flush()
+            held_bytes = 0
+        held[name] = tensor.detach().cpu().contiguous().clone()  # a source's tensors live until its next read only
+        held_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+        if tensor.ndim > 1:
+            widest = max(widest, tensor.dtype, key=WIDTHS.index)
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return widest
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+    return widest
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def _write_model(
+    folder: Path,
+    spec: ModelSpec,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Any,
+    dense: Sequence[tuple[Tensor, Tensor | None]],
+) -> None:
+    """What our own loader needs: weights, config.json, tokenizer, dense heads, flashvec.json."""
+    dtype = str(_write_weights(folder, tensors)).removeprefix("torch.")
+    _write_json(folder / "config.json", hf_config(spec.decoder, spec.attention, dtype))
+    tokenizer.save(folder)
+    for i, (weight, bias) in enumerate(dense):
+        head = folder / dense_folder(i)
+        head.mkdir()
+        found = {"linear.weight": weight, "linear.bias": bias}
+        kept = {name: tensor.cpu().contiguous() for name, tensor in found.items() if tensor is not None}
+        save_file(kept, head / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / SPEC_FILE, spec.to_dict())
+
+
+def _write_modules(folder: Path, spec: ModelSpec) -> None:
+    """What sentence-transformers needs besides."""
+    kinds = ["Transformer", "Pooling", *["Dense"] * len(spec.dense), *["Normalize"] * spec.normalize]
+    paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds[1:], 1))]
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": MODULE_TYPES + kind}
+        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    _write_json(folder / MODULES_FILE, entries)
+    _write_json(folder / TRANSFORMER_FILE, {"max_seq_length": spec.max_length, "do_lower_case": False})
+    names = {ours: theirs for theirs, ours in POOLING.items()}
+    modes = [names[mode] for mode in spec.pooling]
+    (folder / "1_Pooling").mkdir()
+    pooling = {
+        "embedding_dimension": spec.decoder.hidden_size,
+        "pooling_mode": modes[0] if len(modes) == 1 else modes,
+        "include_prompt": _includes_prompt(spec),
+    }
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    functions = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    for i, head in enumerate(spec.dense):
+        module = "linear" if head.activation == "identity" else "activation"
+        config = {
+            "in_features": head.in_features,
+            "out_features": head.out_features,
+            "bias": head.bias,
+            "activation_function": f"torch.nn.modules.{module}.{functions[head.activation]}",
+        }
+        _write_json(folder / dense_folder(i) / "config.json", config)
+    if spec.normalize:
+        (folder / paths[-1]).mkdir()
+        _write_json(folder / paths[-1] / "config.json", {})
+    settings: dict[str, Any] = {
+        "model_type": "SentenceTransformer",
+        "prompts": spec.prompts,
+        "default_prompt_name": spec.default_prompt_name,
+        "similarity_fn_name": spec.similarity,
+    }
+    if spec.truncate_dim is not None:
+        settings["truncate_dim"] = spec.truncate_dim
+    _write_json(folder / SETTINGS_FILE, settings)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _target(folder: str | Path, overwrite: bool, source: Path | None = None) -> Path:
+    """The folder to write, if it may be written."""
+    target = Path(folder).expanduser().resolve()
+    if source is not None and target == source.resolve():
+        raise ValueError(f"{folder}: is the model's own folder; write to another")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if not overwrite:
+            raise ValueError(f"{folder}: exists and is not empty; choose another folder, or overwrite=True")
+        if not any((target / name).is_file() for name in ("config.json", SPEC_FILE)):
+            raise ValueError(f"{folder}: is not a model folder, so it is not replaced; choose another")
+    return target
+
+
+def _write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Write into a folder beside the target, then put it in its place: nobody ever sees half a model."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
+        new, old = Path(beside) / "new", Path(beside) / "old"
+        new.mkdir()
+        write(new)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
