@@ -174,9 +174,7 @@ class DecoderLoader:
     def __init__(self, spec: DecoderSpec, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.source, self.dtype, self.device = spec, source, dtype, device
         self.unread = {
-            name
-            for name in source.names()
-            if name not in self.IGNORED and not name.endswith(self.IGNORED_ENDINGS)
+            name for name in source.names() if name not in self.IGNORED and not name.endswith(self.IGNORED_ENDINGS)
         }
 
     def load(self, num_layers: int | None = None) -> Decoder:
@@ -219,17 +217,13 @@ class DecoderLoader:
             key_norm=self._vector(f"{at}self_attn.k_norm.weight", K) if spec.qk_norm else None,
             out=self._read([f"{out}.weight"], [D], query_rows),
             out_bias=self._read([f"{out}.bias"], [D]) if spec.out_bias else None,
-            attention_post_norm=(
-                self._vector(f"{at}post_attention_layernorm.weight", D) if spec.post_norms else None
-            ),
+            attention_post_norm=(self._vector(f"{at}post_attention_layernorm.weight", D) if spec.post_norms else None),
             mlp_norm=self._vector(f"{at}{mlp_norm}.weight", D),
             gate_up=self._read([f"{n}.weight" for n in gate_up_names], [F, F], D),
             gate_up_bias=self._read([f"{n}.bias" for n in gate_up_names], [F, F]) if spec.mlp_bias else None,
             down=self._read([f"{down}.weight"], [D], F),
             down_bias=self._read([f"{down}.bias"], [D]) if spec.mlp_bias else None,
-            mlp_post_norm=(
-                self._vector(f"{at}post_feedforward_layernorm.weight", D) if spec.post_norms else None
-            ),
+            mlp_post_norm=(self._vector(f"{at}post_feedforward_layernorm.weight", D) if spec.post_norms else None),
         )
 
     def _vector(self, name: str, size: int) -> Tensor:

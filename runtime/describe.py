@@ -26,7 +26,11 @@ def spec_rows(spec: ModelSpec) -> list[tuple[str, str]]:
     rows = [
         ("family", d.family),
         ("layout", spec.layout),
-        ("attention", spec.attention + (f", {windowed} of {d.num_layers} layers see {windows[0]} tokens to each side" if windows else "")),
+        (
+            "attention",
+            spec.attention
+            + (f", {windowed} of {d.num_layers} layers see {windows[0]} tokens to each side" if windows else ""),
+        ),
         ("pooling", f"{' + '.join(spec.pooling)} over {span}"),
         ("normalize", "yes" if spec.normalize else "no"),
         ("vector", f"{spec.embedding_size} dimensions" + _heads(spec)),
@@ -34,7 +38,13 @@ def spec_rows(spec: ModelSpec) -> list[tuple[str, str]]:
         ("layers", f"{d.num_layers}, hidden {d.hidden_size}, mlp {d.mlp_size} ({d.activation})"),
         ("heads", f"{d.num_heads} query, {d.num_kv_heads} key/value, size {d.head_size}"),
         ("vocabulary", f"{d.vocab_size:,}"),
-        ("rope", "; ".join(f"{r.kind}, theta {r.theta:g}" + (f", factor {r.factor:g}" if r.kind != "default" else "") for r in d.ropes)),
+        (
+            "rope",
+            "; ".join(
+                f"{r.kind}, theta {r.theta:g}" + (f", factor {r.factor:g}" if r.kind != "default" else "")
+                for r in d.ropes
+            ),
+        ),
     ]
     if spec.template:
         rows.append(("template", repr(spec.template)))

@@ -1,22 +1,25 @@
 """sentence-transformers' method names and parameters, as synonyms of `Encoder`'s own."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from flashvec.runtime.encoder import Encoder
+from flashvec.runtime.spec import ModelSpec
 
 
 class SentenceTransformerNames:
     """`encode`, `encode_query`, `encode_document` and `similarity`, for code written for that library."""
 
+    spec: ModelSpec
+    embed: Callable[..., Any]
+    embed_tokens: Callable[..., Any]
+
     def encode(
-        self: "Encoder",
+        self,
         inputs: str | Iterable[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
@@ -55,20 +58,20 @@ class SentenceTransformerNames:
         )
         return result if convert_to_numpy or convert_to_tensor else [torch.from_numpy(row) for row in result]
 
-    def encode_query(self: "Encoder", inputs: str | Iterable[str], **settings: Any) -> Any:
+    def encode_query(self, inputs: str | Iterable[str], **settings: Any) -> Any:
         """`encode` with the prompt named "query", where the model has one."""
         return self._encode_as(("query",), inputs, settings)
 
-    def encode_document(self: "Encoder", inputs: str | Iterable[str], **settings: Any) -> Any:
+    def encode_document(self, inputs: str | Iterable[str], **settings: Any) -> Any:
         """`encode` with the first prompt named "document", "passage" or "corpus" that the model has."""
         return self._encode_as(("document", "passage", "corpus"), inputs, settings)
 
-    def _encode_as(self: "Encoder", names: Sequence[str], inputs: Any, settings: dict[str, Any]) -> Any:
+    def _encode_as(self, names: Sequence[str], inputs: Any, settings: dict[str, Any]) -> Any:
         if settings.get("prompt") is None and settings.get("prompt_name") is None:
             settings["prompt_name"] = next((name for name in names if name in self.spec.prompts), None)
         return self.encode(inputs, **settings)
 
-    def similarity(self: "Encoder", embeddings1: Any, embeddings2: Any) -> Tensor:
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Score of every vector of the first against every one of the second.
 
         Args:

@@ -87,6 +87,7 @@ class Encoder(SentenceTransformerNames):
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.heads = list(heads)
+        self.workers = 1
 
     @classmethod
     def load(
@@ -368,8 +369,8 @@ class Encoder(SentenceTransformerNames):
             run: as in `embed_tokens`.
 
         Returns:
-            `SpanVectors`. A span is the mean of the final states of the tokens that overlap it (before dense heads); one
-            without any (cut off, or empty) is a zero row.
+            `SpanVectors`. A span is the mean of the final states of the tokens that overlap it (before dense heads);
+            one without any (cut off, or empty) is a zero row.
 
         Raises:
             ValueError: a wrong number of lists, or a range outside its text.
@@ -441,7 +442,7 @@ class Encoder(SentenceTransformerNames):
                 num_truncated += int(tokens.truncated.sum())
                 spans = prepare.pooled_spans(self.spec, tokens, prepared, own, self.tokenizer)
                 starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
-                for pack in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, causal):
+                for pack in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, causal, self.workers):
                     yield _Done(pack.indices + at, pack, self._on_device(spans[pack.indices]), tokens, starts)
                     progress.advance(len(pack.indices), pack.schedule.num_tokens)
         if num_truncated:

@@ -1,6 +1,8 @@
 """Runs tokenised texts through the decoder, pack by pack."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +31,9 @@ def default_budget(device: torch.device) -> int:
     return TOKEN_BUDGET_CUDA if device.type == "cuda" else TOKEN_BUDGET_CPU
 
 
-def run(decoder: Decoder, ids: np.ndarray, lengths: np.ndarray, budget: int, causal: bool) -> Iterator[Pack]:
+def run(
+    decoder: Decoder, ids: np.ndarray, lengths: np.ndarray, budget: int, causal: bool, workers: int = 1
+) -> Iterator[Pack]:
     """Run texts in packs of similar length.
 
     Args:
@@ -37,15 +41,39 @@ def run(decoder: Decoder, ids: np.ndarray, lengths: np.ndarray, budget: int, cau
         lengths: int32 [n] tokens of each text, at least 1.
         budget: tokens per pack.
         causal: hide later tokens.
+        workers: packs that run at the same time, each on one thread, over the same weights (CPU). One pack on all
+            threads waits for the slowest of them at every operation; single-threaded packs never wait.
 
     Yields:
         One `Pack` after the other; together they hold every text once. A text's rows have the same bits whatever
         the budget and its neighbours (CPU).
     """
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    for indices in pack(lengths, budget):
+
+    def run_pack(indices: np.ndarray) -> Pack:
         packed = np.concatenate([ids[starts[i] : starts[i + 1]] for i in indices])
         plan = decoder.row_plan(len(packed))
         schedule = build_schedule(lengths[indices].tolist(), sum(plan), decoder.device)
         ids_T = torch.from_numpy(packed).to(decoder.device)
-        yield Pack(indices, decoder.forward(ids_T, schedule, plan, causal), schedule)
+        return Pack(indices, decoder.forward(ids_T, schedule, plan, causal), schedule)
+
+    packs = list(pack(lengths, budget))
+    if workers == 1 or len(packs) == 1 or decoder.device.type != "cpu":
+        yield from map(run_pack, packs)
+    else:
+        yield from _run_on_workers(run_pack, packs, workers)
+
+
+def _run_on_workers(run_pack: Callable[[np.ndarray], Pack], packs: list[np.ndarray], workers: int) -> Iterator[Pack]:
+    """Packs in order, `workers` of them under way; at most one finished pack per worker waits in memory."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            under_way = deque(pool.submit(run_pack, indices) for indices in packs[: 2 * workers])
+            for indices in packs[2 * workers :]:
+                yield under_way.popleft().result()
+                under_way.append(pool.submit(run_pack, indices))
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            torch.set_num_threads(threads)  # a worker's own setting is also the process's default

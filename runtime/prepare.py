@@ -99,8 +99,7 @@ def tokenise(
 
     A prompt's end often decides the vector (last-token pooling reads it), so truncation never takes it.
     """
-    encode = dict(offsets=offsets, split_special=split_special)
-    tokens = tokenizer.encode(prepared.strings, max_length, **encode)
+    tokens = tokenizer.encode(prepared.strings, max_length, offsets=offsets, split_special=split_special)
     too_long = [i for i in np.flatnonzero(tokens.truncated) if prepared.after[i]]
     if not too_long:
         return tokens
@@ -108,7 +107,7 @@ def tokenise(
     for i in too_long:
         strings[i] = _cut_to_fit(tokenizer, prepared, int(i), max_length, split_special)
     truncated = tokens.truncated
-    tokens = tokenizer.encode(strings, max_length, **encode)
+    tokens = tokenizer.encode(strings, max_length, offsets=offsets, split_special=split_special)
     return Tokens(tokens.ids, tokens.lengths, truncated | tokens.truncated, tokens.offsets, tokens.special)
 
 

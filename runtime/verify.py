@@ -85,13 +85,13 @@ def verify_model(
 
     theirs = {}
     for name in dict.fromkeys(("float32", chosen)):
-        module = _hugging_face(open_checkpoint(path, overrides, names), path, DTYPES[name])
+        module = hugging_face_model(open_checkpoint(path, overrides, names), path, DTYPES[name])
         theirs[name] = _hugging_face_vectors(module, encoder, list(texts))
         del module
     return _report(ours, theirs[chosen], theirs["float32"], chosen, encoder.spec)
 
 
-def _hugging_face(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> torch.nn.Module:
+def hugging_face_model(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> torch.nn.Module:
     """transformers' own model of this checkpoint, from its own config.json where it has one."""
     from transformers import AutoModel
 

@@ -1,0 +1,233 @@
+"""Tokens per second of `Encoder.embed`, against the machine's own ceiling and against Hugging Face.
+
+    python -m flashvec.bench.bench_embed --model M [--texts FILE] [--quick]
+
+Everything runs in one process, in turn, on the same texts, new ones in every repetition. Ours and the peers go from a
+list of str to a numpy array, tokenisation included. The ceiling is what the matrix library gives for the model's bare
+products: the best of 1,024, 2,048 and 4,096 rows, on two threads or on two single-threaded workers. Vectors are
+compared before any time is taken.
+"""
+
+import argparse
+import random
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from flashvec.bench.timing import append_rows, interleave, spread
+from flashvec.runtime.encoder import Encoder
+
+PROFILES = {  # mean tokens of a text: what it stands for
+    "queries": 12,
+    "sentences": 25,
+    "passages": 87,
+    "pages": 400,
+    "long tail": 0,
+}
+CEILING_ROWS = (1024, 2048, 4096)
+TOKENS_PER_RUN = 6000
+WARM_UP_TOKENS = 2000
+
+
+class Texts:
+    """Texts of a wanted length, never the same twice, cut from running prose at word boundaries."""
+
+    def __init__(self, path: Path | None, tokens_per_word: float) -> None:
+        if path is None:
+            from pydoc_data.topics import topics
+
+            prose = "\n\n".join(topics.values())
+        else:
+            files = sorted(path.glob("*")) if path.is_dir() else [path]
+            prose = "\n\n".join(f.read_text(encoding="utf-8", errors="replace") for f in files)
+        prose = re.sub(r"<[^>\n]*>", " ", prose)
+        self.words = prose.split()
+        self.tokens_per_word = tokens_per_word
+
+    def draw(self, profile: str, num_tokens: int, seed: int) -> list[str]:
+        """Texts of a profile, about `num_tokens` in all; lengths spread log-normally around the mean."""
+        rng = random.Random(f"{profile} {seed}")
+        texts, total = [], 0.0
+        while total < num_tokens:
+            mean = PROFILES[profile]
+            length = rng.lognormvariate(0, 0.4) * mean if mean else min(rng.paretovariate(0.9) * 20, 2000)
+            words = max(1, round(length / self.tokens_per_word))
+            start = rng.randrange(max(1, len(self.words) - words))
+            texts.append(" ".join(self.words[start : start + words]))
+            total += words * self.tokens_per_word
+        return texts
+
+
+class Ceiling:
+    """The bare matrix products of a decoder's layers."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        layer = encoder.decoder.layers[0]
+        self.weights = [layer.qkv, layer.out, layer.gate_up, layer.down]
+        self.num_layers = len(encoder.decoder.layers)
+        self.forms: dict[str, Callable[[int], None]] = {}
+        for rows in CEILING_ROWS:
+            inputs = [torch.randn(rows, w.shape[1]).to(w.dtype) for w in self.weights]
+            self.forms[f"{rows} rows, all threads"] = lambda _, x=inputs: self._layers(x, 4096 // len(x[0]))
+            self.forms[f"{rows} rows, a worker a core"] = lambda _, x=inputs: self._workers(x, 4096 // len(x[0]))
+        self.tokens = 4096 * 4  # tokens' worth of one layer's products in a call
+
+    def _layers(self, inputs: Sequence[torch.Tensor], times: int) -> None:
+        for _ in range(4 * times):
+            for x, weight in zip(inputs, self.weights, strict=True):
+                F.linear(x, weight)
+
+    def _workers(self, inputs: Sequence[torch.Tensor], times: int) -> None:
+        threads = torch.get_num_threads()
+
+        def work() -> None:
+            torch.set_num_threads(1)
+            for _ in range(4 * times // threads):
+                for x, weight in zip(inputs, self.weights, strict=True):
+                    F.linear(x, weight)
+
+        running = [threading.Thread(target=work) for _ in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        torch.set_num_threads(threads)
+
+    def tokens_per_second(self, seconds: dict[str, list[float]]) -> tuple[float, str]:
+        """The best form's rate for the whole model, and its name."""
+        best = min(self.forms, key=lambda form: median(seconds[form]))
+        return self.tokens / median(seconds[best]) / self.num_layers, best
+
+
+class HuggingFace:
+    """transformers' own model as a careful user runs it: sorted by length, padded to the batch, mean pooled."""
+
+    def __init__(self, model: str, dtype: torch.dtype, batch_size: int = 32) -> None:
+        from flashvec.runtime.checkpoint.open import Overrides, open_checkpoint, resolve
+        from flashvec.runtime.verify import hugging_face_model
+
+        checkpoint = open_checkpoint(resolve(model), Overrides())
+        self.tokenizer = checkpoint.tokenizer.backend
+        self.module = hugging_face_model(checkpoint, resolve(model), dtype)
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        ids = [e.ids[:512] for e in self.tokenizer.encode_batch_fast(list(texts))]
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        vectors: np.ndarray = np.empty((len(ids), self.module.config.hidden_size), np.float32)
+        for at in range(0, len(order), self.batch_size):
+            rows = order[at : at + self.batch_size]
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
+            mask = torch.arange(padded.shape[1]) < torch.tensor([len(ids[i]) for i in rows])[:, None]
+            states = self.module(input_ids=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
+            summed = (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            vectors[rows] = F.normalize(summed, dim=-1).numpy()
+        return vectors
+
+
+def bench_profile(
+    profile: str,
+    texts: Texts,
+    encoders: dict[str, Encoder],
+    peers: dict[str, Any],
+    ceilings: dict[str, Ceiling],
+    repetitions: int,
+) -> list[dict[str, Any]]:
+    """Rows of one length profile: every variant in turn on the same new texts."""
+    first = next(iter(encoders.values()))
+    inputs = [texts.draw(profile, TOKENS_PER_RUN, seed) for seed in range(repetitions)]
+    num_tokens = [int(np.minimum(first.count_tokens(t), first.spec.max_length).sum()) for t in inputs]
+    warm = texts.draw(profile, WARM_UP_TOKENS, -1)
+    truth = first.embed(warm)
+    embedders = {**encoders, **peers}
+    for name, embedder in embedders.items():
+        cosine = (embedder.embed(warm) * truth).sum(1)
+        if np.median(cosine) < 0.99:
+            raise SystemExit(
+                f"{name}: median cosine to {next(iter(encoders))} is {np.median(cosine):.4f}: not the same model"
+            )
+    variants: dict[str, Callable[[int], Any]] = {
+        name: (lambda i, e=embedder: e.embed(inputs[i])) for name, embedder in embedders.items()
+    }
+    for kind, ceiling in ceilings.items():
+        variants |= {f"{kind}: {form}": run for form, run in ceiling.forms.items()}
+    seconds = interleave(variants, repetitions)
+
+    rows = []
+    top = {kind: c.tokens_per_second({f: seconds[f"{kind}: {f}"] for f in c.forms}) for kind, c in ceilings.items()}
+    for name in embedders:
+        rates = [n / s for n, s in zip(num_tokens, seconds[name], strict=True)]
+        ceiling, form = top["float32" if "float32" in name else "bfloat16" if "bfloat16" in top else "float32"]
+        rows.append(
+            {
+                "benchmark": "embed",
+                "variant": name,
+                "profile": profile,
+                "mean_tokens": round(sum(num_tokens) / sum(map(len, inputs)), 1),
+                "tokens_per_s": round(median(rates)),
+                "spread": spread(rates),
+                "ceiling_tokens_per_s": round(ceiling),
+                "ceiling_form": form,
+                "share_of_ceiling": round(median(rates) / ceiling, 3),
+                "repetitions": repetitions,
+            }
+        )
+        print("  ".join(f"{rows[-1][k]!s:>9}" if k != "variant" else f"{name:34}" for k in SHOWN), flush=True)
+    return rows
+
+
+SHOWN = ("variant", "profile", "mean_tokens", "tokens_per_s", "spread", "share_of_ceiling")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder or GGUF file")
+    parser.add_argument("--texts", type=Path, help="file or folder of prose; default: the documentation Python carries")
+    parser.add_argument("--profiles", nargs="*", choices=PROFILES, default=list(PROFILES))
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="passages only, three repetitions")
+    parser.add_argument("--no-peers", action="store_true", help="leave Hugging Face out")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="packs at the same time")
+    parser.add_argument("--threads", type=int, help="torch threads; default all cores")
+    parser.add_argument("--dry", action="store_true", help="keep no rows")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.quick:
+        options.profiles, options.repetitions = ["passages"], 3
+
+    encoders: dict[str, Encoder] = {}
+    peers: dict[str, Any] = {}
+    ceilings: dict[str, Ceiling] = {}
+    for name in ("bfloat16", "float32"):
+        if name == "bfloat16" and Encoder.load(options.model).dtype != torch.bfloat16:
+            continue  # no hardware for it
+        for workers in options.workers:
+            encoder = Encoder.load(options.model, dtype=name)
+            encoder.workers = workers
+            encoders[f"flashvec {name}, {workers} worker{'s' if workers > 1 else ''}"] = encoder
+        ceilings[name] = Ceiling(encoder)
+        if not options.no_peers:
+            peers[f"hugging face {name}, sorted"] = HuggingFace(options.model, getattr(torch, name))
+    sample = Texts(options.texts, 1.0).draw("passages", 2000, -2)
+    ratio = encoder.count_tokens(sample).sum() / sum(len(t.split()) for t in sample)
+    texts = Texts(options.texts, float(ratio))
+
+    print("  ".join(f"{k:>9}" if k != "variant" else f"{k:34}" for k in SHOWN))
+    rows = []
+    for profile in options.profiles:
+        rows += bench_profile(profile, texts, encoders, peers, ceilings, options.repetitions)
+    if not options.dry:
+        append_rows([{"model": Path(options.model).name, **row} for row in rows])
+
+
+if __name__ == "__main__":
+    main()
