@@ -94,12 +94,15 @@ def _is_boundary(backend: Tokenizer, letters: str, right: str) -> bool:
     crossing = re.compile(f"[{letters}][{seen}{right}]")
     if any(crossing.search(content) for content in _added_contents(backend)):
         return False
-    splits = _splits(_stages(backend.pre_tokenizer, "pretokenizers"), letters, right, seen)
+    stages = _stages(backend.pre_tokenizer, "pretokenizers")
+    splits = _splits(stages, letters, right, seen)
     model = backend.model
     if isinstance(model, models.BPE) and model.dropout:
         return False  # random: no two runs agree
     if splits is None or splits:
         return bool(splits)
+    if any(stage["type"] == "Metaspace" for stage in stages):
+        seen = seen.replace(" ", "▁")
     return _has_no_token_over(backend, letters, seen)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Encoding
 
+from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.precut import boundary_pattern
 from flashvec.runtime.tokenizer_files import (
     SpecialTokens,
@@ -100,7 +101,11 @@ class Tokenizer:
             CheckpointError: a missing, damaged or oversized file, named, with the cure.
         """
         backend = read_backend(Path(folder))
-        return cls(backend, read_config(Path(folder), backend))
+        special = read_config(Path(folder), backend)
+        try:
+            return cls(backend, special)
+        except ValueError as error:
+            raise CheckpointError(f"{Path(folder) / 'tokenizer.json'}: {error}") from None
 
     @classmethod
     def from_backend(

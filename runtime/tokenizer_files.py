@@ -95,15 +95,21 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> SpecialTokens:
     older = _read_json(folder / "special_tokens_map.json")
     is_old_form = "added_tokens_decoder" not in config
     entries = {**config, **older} if is_old_form else {**older, **config}
-    named = {name: _token(entries[name], name, folder) for name in _NAMES if name in entries}
+    named = {name: _token(entries[name], name, folder, special=True) for name in _NAMES if name in entries}
     extra = entries.get("extra_special_tokens") or entries.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
 
     listed = _by_id(config.get("added_tokens_decoder", {}), folder)
     if is_old_form:
-        listed += _by_id({i: token for token, i in _read_json(folder / "added_tokens.json").items()}, folder)
+        by_name = {token.content for token in named.values() if token is not None}
+        older = _read_json(folder / "added_tokens.json")
+        listed += _by_id({i: {"content": token, "special": token in by_name} for token, i in older.items()}, folder)
     added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
-    wanted = [*listed, *named.values(), *(_token(token, "extra_special_tokens", folder) for token in extra)]
+    wanted = [
+        *listed,
+        *named.values(),
+        *(_token(token, "extra_special_tokens", folder, special=True) for token in extra),
+    ]
     for token in wanted:
         if token is not None and token.content and token.content not in added:
             backend.add_tokens([token])
@@ -200,16 +206,16 @@ def add_template(
     return template_ids(backend)
 
 
-def _token(value: Any, name: str, folder: Path) -> AddedToken | None:
+def _token(value: Any, name: str, folder: Path, **flags: bool) -> AddedToken | None:
     """A token as the configuration files write it: its text, or an object with "content" and flags."""
     if value is None:
         return None
     if isinstance(value, str):
-        return AddedToken(value, special=True, normalized=False)
+        return AddedToken(value, special=True)
     if isinstance(value, dict) and isinstance(value.get("content"), str):
-        flags = {key: entry is True for key, entry in value.items() if key in _FLAGS}
-        return AddedToken(value["content"], **({"special": True, "normalized": False} | flags))
-    raise CheckpointError(f"{folder}: {name} in the tokenizer's configuration is {value!r}; expected a token's text")
+        stated = {key: entry is True for key, entry in value.items() if key in _FLAGS}
+        return AddedToken(value["content"], **(stated | flags))
+    raise CheckpointError(f"{folder}: {name} in the tokenizer's configuration is {value!r:.80}; expected its text")
 
 
 def _by_id(tokens: Any, folder: Path) -> list[AddedToken | None]:
