@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashvec.runtime.checkpoint.gguf_config import architecture_of, gguf_config, head_count
+from flashvec.runtime.checkpoint.gguf_config import architecture_of, head_count
 from flashvec.runtime.checkpoint.gguf_file import GGUFFile
-from flashvec.runtime.checkpoint.gguf_tokenizer import gguf_tokenizer
 from flashvec.runtime.checkpoint.source import CheckpointError
-
-__all__ = ["GGUFSource", "gguf_config", "gguf_tokenizer"]
 
 CHUNK = 2**20  # values dequantised at a time: the package's temporaries are several times as large
 
@@ -61,11 +58,12 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         """Raises:
-        CheckpointError: a damaged file, an unknown architecture, tensor or storage type; names it.
+        CheckpointError: a damaged file, an unknown architecture, tensor or type, or heads that do not fit q or k.
         """
         self._file = GGUFFile(path)
         self._architecture = architecture_of(self._file)
         self._stored = self._canonical_names()
+        self._pairs = self._paired_heads() if self._architecture.permuted else {}
         _check_types(self._file)
 
     def names(self) -> frozenset[str]:
@@ -87,16 +85,14 @@ class GGUFSource:
 
         Raises:
             KeyError: no such tensor.
-            CheckpointError: q or k whose rows do not divide into the heads of the metadata.
         """
-        stored_name = self._stored[name]
-        info = self._file.tensors[stored_name]
-        stored = self._file.stored(stored_name)
-        if self._architecture.permuted:
-            if name.endswith(("q_proj.weight", "q_proj.bias")):
-                stored = self._unpermuted(stored, stored_name, "head_count")
-            elif name.endswith(("k_proj.weight", "k_proj.bias")):
-                stored = self._unpermuted(stored, stored_name, "head_count_kv")
+        info = self._file.tensors[self._stored[name]]
+        stored = self._file.stored(self._stored[name])
+        if name in self._pairs:
+            # Rows are moved as stored bytes: each is whole blocks, and they are fewer than fp32's.
+            num_heads = self._pairs[name]
+            pairs = stored.view(num_heads, info.shape[0] // num_heads // 2, 2, -1)
+            stored = pairs.transpose(1, 2).reshape(-1)
         tensor = _decoded(stored, info.kind).view(info.shape)
         if self._architecture.shifted_norms and name.endswith("norm.weight"):
             return tensor.float() - 1
@@ -124,14 +120,17 @@ class GGUFSource:
                 )
         return names
 
-    def _unpermuted(self, stored: Tensor, name: str, key: str) -> Tensor:
-        """Rows in Hugging Face's order, moved as stored bytes: a row is whole blocks, and they are fewer."""
-        num_heads = head_count(self._file, key)
-        num_rows = self._file.tensors[name].shape[0]
-        if num_rows % (2 * num_heads):
-            raise CheckpointError(f"{self._file.path}: {name} has {num_rows} rows for {num_heads} heads")
-        pairs = stored.view(num_heads, num_rows // num_heads // 2, 2, -1)
-        return pairs.transpose(1, 2).reshape(-1)
+    def _paired_heads(self) -> dict[str, int]:
+        """Number of heads of each q and k tensor whose rows are stored in pairs."""
+        heads: dict[str, int] = {}
+        for name, stored in self._stored.items():
+            is_query = ".q_proj." in name
+            if is_query or ".k_proj." in name:
+                heads[name] = head_count(self._file, "head_count" if is_query else "head_count_kv")
+                num_rows = self._file.tensors[stored].shape[0]
+                if num_rows % (2 * heads[name]):
+                    raise CheckpointError(f"{self._file.path}: {stored} has {num_rows} rows for {heads[name]} heads")
+        return heads
 
 
 def _check_types(file: GGUFFile) -> None:

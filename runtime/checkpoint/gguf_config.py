@@ -97,9 +97,7 @@ def architecture_of(file: GGUFFile) -> Architecture:
     """Raises CheckpointError: none stated, or one that is not supported."""
     name = file.metadata.get("general.architecture")
     if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{file.path}: general.architecture is {name!r}; known are {', '.join(ARCHITECTURES)}"
-        )
+        raise CheckpointError(f"{file.path}: general.architecture is {name!r}; known are {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
@@ -160,9 +158,7 @@ def _head_size(facts: _Facts, config: dict[str, Any]) -> int:
     rotary = facts.whole("rope.dimension_count", 0, lowest=0)
     head_size = facts.whole("attention.key_length", rotary or even)
     if rotary not in (0, head_size):
-        raise CheckpointError(
-            f"{facts.file.path}: {rotary} of {head_size} head dimensions rotate; only all can"
-        )
+        raise CheckpointError(f"{facts.file.path}: {rotary} of {head_size} head dimensions rotate; only all can")
     if facts.whole("attention.value_length", head_size) != head_size:
         raise CheckpointError(f"{facts.file.path}: keys and values differ in size, which is not supported")
     return head_size
@@ -230,9 +226,7 @@ def _yarn(facts: _Facts, architecture: Architecture, factor: float) -> dict[str,
     yarn: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": facts.whole(
-            "rope.scaling.original_context_length", limit=MAX_POSITIONS
-        ),
+        "original_max_position_embeddings": facts.whole("rope.scaling.original_context_length", limit=MAX_POSITIONS),
         "beta_fast": facts.real("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": facts.real("rope.scaling.yarn_beta_slow", 1.0),
     }

@@ -85,18 +85,14 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: no such file")
         self._size = self.path.stat().st_size
         if self._size < 24:
-            raise CheckpointError(
-                f"{self.path}: {self._size} bytes, too short for a GGUF file; fetch it again"
-            )
+            raise CheckpointError(f"{self.path}: {self._size} bytes, too short for a GGUF file; fetch it again")
         self._map: Tensor | None = None
         with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cursor = _Cursor(data, self.path)
             num_tensors, num_keys = _read_start(cursor)
             self.metadata = _read_metadata(cursor, num_keys)
             if self.metadata.get("split.count", 1) != 1:
-                raise CheckpointError(
-                    f"{self.path}: one part of several; join them with llama-gguf-split --merge"
-                )
+                raise CheckpointError(f"{self.path}: one part of several; join them with llama-gguf-split --merge")
             self.tensors = _read_tensors(cursor, num_tensors, self._alignment())
 
     def array(self, key: str) -> list[Any]:
@@ -130,9 +126,7 @@ class GGUFFile:
     def _alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
-            raise CheckpointError(
-                f"{self.path}: general.alignment is {alignment!r}, expected a power of two from 8 up"
-            )
+            raise CheckpointError(f"{self.path}: general.alignment is {alignment!r}, expected a power of two from 8 up")
         return alignment
 
 
@@ -181,13 +175,9 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
         raise CheckpointError(f"{cursor.path}: not a GGUF file (it does not begin with GGUF)")
     version = cursor.number("the version", "I")
     if version & 0xFFFF == 0:
-        raise CheckpointError(
-            f"{cursor.path}: a big-endian GGUF file; convert the model again for little-endian"
-        )
+        raise CheckpointError(f"{cursor.path}: a big-endian GGUF file; convert the model again for little-endian")
     if version not in VERSIONS:
-        raise CheckpointError(
-            f"{cursor.path}: GGUF version {version}; versions 2 and 3 are read: convert it again"
-        )
+        raise CheckpointError(f"{cursor.path}: GGUF version {version}; versions 2 and 3 are read: convert it again")
     num_tensors = cursor.count("the number of tensors", "Q", MAX_TENSORS)
     return num_tensors, cursor.count("the number of keys", "Q", MAX_KEYS)
 
@@ -262,9 +252,7 @@ def _stored_size(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tu
     try:
         known = GGMLQuantizationType(kind)
     except ValueError:
-        raise CheckpointError(
-            f"{path}: {name} has type {kind}, which the gguf package does not know"
-        ) from None
+        raise CheckpointError(f"{path}: {name} has type {kind}, which the gguf package does not know") from None
     block, block_bytes = GGML_QUANT_SIZES[known]
     if not shape or 0 in shape or shape[-1] % block:
         raise CheckpointError(f"{path}: {name} has shape {list(shape)}, which {known.name} cannot hold")

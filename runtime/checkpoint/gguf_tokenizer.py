@@ -67,8 +67,7 @@ def _tokenizer_facts(file: GGUFFile) -> dict[str, Any]:
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.model is {kind!r}; known are gpt2 (byte-level BPE) and "
-            "llama (SentencePiece)"
+            f"{file.path}: tokenizer.ggml.model is {kind!r}; known are gpt2 (byte-level BPE) and llama (SentencePiece)"
         )
     facts: dict[str, Any] = {"tokenizer_type": kind}
     if kind == "gpt2":
@@ -76,9 +75,7 @@ def _tokenizer_facts(file: GGUFFile) -> dict[str, Any]:
     tokens = _array(file, "tokens", None)
     rows = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else len(tokens)
     if not 0 < len(tokens) <= min(rows, MAX_TOKENS):
-        raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries for {rows} embeddings"
-        )
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries for {rows} embeddings")
     if len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens names a token twice")
     facts["tokens"] = tokens
@@ -95,13 +92,9 @@ def _tokenizer_facts(file: GGUFFile) -> dict[str, Any]:
 def _array(file: GGUFFile, key: str, length: int | None) -> list[Any]:
     stored = file.metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(stored, StoredArray) or stored.count > MAX_TOKENS:
-        raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.{key} is {stored!r}; expected an array of a vocabulary"
-        )
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.{key} is {stored!r}; expected an array of a vocabulary")
     if length is not None and stored.count != length:
-        raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.{key} has {stored.count} entries for {length} tokens"
-        )
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.{key} has {stored.count} entries for {length} tokens")
     values = file.array(f"tokenizer.ggml.{key}")
     text = key in ("tokens", "merges")
     if any(isinstance(value, str) != text for value in values):
@@ -125,15 +118,13 @@ def _convert(file: GGUFFile, facts: dict[str, Any]) -> Tokenizer:
         )
     except ImportError:
         raise CheckpointError(
-            f"{file.path}: this transformers does not convert GGUF tokenizers from metadata; "
+            f"{file.path}: converting a GGUF tokenizer needs transformers 5.19 or later; "
             "upgrade it: pip install -U transformers"
         ) from None
     known = (*GGUF_PRE_TOKENIZER_SPLITS, *GPT2_SPLITS, *DIGIT_SPLITS)
     split = facts.get("pre_tokenizer_type", "default")
     if split not in known:  # a guess would cut words differently than the model learned them
-        raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.pre is {split!r}; known are {', '.join(sorted(known))}"
-        )
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.pre is {split!r}; known are {', '.join(sorted(known))}")
     architecture = file.metadata["general.architecture"]
     # It knows Gemma's SentencePiece (spaces kept, merges in vocabulary order) by architecture.
     architecture = "gemma3" if architecture == "gemma-embedding" else architecture
@@ -181,7 +172,5 @@ def _post_processor(file: GGUFFile, special: dict[str, Any], kind: str) -> Any:
                 )
             )
         except ValueError as error:
-            raise CheckpointError(
-                f"{file.path}: special tokens {[*begin, *end]} fit no template: {error}"
-            ) from None
+            raise CheckpointError(f"{file.path}: special tokens {[*begin, *end]} fit no template: {error}") from None
     return processors.Sequence(steps)

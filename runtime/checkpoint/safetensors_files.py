@@ -169,9 +169,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str], dict[str, Path]]:
     stored: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_basename(shard) or not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path}: weight_map sends {name} to {shard!r}; expected a plain .safetensors name"
-            )
+            raise CheckpointError(f"{path}: weight_map sends {name} to {shard!r}; expected a plain .safetensors name")
         if shard not in files:
             if not (folder / shard).is_file():
                 raise CheckpointError(f"{folder / shard}: missing, but {INDEX_FILE} names it; fetch it again")
@@ -207,9 +205,7 @@ def _inside(folder: Path, name: str, named_by: str) -> Path:
     cache = next((parent.parent for parent in home.parents if parent.name == "snapshots"), None)
     if cache is not None and target.parent == cache / "blobs":
         return folder / name
-    raise CheckpointError(
-        f"{folder / name} ({named_by}) is a link that leaves the folder; put the file itself there"
-    )
+    raise CheckpointError(f"{folder / name} ({named_by}) is a link that leaves the folder; put the file itself there")
 
 
 def _nothing_to_read(folder: Path) -> str:

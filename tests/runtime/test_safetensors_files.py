@@ -59,9 +59,7 @@ def test_names_lose_the_models_prefix(tmp_path: Path, prefix: str) -> None:
 
 
 def test_other_prefixes_are_left_alone(tmp_path: Path) -> None:
-    save_file(
-        {"base_model.model.model.norm.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors"
-    )
+    save_file({"base_model.model.model.norm.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     source = SafetensorsSource.from_file(tmp_path / "adapter_model.safetensors")
     assert source.names() == {"base_model.model.model.norm.lora_A.weight"}
 
