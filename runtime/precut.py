@@ -19,10 +19,8 @@ _LETTERS = _ASCII + "\u4e00-\u9fa5"  # ideographs: \p{L} in every version of Uni
 _STOPS = "\uff0c\u3002\u3001"  # full-width comma, ideographic full stop and comma
 _STOPS_NORMALIZED = ",." + _STOPS
 
-# Normalizers that look at one character, or one grapheme, at a time. Replace is judged by its pattern.
-_LOCAL_NORMALIZERS = frozenset(
-    ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Prepend", "Precompiled")
-)
+# Normalizers that reach no further than a character and its accents. Replace is judged by its pattern.
+_LOCAL_NORMALIZERS = frozenset(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Prepend"))
 
 # Alternatives of the splitting patterns of GPT-2, cl100k, o200k, Llama 3, Qwen 2 to 3.5, Tekken and DeepSeek.
 # Checked for each: no match holds a letter or digit with a space or stop after it, and the only look-ahead is
