@@ -7,6 +7,8 @@ whatever `add_bos_token: false` in tokenizer_config.json says (transformers 5 do
   and its kin pool that token; transformers 5 drops the setting without a word beside a tokenizer.json.
 - A text that gives no token at all becomes one end-of-text token, so that it has a vector.
 
+Long texts are cut on the right: `truncation_side` is not followed, nor `split_special_tokens`, which is an argument.
+
 transformers 5 rebuilds some tokenizers from their class instead of reading tokenizer.json (LlamaTokenizer
 beside a Llama config). Its ids then differ from tokenizer.json's, and from those the models were trained on,
 where a text starts with a space and after a special token inside a text. Here tokenizer.json counts.
@@ -35,7 +37,7 @@ from flashvec.runtime.tokenizer_files import (
 )
 
 CHUNK_TEXTS = 512  # texts handed to Rust at once: enough for all its threads
-CHUNK_CHARS = 1 << 21  # and at most this many characters: an encoding takes some 100 bytes a token while it lives
+CHUNK_CHARS = 1 << 21  # and no more characters than this: an encoding takes some 100 bytes a token while it lives
 # First cut of a long text, in characters. English has 4 to 5 a token, so that most texts pass at once; one
 # with more is cut again at twice the length.
 CUT_CHARS_PER_TOKEN = 8

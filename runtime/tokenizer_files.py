@@ -97,7 +97,8 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> SpecialTokens:
     entries = {**config, **older} if is_old_form else {**older, **config}
     named = {name: _token(entries[name], name, folder, special=True) for name in _NAMES if name in entries}
     extra = entries.get("extra_special_tokens") or entries.get("additional_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else extra
+    extra = [*(extra.values() if isinstance(extra, dict) else extra)]
+    extra += [value for key, value in config.items() if _names_a_token(key) and isinstance(value, str)]
 
     listed = _by_id(config.get("added_tokens_decoder", {}), folder)
     if is_old_form:
@@ -216,6 +217,11 @@ def _token(value: Any, name: str, folder: Path, **flags: bool) -> AddedToken | N
         stated = {key: entry is True for key, entry in value.items() if key in _FLAGS}
         return AddedToken(value["content"], **(stated | flags))
     raise CheckpointError(f"{folder}: {name} in the tokenizer's configuration is {value!r:.80}; expected its text")
+
+
+def _names_a_token(key: str) -> bool:
+    """Is `key` a model's own special token, such as Gemma 3's boi_token?"""
+    return key.endswith("_token") and key not in _NAMES
 
 
 def _by_id(tokens: Any, folder: Path) -> list[AddedToken | None]:

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
+from flashvec.runtime import tokenizer_files
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.tokenize import Tokenizer
 
@@ -39,6 +40,25 @@ def test_special_tokens_map_and_added_tokens_of_older_folders(tmp_path: Path) ->
     tokenizer, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert (tokenizer.bos_id, tokenizer.pad_id) == (1, 2) == (theirs.bos_token_id, theirs.pad_token_id)
     assert tokenizer.encode(["cat <extra>"], 32).ids.tolist() == theirs("cat <extra>")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"extra_special_tokens": ["dog"]},
+        {"extra_special_tokens": {"animal_token": "dog"}},
+        {"additional_special_tokens": ["dog"]},
+        {"animal_token": "dog"},
+        {"added_tokens_decoder": {"9": {"content": "dog", "special": False, "lstrip": True}}},
+        {"pad_token": "[PAD]"},
+        {"add_prefix_space": True},
+    ],
+)
+def test_tokens_that_only_the_configuration_has(tmp_path: Path, more: dict) -> None:
+    write_folder(tmp_path, backend_of("llama3"), NAMES | FAST | more)
+    tokenizer, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*TEXTS, "hot  dogs[PAD] x"):
+        assert tokenizer.encode([text], 99).ids.tolist() == (theirs(text)["input_ids"] or [2])
 
 
 @pytest.mark.parametrize("kind", ["llama2", "gpt2", "llama3", "unigram"])
@@ -138,6 +158,6 @@ def test_missing_and_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(CheckpointError, match=message):
             Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    monkeypatch.setattr("flashvec.runtime.tokenizer_files.MAX_TOKENIZER_BYTES", 100)
+    monkeypatch.setattr(tokenizer_files, "MAX_TOKENIZER_BYTES", 100)
     with pytest.raises(CheckpointError, match="at most 100"):
         Tokenizer.from_folder(tmp_path)
