@@ -111,7 +111,7 @@ def _has_no_token_over(backend: Tokenizer, letters: str, seen: str) -> bool:
     if isinstance(model, models.BPE):
         if model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix:
             return False  # what a piece becomes may depend on where it ends
-        if model.unk_token not in vocab:
+        if not model.unk_token or model.unk_token not in vocab:
             return False  # unknown characters are dropped: their neighbours meet and may merge
         last += ">" + re.escape(model.unk_token[-1])  # an unknown letter becomes bytes, "<0x41>", or this
     elif not isinstance(model, models.Unigram):

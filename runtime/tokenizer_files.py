@@ -97,14 +97,19 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> SpecialTokens:
     entries = {**config, **older} if is_old_form else {**older, **config}
     named = {name: _token(entries[name], name, folder, special=True) for name in _NAMES if name in entries}
     extra = entries.get("extra_special_tokens") or entries.get("additional_special_tokens") or []
-    extra = [*(extra.values() if isinstance(extra, dict) else extra)]
+    extra = list(extra.values()) if isinstance(extra, dict) else extra
+    if not isinstance(extra, list):
+        raise CheckpointError(f"{folder}: extra_special_tokens in the tokenizer's configuration is not a list")
     extra += [value for key, value in config.items() if _names_a_token(key) and isinstance(value, str)]
 
-    listed = _by_id(config.get("added_tokens_decoder", {}), folder)
+    decoder = config.get("added_tokens_decoder", {})
+    if not isinstance(decoder, dict):
+        raise CheckpointError(f"{folder}: added_tokens_decoder in the tokenizer's configuration is not an object")
+    listed = _by_id(list(decoder.items()), folder)
     if is_old_form:
         by_name = {token.content for token in named.values() if token is not None}
         older = _read_json(folder / "added_tokens.json")
-        listed += _by_id({i: {"content": token, "special": token in by_name} for token, i in older.items()}, folder)
+        listed += _by_id([(i, {"content": token, "special": token in by_name}) for token, i in older.items()], folder)
     added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
     wanted = [
         *listed,
@@ -224,12 +229,12 @@ def _names_a_token(key: str) -> bool:
     return key.endswith("_token") and key not in _NAMES
 
 
-def _by_id(tokens: Any, folder: Path) -> list[AddedToken | None]:
+def _by_id(tokens: list[tuple[Any, Any]], folder: Path) -> list[AddedToken | None]:
     """Entries of added_tokens_decoder or added_tokens.json, lowest id first."""
     try:
-        ordered = sorted(((int(i), token) for i, token in tokens.items()), key=lambda entry: entry[0])
-    except (AttributeError, TypeError, ValueError):
-        raise CheckpointError(f"{folder}: the tokenizer's configuration has damaged added tokens") from None
+        ordered = sorted(((int(i), token) for i, token in tokens), key=lambda entry: entry[0])
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{folder}: added tokens in the tokenizer's configuration have no numbers") from None
     return [_token(token, f"added token {i}", folder) for i, token in ordered]
 
 

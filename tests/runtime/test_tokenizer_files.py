@@ -152,7 +152,9 @@ def test_missing_and_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("[]", "expected a JSON object"),
         ('{"eos_token": 3}', "eos_token"),
         ('{"added_tokens_decoder": {"x": {}}}', "added tokens"),
-        ('{"added_tokens_decoder": [1]}', "added tokens"),
+        ('{"added_tokens_decoder": [1]}', "added_tokens_decoder"),
+        ('{"extra_special_tokens": 3}', "extra_special_tokens"),
+        ('{"extra_special_tokens": [3]}', "extra_special_tokens"),
     ):
         (tmp_path / "tokenizer_config.json").write_text(damaged)
         with pytest.raises(CheckpointError, match=message):
