@@ -60,7 +60,9 @@ def pool(spec: ModelSpec, decoder: Decoder, pack: Pack, spans_S2: Tensor, texts_
     pooled = []
     for mode in spec.pooling:
         spans = spans_S2
-        if mode in ("last", "cls"):  # the text's own last and first token, whatever the instruction
+        # The text's own last and first token, whatever the instruction; in a sentence-transformers folder that
+        # leaves prompts out, the first is the one after the prompt.
+        if mode == "last" or (mode == "cls" and spec.span != "prompt_tokens"):
             spans = torch.stack([torch.zeros_like(lengths_B), lengths_B], 1)[texts_S]
         first = spans[:, 0] + 1 if spec.span == "prompt_tokens" else None
         pooled.append(

@@ -19,6 +19,7 @@ from flashvec.runtime.tokenize import Tokenizer, Tokens
 
 SEPARATOR = "!@#$%^&*()"  # the reference joins instruction and text with it; here only `compat` knows it
 PLACEHOLDER = "{text}"
+MAX_PROMPT_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,12 @@ def pooled_spans(
 
 
 def _prompt_lengths(prepared: Prepared, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokens of each prompt tokenised alone with special tokens, without those at the end."""
+    """Tokens of each prompt tokenised alone, without a special one at the end, as sentence-transformers counts."""
+    special = {number for number, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
     distinct = dict.fromkeys(prepared.before, 0)
-    for prompt in distinct:
-        counted = int(tokenizer.count([prompt], special=True)[0])
-        distinct[prompt] = counted - len(tokenizer.suffix_ids) if prompt else 0
+    for prompt in filter(None, distinct):
+        ids = tokenizer.encode([prompt], MAX_PROMPT_TOKENS).ids
+        distinct[prompt] = len(ids) - (int(ids[-1]) in special)
     return np.array([distinct[prompt] for prompt in prepared.before], dtype=np.int64)
 
 

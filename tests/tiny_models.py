@@ -5,8 +5,9 @@ scale or rotation shows; with the usual std of 0.02 every token attends to every
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import peft
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -31,6 +32,7 @@ TEXTS = (
     "  leading and trailing spaces  ",
     "prices rose " * 12,
 )
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -44,7 +46,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-CLASSES = {  # family -> configuration class, model class, keys of its own
+CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {  # family -> configuration class, model class, keys of its own
     "llama": ("LlamaConfig", "LlamaModel", {}),
     "mistral": ("MistralConfig", "MistralModel", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", "Qwen2Model", {}),
@@ -139,6 +141,18 @@ def tiny_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer(folder, bos=bos, eos=eos)
     return tiny_model(folder, family, **keys)
+
+
+def tiny_adapter(model: transformers.PreTrainedModel, folder: Path, **config: Any) -> transformers.PreTrainedModel:
+    """Save a LoRA adapter with random factors; returns the model with it merged in by peft."""
+    config = {"r": 4, "target_modules": PROJECTIONS, **config}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **config))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    adapted.save_pretrained(str(folder))
+    return cast(transformers.PreTrainedModel, adapted.merge_and_unload())
 
 
 def unit(vectors: Any) -> torch.Tensor:
