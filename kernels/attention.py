@@ -18,6 +18,7 @@ from flashvec.kernels.precision import widen
 from flashvec.kernels.schedule import Group, Schedule
 
 QUERY_BLOCK = 1024  # rows of queries per call where scores or masks are held in memory: bounds them to 1024 * n
+MIN_HEAD_SIZE = 16  # below it the library's small products depend on how a thread's buffer happens to be aligned
 
 
 def attention_reference(
@@ -82,6 +83,10 @@ def _attention_grouped(
     """
     T, H, K = q_THK.shape
     G = k_TGK.shape[1]
+    if K < MIN_HEAD_SIZE:  # zero columns change no score and no sum
+        q_THK, k_TGK, v_TGK = (F.pad(x, (0, MIN_HEAD_SIZE - K)) for x in (q_THK, k_TGK, v_TGK))
+        masks = {"causal": causal, "window": window, "softcap": softcap}
+        return _attention_grouped(q_THK, k_TGK, v_TGK, schedule, scale=scale, **masks)[..., :K].contiguous()
     out_THK = q_THK.new_empty(T, H, K)
     out_THK[schedule.num_tokens :] = 0
     for group in schedule.groups:

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -215,6 +215,7 @@ class Encoder(SentenceTransformerNames):
         output: Literal["numpy", "torch"] = "numpy",
         out: np.ndarray | None = None,
         split_special: bool = False,
+        spans: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> Any:
         """One vector per text.
 
@@ -233,6 +234,7 @@ class Encoder(SentenceTransformerNames):
             out: array or memmap [n, d] to write into; it is also returned.
             split_special: read special-token strings inside a text as plain text. By default they become control
                 tokens, as in Hugging Face.
+            spans: character ranges in each text; the result is then that of `embed_spans`.
 
         Returns:
             [n, d] in input order; [d] for a str; [0, d] for no texts. float32 unless `precision` says otherwise. An
@@ -241,6 +243,9 @@ class Encoder(SentenceTransformerNames):
         Raises:
             TypeError, ValueError: what cannot be embedded; the message names the row or the argument.
         """
+        run = _Run(max_length, batch_tokens, split_special, show_progress)
+        if spans is not None:
+            return self.embed_spans(texts, spans, normalize=normalize, **asdict(run))
         rows, single = as_texts(texts)
         dim = self._check_dim(truncate_dim)
         if output not in ("numpy", "torch"):
@@ -250,7 +255,6 @@ class Encoder(SentenceTransformerNames):
         quantize(np.zeros((0, dim), np.float32), precision, self.spec.int8_ranges)  # refuse before working
         instructions = self._instructions(instruction, prompt_name, len(rows))
         vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device)
-        run = _Run(max_length, batch_tokens, split_special, show_progress)
         for done in self._run(rows, instructions, run):
             vectors[self._on_device(done.rows)] = self._vectors(done, normalize, truncate_dim)
         if output == "torch":
@@ -440,6 +444,7 @@ class Encoder(SentenceTransformerNames):
                     self.tokenizer, prepared, limit, offsets=offsets, split_special=run.split_special
                 )
                 num_truncated += int(tokens.truncated.sum())
+                self._check_ids(tokens.ids)
                 spans = prepare.pooled_spans(self.spec, tokens, prepared, own, self.tokenizer)
                 starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
                 for pack in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, causal, self.workers):
@@ -450,6 +455,15 @@ class Encoder(SentenceTransformerNames):
                 f"{num_truncated} of {len(rows)} texts were longer than max_length={limit} tokens and were cut",
                 TruncationWarning,
                 stacklevel=3,
+            )
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        size = self.spec.decoder.vocab_size
+        if len(ids) and ids.max() >= size:
+            token = self.tokenizer.backend.id_to_token(int(ids.max()))
+            raise ValueError(
+                f"the tokenizer gives {token!r} the id {ids.max()}, the model's embedding has {size} rows: "
+                "tokenizer.json belongs to another model"
             )
 
     def _vectors(self, done: _Done, normalize: bool | None, truncate_dim: int | None) -> Tensor:

@@ -58,7 +58,7 @@ def run(
         return Pack(indices, decoder.forward(ids_T, schedule, plan, causal), schedule)
 
     packs = list(pack(lengths, budget))
-    if workers == 1 or len(packs) == 1 or decoder.device.type != "cpu":
+    if workers == 1 or decoder.device.type != "cpu":
         yield from map(run_pack, packs)
     else:
         yield from _run_on_workers(run_pack, packs, workers)

@@ -183,4 +183,4 @@ def text_token_spans(tokens: Tokens, starts: Sequence[int], sizes: Sequence[int]
 def char_span_to_tokens(offsets: np.ndarray, special: np.ndarray, start: int, stop: int) -> tuple[int, int]:
     """First and one past the last token that overlap characters [start, stop); (0, 0) if none does."""
     inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop) & ~special)
-    return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+    return (int(inside[0]), int(inside[-1]) + 1) if stop > start and len(inside) else (0, 0)

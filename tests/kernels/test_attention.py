@@ -65,9 +65,10 @@ def test_neighbours_are_invisible(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("length", [1, 7, 32, 33, 130, 193, 513])
-def test_same_bits_alone_and_in_a_group(length, mask, dtype, device):
-    q, k, v, schedule = heads([length] * 5, 6, 2, 64, dtype, device)
+@pytest.mark.parametrize("K", [8, 64])
+@pytest.mark.parametrize("length", [1, 19, 33, 130, 257])
+def test_same_bits_alone_and_in_a_group(length, K, mask, dtype, device):
+    q, k, v, schedule = heads([length] * 5, 6, 2, K, dtype, device)
     together = attention(q, k, v, schedule, scale=0.125, **MASKS[mask])
     own = slice(2 * length, 3 * length)
     alone = attention(q[own], k[own], v[own], build_schedule([length]), scale=0.125, **MASKS[mask])

@@ -1,0 +1,159 @@
+"""One random model of every family: Hugging Face's own, and our decoder with the same weights.
+
+Weights and norms are drawn wide (std 0.25), eps is 1e-2, theta small, the soft-cap near 1, lengths lie at a window's
+edge and far past it: a fact of a family's row that is wrong shows at once.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flashvec.kernels.rms_norm import rms_norm
+from flashvec.runtime import engine
+from flashvec.runtime.decoder import Decoder, DecoderLoader
+from flashvec.runtime.families import FAMILIES, decoder_spec, stated_attention
+
+WINDOW = 9
+BASE = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-2,
+    "max_position_embeddings": 8192,
+    "rope_theta": 10.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10.0,
+    "factor": 128.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+    "llama_4_scaling_beta": 0.1,
+}
+GEMMA3 = {
+    "sliding_window": WINDOW,
+    "query_pre_attn_scalar": 20,
+    "sliding_window_pattern": 2,
+    "rope_theta": 100.0,
+    "rope_local_base_freq": 10.0,
+}
+CONFIGS: dict[str, dict] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "llama linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "mistral": {"sliding_window": WINDOW},
+    "ministral": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "ministral3": {"sliding_window": None, "rope_parameters": YARN},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 2,
+        "hidden_size": 96,
+        "head_dim": None,
+    },
+    "qwen3": {"attention_bias": True},
+    "gemma": {},
+    "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 20},
+    "gemma3_text": GEMMA3,
+    "gemma3_text flag": {**GEMMA3, "use_bidirectional_attention": True},  # EmbeddingGemma
+}
+CASES = [
+    (name, a) for name in CONFIGS for a in ("bidirectional", "causal") if not (name.endswith("flag") and a == "causal")
+]
+LENGTHS = [1, 2, 4, 5, 6, 8, 9, 10, 11, 17, 18, 19, 63, 64, 65, 130]
+
+
+class ModuleSource:
+    """A Hugging Face module's parameters as a tensor source."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.tensors = dict(module.state_dict())
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def close(self) -> None:
+        pass
+
+
+def config_of(name: str, attention: str) -> dict:
+    config = {**BASE, **CONFIGS[name], "model_type": name.split()[0]}
+    if "rope_parameters" in config:
+        del config["rope_theta"]
+    if config["head_dim"] is None:
+        del config["head_dim"]
+    if attention == "bidirectional" and not name.endswith("flag"):
+        config["is_causal"] = False
+    return config
+
+
+@cache
+def models(name: str, attention: str) -> tuple[torch.nn.Module, Decoder]:
+    config = config_of(name, attention)
+    hf_config = CONFIG_MAPPING[config["model_type"]](**{k: v for k, v in config.items() if k != "model_type"})
+    # transformers' SDPA path knows no soft-cap
+    eager = config["model_type"] == "gemma2"
+    model = AutoModel.from_config(hf_config, attn_implementation="eager" if eager else "sdpa").eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.normal_(0, 0.25, generator=generator)
+            if "norm" in key and not FAMILIES[config["model_type"]].norm_offset:
+                parameter.add_(1.0)  # around one, where a norm's effective weight lies in every family
+    assert stated_attention(config) == ("bidirectional" if attention == "bidirectional" else None)
+    spec = decoder_spec(config, attention)  # type: ignore[arg-type]
+    decoder = DecoderLoader(spec, ModuleSource(model), torch.float32, torch.device("cpu")).load()
+    return model, decoder
+
+
+def texts_of(lengths: list[int]) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, BASE["vocab_size"], n, dtype=np.int32) for n in lengths]
+
+
+def hugging_face_states(model: torch.nn.Module, texts: list[np.ndarray]) -> list[Tensor]:
+    with torch.inference_mode():
+        return [model(torch.from_numpy(t.astype(np.int64))[None]).last_hidden_state[0] for t in texts]
+
+
+def run_packs(decoder: Decoder, texts: list[np.ndarray], causal: bool) -> list[engine.Pack]:
+    lengths = np.array([len(t) for t in texts], dtype=np.int32)
+    return list(engine.run(decoder, np.concatenate(texts), lengths, 512, causal))
+
+
+def our_states(decoder: Decoder, texts: list[np.ndarray], causal: bool) -> list[Tensor]:
+    return final_states(decoder, run_packs(decoder, texts, causal), texts)
+
+
+def final_states(decoder: Decoder, packs: list[engine.Pack], texts: list[np.ndarray]) -> list[Tensor]:
+    states: list[Tensor] = [torch.empty(0)] * len(texts)
+    for done in packs:
+        spec = decoder.spec
+        x = rms_norm(done.hidden_TD[: done.schedule.num_tokens], decoder.norm_D, spec.norm_eps, spec.norm_offset)
+        for i, part in zip(done.indices, x.split([len(texts[i]) for i in done.indices]), strict=True):
+            states[i] = part
+    return states

@@ -1,0 +1,120 @@
+"""Loading a decoder's tensors: what is missing, surplus or damaged is named; memory stays within its bound."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from family_models import ModuleSource, config_of, models
+
+from flashvec.runtime.checkpoint.source import CheckpointError
+from flashvec.runtime.decoder import DecoderLoader
+from flashvec.runtime.families import decoder_spec
+
+CPU = torch.device("cpu")
+
+
+def loader(change=None):
+    module, _ = models("llama", "bidirectional")
+    source = ModuleSource(module)
+    if change:
+        change(source.tensors)
+    return DecoderLoader(decoder_spec(config_of("llama", "bidirectional"), "bidirectional"), source, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight is missing"),
+        (lambda t: t.update({"layers.9.x": torch.zeros(1)}), "1 tensors fit nowhere .* layers.9.x"),
+        (
+            lambda t: t.update({"norm.weight": torch.zeros(3)}),
+            r"norm.weight has shape \(3,\), config.json asks for \(48,\)",
+        ),
+        (
+            lambda t: t.update(
+                {"embed_tokens.weight": t["embed_tokens.weight"].clone().index_fill_(0, torch.tensor(3), torch.nan)}
+            ),
+            "embed_tokens.weight holds NaN or infinity",
+        ),
+        (lambda t: t.update({"norm.weight": t["norm.weight"] + torch.inf}), "norm.weight holds NaN or infinity"),
+    ],
+)
+def test_refuses_by_name(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        loader(change).load()
+
+
+def test_the_language_model_head_and_old_buffers_are_ignored():
+    extra = {"lm_head.weight": torch.zeros(1), "layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    assert loader(lambda t: t.update(extra)).load() is not None
+
+
+def test_first_layers():
+    assert len(loader().load(2).layers) == 2
+
+
+def test_one_product_reads_one_merged_weight():
+    module, decoder = models("llama", "bidirectional")
+    own = module.layers[0].self_attn
+    want = torch.cat([own.q_proj.weight, own.k_proj.weight, own.v_proj.weight])
+    assert torch.equal(decoder.layers[0].qkv, want)
+
+
+MEMORY = """
+import re, sys, threading, time
+from pathlib import Path
+import torch
+from flashvec import Encoder
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+torch.ones(8, 8) @ torch.ones(8, 8)
+before, peak, done = anonymous(), [0], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+enc = Encoder.load(sys.argv[1], dtype=sys.argv[2], adapters=sys.argv[3:])
+done.set(); thread.join()
+decoder = enc.decoder
+tensors = [decoder.embedding_VD, decoder.norm_D] + [t for l in decoder.layers for t in vars(l).values() if t is not None]
+weights = sum(t.numel() * t.element_size() for t in tensors)
+print(weights, max(peak[0], anonymous()) - before)
+"""
+
+
+def peak_memory(model, dtype, *adapters):
+    """Bytes of the loaded weights, and by how much anonymous memory peaked while loading them."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(model), dtype, *map(str, adapters)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    weights, peak = map(int, run.stdout.split())
+    return weights, peak
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["safetensors", "adapter"])
+def test_loading_holds_the_weights_once(kind, dtype, tmp_path):
+    from tiny_models import tiny_checkpoint
+
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 40_000}
+    model = tiny_checkpoint(tmp_path / "base", "llama", **sizes)
+    adapters = []
+    if kind == "adapter":
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+        adapters = [tmp_path / "adapter"]
+    del model
+    weights, peak = peak_memory(tmp_path / "base", dtype, *adapters)
+    assert weights > 150e6
+    assert peak <= weights + 300e6, f"peak {peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"

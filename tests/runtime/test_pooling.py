@@ -1,0 +1,74 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flashvec.runtime.pooling import DENSE_FUNCTIONS, DenseHead, finish, quantize
+from flashvec.runtime.spec import DecoderSpec, ModelSpec
+
+SPEC = ModelSpec(DecoderSpec("llama", 9, 4, 4, 1, 1, 1, 4, 9, 1e-6), "bidirectional", ("mean",), "hf")
+
+
+def test_cut_before_normalising():
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(finish(SPEC, x, (), None, 4), F.normalize(x[:, :4], dim=-1))
+    torch.testing.assert_close(finish(SPEC, x, (), False, 4), x[:, :4])
+
+
+def test_a_sentence_transformers_folder_cuts_after_its_own_normalisation():
+    x, spec = torch.randn(3, 6), replace(SPEC, layout="sentence-transformers")
+    torch.testing.assert_close(finish(spec, x, (), None, 4), F.normalize(x, dim=-1)[:, :4])
+    torch.testing.assert_close(finish(spec, x, (), True, 4), F.normalize(x[:, :4], dim=-1))
+    torch.testing.assert_close(finish(replace(spec, normalize=False), x, (), None, 4), x[:, :4])
+
+
+def test_a_zero_vector_stays_zero():
+    assert not finish(SPEC, torch.zeros(1, 4), (), None, None).any()
+
+
+@pytest.mark.parametrize("activation", DENSE_FUNCTIONS)
+def test_dense_heads(activation):
+    x, w, b = torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
+    want = DENSE_FUNCTIONS[activation](F.linear(x, w, b))
+    torch.testing.assert_close(DenseHead(w, b, activation)(x), want)
+    torch.testing.assert_close(DenseHead(w, None, activation)(x), DENSE_FUNCTIONS[activation](F.linear(x, w)))
+
+
+def test_dense_heads_give_a_vector_the_same_bits_in_every_batch():
+    head, x = DenseHead(torch.randn(96, 64), torch.randn(96), "tanh"), torch.randn(300, 64)
+    together = head(x)
+    assert all(torch.equal(head(x[i : i + n]), together[i : i + n]) for i, n in ((0, 1), (7, 2), (40, 33), (299, 1)))
+
+
+def test_number_formats():
+    x = np.array([[-1.0, 0.0, 0.5, 1.0, 2.0, -2.0, 0.1, -0.1]], np.float32)
+    ranges = ((-1.0,) * 8, (1.0,) * 8)
+    assert quantize(x, "int8", ranges).tolist() == [[-128, 0, 63, 127, 127, -128, 12, -13]]
+    assert quantize(x, "uint8", ranges).tolist() == [[0, 127, 191, 255, 255, 0, 140, 114]]
+    assert quantize(x, "ubinary", None).tolist() == [[0b00111010]]
+    assert quantize(x, "binary", None).tolist() == [[0b00111010 - 128]]
+    assert quantize(x, "float16", None).dtype == np.float16
+
+
+def test_is_sentence_transformers_quantisation():
+    """Same bytes as the library that defined these formats, given the same ranges."""
+    from sentence_transformers.util.quantization import quantize_embeddings
+
+    x = np.random.default_rng(0).standard_normal((50, 16), np.float32)
+    ranges = np.stack([x.min(0), x.max(0)])
+    for precision in ("int8", "uint8", "binary", "ubinary"):
+        theirs = quantize_embeddings(x, precision=precision, ranges=ranges)
+        ours = quantize(x, precision, (ranges[0], ranges[1]))
+        assert ours.dtype == theirs.dtype
+        assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= (1 if "int" in precision else 0)
+
+
+def test_refuses_by_name():
+    with pytest.raises(ValueError, match="12 is no multiple of 8"):
+        quantize(np.zeros((1, 12), np.float32), "binary", None)
+    with pytest.raises(ValueError, match=r"enc.calibrate\(texts\)"):
+        quantize(np.zeros((1, 8), np.float32), "int8", None)
+    with pytest.raises(ValueError, match="'int4'"):
+        quantize(np.zeros((1, 8), np.float32), "int4", None)

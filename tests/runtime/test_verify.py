@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+from tiny_models import TEXTS, tiny_checkpoint
+
+from flashvec.runtime import verify
+from flashvec.runtime.decoder import Decoder
+from flashvec.runtime.verify import read_texts, report_rows, verify_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_checkpoint(folder, "gemma2")
+    return folder
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_passes_in_fp32(folder, attention):
+    report = verify_model(folder, TEXTS, dtype="float32", attention=attention)
+    assert not report["failures"] and report["rows"]["flashvec"]["max_difference"] <= 1e-5
+    assert report["rows"]["flashvec"]["top10_overlap"] == 1.0
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_compares_bf16_with_hugging_faces_bf16(folder):
+    report = verify_model(folder, TEXTS, dtype="bfloat16")
+    assert set(report["rows"]) == {"flashvec", "hugging face"}
+    table = report_rows(report)
+    assert len(table) == 3 and all(len(row) == len(table[0]) for row in table)
+
+
+def test_fails_when_the_forward_is_wrong(folder, monkeypatch):
+    forward = Decoder.forward
+
+    def wrong(self, ids, schedule, plan, causal):
+        return forward(self, ids, schedule, plan, True)
+
+    monkeypatch.setattr(Decoder, "forward", wrong)
+    report = verify_model(folder, TEXTS, dtype="float32")
+    assert "largest difference" in report["failures"][0]
+    assert verify_model(folder, TEXTS, dtype="bfloat16")["failures"]
+
+
+def test_counts_what_is_not_finite():
+    spec = type("Spec", (), {"attention": "causal", "pooling": ("mean",)})()
+    x = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    broken = x.clone()
+    broken[0, 0] = torch.nan
+    report = verify._report(broken, x, x, "float32", spec)
+    assert report["rows"]["flashvec"]["non_finite"] == 1 and len(report["failures"]) == 2
+
+
+def test_reads_texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("one\n\n two \nthree\n")
+    assert read_texts(path, 2) == ["one", "two"]
+    path.write_text("one\n")
+    with pytest.raises(ValueError, match="texts.txt has 1 texts"):
+        read_texts(path, 10)
+    assert len(read_texts(None, 50)) == 50
