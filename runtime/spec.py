@@ -80,6 +80,7 @@ class ModelSpec:
     document_max_length: int | None = None  # compat only: tokens of text before instruction and template
     truncate_dim: int | None = None
     similarity: str = "cosine"
+    direction_key: str = "is_causal"  # config.json's own key for a bidirectional model; windows are read by it
     compat: str | None = None  # "llm2vec": the reference's own rules
     base_model: str | None = None  # the id the weights started from, as the checkpoint states it
     int8_ranges: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # per dimension: minimum, maximum

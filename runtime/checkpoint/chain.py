@@ -29,9 +29,7 @@ def adapter_chain(folder: Path, local_files_only: bool = False) -> tuple[Path, l
     adapters: list[Path] = []
     while (folder / CONFIG_FILE).is_file() and not _has_weights(folder):
         if len(adapters) == MAX_CHAIN:
-            raise CheckpointError(
-                f"{folder.name}/{CONFIG_FILE}: more than {MAX_CHAIN} adapters name one another"
-            )
+            raise CheckpointError(f"{folder.name}/{CONFIG_FILE}: more than {MAX_CHAIN} adapters name one another")
         adapters.insert(0, folder)
         folder = _below(folder, local_files_only)
     return folder, adapters
@@ -72,11 +70,7 @@ def _below(folder: Path, local_files_only: bool) -> Path:
     local = _local(str(stated), folder) if stated else None
     if local is not None and is_llm2vec(local, model_name(local)):
         return local
-    missing = (
-        f"the MNTP adapter {mntp}, expected beside it"
-        if mntp
-        else "an MNTP adapter, whose name it does not tell"
-    )
+    missing = f"the MNTP adapter {mntp}, expected beside it" if mntp else "an MNTP adapter, whose name it does not tell"
     raise CheckpointError(f"{name}: was trained on top of {missing}, and is wrong without it; {cure}")
 
 

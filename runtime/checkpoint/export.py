@@ -326,7 +326,7 @@ def _write_model(
 ) -> None:
     """What our own loader needs: weights, config.json, tokenizer, dense heads, flashvec.json."""
     dtype = str(_write_weights(folder, tensors)).removeprefix("torch.")
-    _write_json(folder / "config.json", hf_config(spec.decoder, spec.attention, dtype))
+    _write_json(folder / "config.json", hf_config(spec, dtype))
     tokenizer.save(folder)
     for i, (weight, bias) in enumerate(dense):
         head = folder / dense_folder(i)

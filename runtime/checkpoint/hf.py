@@ -54,6 +54,11 @@ def choose_attention(override: str | None) -> Attention | None:
     return cast(Attention | None, override)
 
 
+def direction_key(config: dict[str, Any]) -> str:
+    """The key by which config.json says, or would say, that the model is bidirectional; EmbeddingGemma's is its own."""
+    return "use_bidirectional_attention" if config.get("use_bidirectional_attention") else "is_causal"
+
+
 def choose_pooling(override: str | tuple[str, ...] | list[str] | None) -> tuple[PoolingMode, ...] | None:
     """The caller's pooling, checked, as a tuple of modes."""
     if override is None:
@@ -109,6 +114,7 @@ def plain_spec(
         layout=layout,
         max_length=choose_max_length(overrides.max_length, None, decoder.max_positions),
         truncate_dim=overrides.truncate_dim,
+        direction_key=direction_key(config),
         base_model=config.get("_name_or_path") or None,
     )
     return spec, notices

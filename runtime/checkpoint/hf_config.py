@@ -4,16 +4,16 @@ from typing import Any
 
 from flashvec.kernels.rope import Rope
 from flashvec.runtime.families import FAMILIES
-from flashvec.runtime.spec import Attention, DecoderSpec
+from flashvec.runtime.spec import Attention, DecoderSpec, ModelSpec
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
-def hf_config(decoder: DecoderSpec, attention: Attention, dtype: str) -> dict[str, Any]:
+def hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     """config.json with which transformers' own class of the family computes what our decoder computes.
 
-    The direction is the family's own flag: `use_bidirectional_attention` for Gemma 3, `is_causal` for all
-    others, and none at all for a causal decoder.
+    A bidirectional model says so by the key it came with: `use_bidirectional_attention` where Gemma 3 had it, which
+    halves the window, else `is_causal`. A causal one says nothing.
 
     Args:
         dtype: float32, bfloat16 or float16: what the weights are stored in.
@@ -23,7 +23,9 @@ def hf_config(decoder: DecoderSpec, attention: Attention, dtype: str) -> dict[st
     """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+    decoder = spec.decoder
     family = FAMILIES[decoder.family]
+    own_key = decoder.family == "gemma3_text" and spec.direction_key == "use_bidirectional_attention"
     config: dict[str, Any] = {
         "architectures": [MODEL_MAPPING_NAMES[decoder.family]],
         "model_type": decoder.family,
@@ -51,18 +53,13 @@ def hf_config(decoder: DecoderSpec, attention: Attention, dtype: str) -> dict[st
     if family.attention_scale_key:
         config[family.attention_scale_key] = _inverse_square(decoder.attention_scale)
     elif decoder.attention_scale != float(decoder.head_size) ** -0.5:
-        raise ValueError(
-            f"attention_scale is {decoder.attention_scale}, {decoder.family} cannot state its own"
-        )
+        raise ValueError(f"attention_scale is {decoder.attention_scale}, {decoder.family} cannot state its own")
     if family.softcap_key:
         config[family.softcap_key] = decoder.softcap
-    config |= _windows(decoder, attention, family.windows)
+    config |= _windows(decoder, spec.attention, family.windows, halved=own_key)
     config["rope_parameters"] = _rope_parameters(decoder)
-    if attention == "bidirectional":
-        if decoder.family == "gemma3_text":
-            config["use_bidirectional_attention"] = True
-        else:
-            config["is_causal"] = False
+    if spec.attention == "bidirectional":
+        config |= {"use_bidirectional_attention": True} if own_key else {"is_causal": False}
     return config
 
 
@@ -72,8 +69,12 @@ def _inverse_square(scale: float) -> float:
     return whole if float(whole) ** -0.5 == scale else scale**-2
 
 
-def _windows(decoder: DecoderSpec, attention: Attention, rule: str) -> dict[str, Any]:
-    """sliding_window and layer_types; see `families._reach` for the meaning of the width."""
+def _windows(decoder: DecoderSpec, attention: Attention, rule: str, halved: bool) -> dict[str, Any]:
+    """sliding_window and layer_types; see `families._reach` for the meaning of the width.
+
+    Args:
+        halved: the configuration class halves the width when the model is bidirectional.
+    """
     if rule == "none":
         return {}
     reaches = {reach for reach in decoder.layer_windows if reach is not None}
@@ -88,8 +89,8 @@ def _windows(decoder: DecoderSpec, attention: Attention, rule: str) -> dict[str,
     if reaches:
         reach = reaches.pop()
         width = reach + 1 if attention == "causal" else reach
-        if decoder.family == "gemma3_text" and attention == "bidirectional":
-            width = 2 * reach  # its configuration class halves it, and adds one
+        if halved and attention == "bidirectional":
+            width = 2 * reach
     if rule == "all":
         if any(sliding) and not all(sliding):
             raise ValueError(f"layer_windows is set in some layers only, which {decoder.family} cannot state")

@@ -18,6 +18,7 @@ from flashvec.runtime.checkpoint.hf import (
     choose_attention,
     choose_max_length,
     choose_pooling,
+    direction_key,
     read_config,
     read_object,
 )
@@ -129,8 +130,7 @@ def llm2vec_spec(
     modes = choose_pooling(overrides.pooling)
     if modes is None and mode not in POOLING:
         raise CheckpointError(
-            f"{SETTINGS_FILE}: pooling_mode is {mode!r}, known are {', '.join(POOLING)}; pass pooling= to "
-            "choose"
+            f"{SETTINGS_FILE}: pooling_mode is {mode!r}, known are {', '.join(POOLING)}; pass pooling= to choose"
         )
     skip_instruction = settings.get("skip_instruction", True)
     suffix = ""
@@ -145,11 +145,10 @@ def llm2vec_spec(
         span="template" if skip_instruction else "prompt_tokens",
         template=TEMPLATES.get(original_base or ""),
         text_suffix=suffix,
-        max_length=choose_max_length(
-            overrides.max_length, _length(settings, "max_length"), decoder.max_positions
-        ),
+        max_length=choose_max_length(overrides.max_length, _length(settings, "max_length"), decoder.max_positions),
         document_max_length=_length(settings, "doc_max_length") or DOCUMENT_MAX_LENGTH,
         truncate_dim=overrides.truncate_dim,
+        direction_key=direction_key(config),
         base_model=original_base,
     )
     return reference_rules(spec) if overrides.compat == "llm2vec" else spec

@@ -49,9 +49,7 @@ LORA_KEY = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.default)?(\.weight)?$"
 )
-WHOLE_KEY = re.compile(
-    r"^(?P<module>.+?)(\.modules_to_save)?(\.default)?(\.base_layer)?\.(?P<kind>weight|bias)$"
-)
+WHOLE_KEY = re.compile(r"^(?P<module>.+?)(\.modules_to_save)?(\.default)?(\.base_layer)?\.(?P<kind>weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -146,9 +144,7 @@ class AdapterSource:
             )
         rank = self._number("r", "rank_pattern", module)
         if rank != int(rank) or not 1 <= rank <= MAX_RANK:
-            raise CheckpointError(
-                f"{self._config_name}: rank of {module} is {rank:g}; expected 1 to {MAX_RANK}"
-            )
+            raise CheckpointError(f"{self._config_name}: rank of {module} is {rank:g}; expected 1 to {MAX_RANK}")
         rows, columns = self._matrix_shape(name)
         if transposed:
             rows, columns = columns, rows
@@ -156,15 +152,11 @@ class AdapterSource:
             self._check_shape(key, expected, name)
         magnitude = keys.get("lora_magnitude_vector", "")
         if bool(magnitude) != bool(self.config.get("use_dora")) or (magnitude and transposed):
-            raise CheckpointError(
-                f"{self._config_name}: use_dora does not agree with the tensors of {module}"
-            )
+            raise CheckpointError(f"{self._config_name}: use_dora does not agree with the tensors of {module}")
         if magnitude:
             self._check_shape(magnitude, (rows,), name)
         root = math.sqrt(rank) if self.config.get("use_rslora") else rank
-        return _Update(
-            self._number("lora_alpha", "alpha_pattern", module) / root, a, b, magnitude, transposed
-        )
+        return _Update(self._number("lora_alpha", "alpha_pattern", module) / root, a, b, magnitude, transposed)
 
     def _plan_whole(self, key: str, updates: dict[str, _Update]) -> None:
         """A tensor stored whole: of `modules_to_save`, or an embedding that peft saves beside its adapter."""
@@ -246,9 +238,7 @@ def _matches(pattern: str, module: str, where: str) -> bool:
     An expression from a file is untrusted: one that repeats a group can take longer than anybody waits.
     """
     if len(pattern) > MAX_PATTERN_CHARS or re.search(r"\)\s*[*+{]", pattern):
-        raise CheckpointError(
-            f"{where}: {pattern[:80]!r} is too long or repeats a group; name the modules plainly"
-        )
+        raise CheckpointError(f"{where}: {pattern[:80]!r} is too long or repeats a group; name the modules plainly")
     try:
         return re.match(rf"(.*\.)?({pattern})$", module) is not None
     except re.error as error:

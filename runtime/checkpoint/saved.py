@@ -92,6 +92,7 @@ def check_spec(spec: ModelSpec, where: str = SPEC_FILE) -> None:
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("layout", spec.layout, LAYOUTS),
         ("similarity", spec.similarity, SIMILARITIES),
+        ("direction_key", spec.direction_key, ("is_causal", "use_bidirectional_attention")),
         ("compat", spec.compat, (None, "llm2vec")),
         ("decoder.family", decoder.family, tuple(FAMILIES)),
         *(("dense.activation", head.activation, DENSE_ACTIVATIONS) for head in spec.dense),
@@ -103,9 +104,7 @@ def check_spec(spec: ModelSpec, where: str = SPEC_FILE) -> None:
     if max(len(text) for text in texts) > MAX_PROMPT_CHARS:
         raise CheckpointError(f"{where}: a prompt or template is longer than {MAX_PROMPT_CHARS} characters")
     if spec.template is not None and spec.template.count("{text}") != 1:
-        raise CheckpointError(
-            f"{where}: template holds {{text}} {spec.template.count('{text}')} times, not once"
-        )
+        raise CheckpointError(f"{where}: template holds {{text}} {spec.template.count('{text}')} times, not once")
     if not 1 <= len(spec.pooling) <= 8:
         raise CheckpointError(f"{where}: pooling has {len(spec.pooling)} modes")
     limits = [("max_length", spec.max_length, decoder.max_positions)]
@@ -126,14 +125,10 @@ def _check_decoder(decoder: DecoderSpec, where: str) -> None:
         raise CheckpointError(f"{where}.num_kv_heads or head_size does not fit num_heads {decoder.num_heads}")
     for name in ("layer_ropes", "layer_windows"):
         if len(getattr(decoder, name)) != decoder.num_layers:
-            raise CheckpointError(
-                f"{where}.{name} has {len(getattr(decoder, name))} entries, not {decoder.num_layers}"
-            )
+            raise CheckpointError(f"{where}.{name} has {len(getattr(decoder, name))} entries, not {decoder.num_layers}")
     if not decoder.ropes or not all(0 <= table < len(decoder.ropes) for table in decoder.layer_ropes):
         raise CheckpointError(f"{where}.layer_ropes names a table that ropes lacks")
-    if any(
-        window is not None and not 0 <= window <= LIMITS["sliding_window"] for window in decoder.layer_windows
-    ):
+    if any(window is not None and not 0 <= window <= LIMITS["sliding_window"] for window in decoder.layer_windows):
         raise CheckpointError(f"{where}.layer_windows holds a window out of bounds")
 
 
@@ -141,9 +136,7 @@ def _check_dataclass(value: Any, where: str) -> None:
     hints = get_type_hints(type(value))
     for field in fields(value):
         if not _has_type(own := getattr(value, field.name), hints[field.name], f"{where}: {field.name}"):
-            raise CheckpointError(
-                f"{where}: {field.name} is {str(own)[:80]!r}, of another kind than it should be"
-            )
+            raise CheckpointError(f"{where}: {field.name} is {str(own)[:80]!r}, of another kind than it should be")
 
 
 def _has_type(value: Any, hint: Any, where: str) -> bool:
