@@ -13,6 +13,7 @@ import random
 import re
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +33,7 @@ PROFILES = {  # mean tokens of a text: what it stands for
     "long tail": 0,
 }
 CEILING_ROWS = (1024, 2048, 4096)
+CEILING_TOKENS = 16_384  # tokens' worth of one layer's products in a measurement
 TOKENS_PER_RUN = 6000
 WARM_UP_TOKENS = 2000
 
@@ -75,21 +77,20 @@ class Ceiling:
         self.forms: dict[str, Callable[[int], None]] = {}
         for rows in CEILING_ROWS:
             inputs = [torch.randn(rows, w.shape[1]).to(w.dtype) for w in self.weights]
-            self.forms[f"{rows} rows, all threads"] = lambda _, x=inputs: self._layers(x, 4096 // len(x[0]))
-            self.forms[f"{rows} rows, a worker a core"] = lambda _, x=inputs: self._workers(x, 4096 // len(x[0]))
-        self.tokens = 4096 * 4  # tokens' worth of one layer's products in a call
+            self.forms[f"{rows} rows, all threads"] = partial(self._layers, inputs)
+            self.forms[f"{rows} rows, a worker a core"] = partial(self._workers, inputs)
 
-    def _layers(self, inputs: Sequence[torch.Tensor], times: int) -> None:
-        for _ in range(4 * times):
+    def _layers(self, inputs: Sequence[torch.Tensor], repetition: int) -> None:
+        for _ in range(CEILING_TOKENS // len(inputs[0])):
             for x, weight in zip(inputs, self.weights, strict=True):
                 F.linear(x, weight)
 
-    def _workers(self, inputs: Sequence[torch.Tensor], times: int) -> None:
+    def _workers(self, inputs: Sequence[torch.Tensor], repetition: int) -> None:
         threads = torch.get_num_threads()
 
         def work() -> None:
             torch.set_num_threads(1)
-            for _ in range(4 * times // threads):
+            for _ in range(CEILING_TOKENS // len(inputs[0]) // threads):
                 for x, weight in zip(inputs, self.weights, strict=True):
                     F.linear(x, weight)
 
@@ -103,7 +104,7 @@ class Ceiling:
     def tokens_per_second(self, seconds: dict[str, list[float]]) -> tuple[float, str]:
         """The best form's rate for the whole model, and its name."""
         best = min(self.forms, key=lambda form: median(seconds[form]))
-        return self.tokens / median(seconds[best]) / self.num_layers, best
+        return CEILING_TOKENS / median(seconds[best]) / self.num_layers, best
 
 
 class HuggingFace:
@@ -116,13 +117,14 @@ class HuggingFace:
         checkpoint = open_checkpoint(resolve(model), Overrides())
         self.tokenizer = checkpoint.tokenizer.backend
         self.module = hugging_face_model(checkpoint, resolve(model), dtype)
+        self.hidden_size = checkpoint.spec.decoder.hidden_size
         self.batch_size = batch_size
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         ids = [e.ids[:512] for e in self.tokenizer.encode_batch_fast(list(texts))]
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        vectors: np.ndarray = np.empty((len(ids), self.module.config.hidden_size), np.float32)
+        vectors: np.ndarray = np.empty((len(ids), self.hidden_size), np.float32)
         for at in range(0, len(order), self.batch_size):
             rows = order[at : at + self.batch_size]
             padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
@@ -155,10 +157,10 @@ def bench_profile(
                 f"{name}: median cosine to {next(iter(encoders))} is {np.median(cosine):.4f}: not the same model"
             )
     variants: dict[str, Callable[[int], Any]] = {
-        name: (lambda i, e=embedder: e.embed(inputs[i])) for name, embedder in embedders.items()
+        name: partial(_embed, embedder, inputs) for name, embedder in embedders.items()
     }
-    for kind, ceiling in ceilings.items():
-        variants |= {f"{kind}: {form}": run for form, run in ceiling.forms.items()}
+    for kind, bare in ceilings.items():
+        variants |= {f"{kind}: {form}": run for form, run in bare.forms.items()}
     seconds = interleave(variants, repetitions)
 
     rows = []
@@ -182,6 +184,10 @@ def bench_profile(
         )
         print("  ".join(f"{rows[-1][k]!s:>9}" if k != "variant" else f"{name:34}" for k in SHOWN), flush=True)
     return rows
+
+
+def _embed(embedder: Any, inputs: Sequence[list[str]], repetition: int) -> None:
+    embedder.embed(inputs[repetition])
 
 
 SHOWN = ("variant", "profile", "mean_tokens", "tokens_per_s", "spread", "share_of_ceiling")

@@ -9,6 +9,8 @@ Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size, 
 Cost 4*n²*K FLOPs a head. Source: Vaswani et al. 2017; grouped heads Ainslie et al. 2023; soft-cap Gemma 2.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,7 @@ def attention_reference(
     out_THK = torch.zeros_like(q_THK)
     heads_per_group = q_THK.shape[1] // k_TGK.shape[1]
     offsets = schedule.cu_seqlens.tolist()
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, stop in pairwise(offsets):
         q, k, v = (widen(x[start:stop]).transpose(0, 1) for x in (q_THK, k_TGK, v_TGK))
         k, v = (x.repeat_interleave(heads_per_group, 0) for x in (k, v))
         scores = q @ k.transpose(1, 2) * scale
@@ -85,8 +87,10 @@ def _attention_grouped(
     G = k_TGK.shape[1]
     if K < MIN_HEAD_SIZE:  # zero columns change no score and no sum
         q_THK, k_TGK, v_TGK = (F.pad(x, (0, MIN_HEAD_SIZE - K)) for x in (q_THK, k_TGK, v_TGK))
-        masks = {"causal": causal, "window": window, "softcap": softcap}
-        return _attention_grouped(q_THK, k_TGK, v_TGK, schedule, scale=scale, **masks)[..., :K].contiguous()
+        padded = _attention_grouped(
+            q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap
+        )
+        return padded[..., :K].contiguous()
     out_THK = q_THK.new_empty(T, H, K)
     out_THK[schedule.num_tokens :] = 0
     for group in schedule.groups:

@@ -132,7 +132,8 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
     num_kv_heads = hf.num_key_value_heads or hf.num_attention_heads
     if hf.num_attention_heads % num_kv_heads:
         raise CheckpointError(
-            f"{where}: num_attention_heads is {hf.num_attention_heads}, no multiple of num_key_value_heads {num_kv_heads}"
+            f"{where}: num_attention_heads {hf.num_attention_heads} is no multiple of num_key_value_heads "
+            f"{num_kv_heads}"
         )
     if head_size % 2:
         raise CheckpointError(f"{where}: head_dim is {head_size}; rotary embedding needs an even one")

@@ -101,7 +101,7 @@ def hugging_face_model(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -
         if spec.attention == "bidirectional" and stated_attention(config) is None:
             config["is_causal"] = False
     else:
-        config = hf_config(spec.decoder, spec.attention, "float32")
+        config = hf_config(spec, "float32")
     # transformers' SDPA path leaves soft-caps out
     how = "eager" if spec.decoder.softcap is not None else "sdpa"
     standard = standard_config(spec.decoder.family, config, "config.json")

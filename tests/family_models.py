@@ -18,8 +18,9 @@ from flashvec.runtime.decoder import Decoder, DecoderLoader
 from flashvec.runtime.families import FAMILIES, decoder_spec, stated_attention
 
 WINDOW = 9
+VOCABULARY = 300
 BASE = {
-    "vocab_size": 300,
+    "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 4,
@@ -132,7 +133,7 @@ def models(name: str, attention: str) -> tuple[torch.nn.Module, Decoder]:
 
 def texts_of(lengths: list[int]) -> list[np.ndarray]:
     generator = np.random.default_rng(0)
-    return [generator.integers(0, BASE["vocab_size"], n, dtype=np.int32) for n in lengths]
+    return [generator.integers(0, VOCABULARY, n, dtype=np.int32) for n in lengths]
 
 
 def hugging_face_states(model: torch.nn.Module, texts: list[np.ndarray]) -> list[Tensor]:

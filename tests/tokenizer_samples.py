@@ -1,6 +1,6 @@
 """Small tokenizers of every form in use, trained on a few lines, and texts that are hard on them."""
 
-# ruff: noqa: RUF001 - full-width punctuation is under test
+
 
 import json
 from functools import cache

@@ -1,6 +1,6 @@
 """A text cut before it is tokenised has the same first tokens."""
 
-# ruff: noqa: RUF001 - full-width punctuation is under test
+
 
 from functools import cache
 

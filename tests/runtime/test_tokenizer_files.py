@@ -1,6 +1,6 @@
 """Special tokens and rules of a folder's files; folders written for Hugging Face; damaged files."""
 
-# ruff: noqa: RUF001 - full-width punctuation is under test
+
 
 import json
 from pathlib import Path

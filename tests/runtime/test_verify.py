@@ -57,6 +57,6 @@ def test_reads_texts(tmp_path):
     path.write_text("one\n\n two \nthree\n")
     assert read_texts(path, 2) == ["one", "two"]
     path.write_text("one\n")
-    with pytest.raises(ValueError, match="texts.txt has 1 texts"):
+    with pytest.raises(ValueError, match="has 1 texts"):
         read_texts(path, 10)
     assert len(read_texts(None, 50)) == 50
