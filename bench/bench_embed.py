@@ -5,7 +5,8 @@
 Everything runs in one process, in turn, on the same texts, new ones in every repetition. Ours and the peers go from a
 list of str to a numpy array, tokenisation included. The ceiling is what the matrix library gives for the model's bare
 products: the best of 1,024, 2,048 and 4,096 rows, on two threads or on two single-threaded workers. Vectors are
-compared before any time is taken.
+compared before any time is taken. OpenVINO runs where the package openvino is installed, sentence-transformers
+where the model is a folder that it opens (`flashvec convert`).
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from flashvec.bench.peers import HuggingFace, OpenVINO, SentenceTransformers, has_openvino
 from flashvec.bench.timing import append_rows, interleave, spread
 from flashvec.runtime.encoder import Encoder
 
@@ -107,34 +109,6 @@ class Ceiling:
         return CEILING_TOKENS / median(seconds[best]) / self.num_layers, best
 
 
-class HuggingFace:
-    """transformers' own model as a careful user runs it: sorted by length, padded to the batch, mean pooled."""
-
-    def __init__(self, model: str, dtype: torch.dtype, batch_size: int = 32) -> None:
-        from flashvec.runtime.checkpoint.open import Overrides, open_checkpoint, resolve
-        from flashvec.runtime.verify import hugging_face_model
-
-        checkpoint = open_checkpoint(resolve(model), Overrides())
-        self.tokenizer = checkpoint.tokenizer.backend
-        self.module = hugging_face_model(checkpoint, resolve(model), dtype)
-        self.hidden_size = checkpoint.spec.decoder.hidden_size
-        self.batch_size = batch_size
-
-    @torch.inference_mode()
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        ids = [e.ids[:512] for e in self.tokenizer.encode_batch_fast(list(texts))]
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        vectors: np.ndarray = np.empty((len(ids), self.hidden_size), np.float32)
-        for at in range(0, len(order), self.batch_size):
-            rows = order[at : at + self.batch_size]
-            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
-            mask = torch.arange(padded.shape[1]) < torch.tensor([len(ids[i]) for i in rows])[:, None]
-            states = self.module(input_ids=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
-            summed = (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            vectors[rows] = F.normalize(summed, dim=-1).numpy()
-        return vectors
-
-
 def bench_profile(
     profile: str,
     texts: Texts,
@@ -182,7 +156,7 @@ def bench_profile(
                 "repetitions": repetitions,
             }
         )
-        print("  ".join(f"{rows[-1][k]!s:>9}" if k != "variant" else f"{name:34}" for k in SHOWN), flush=True)
+        print("  ".join(f"{rows[-1][k]!s:>9}" if k != "variant" else f"{name:44}" for k in SHOWN), flush=True)
     return rows
 
 
@@ -200,7 +174,7 @@ def main() -> None:
     parser.add_argument("--profiles", nargs="*", choices=PROFILES, default=list(PROFILES))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="passages only, three repetitions")
-    parser.add_argument("--no-peers", action="store_true", help="leave Hugging Face out")
+    parser.add_argument("--no-peers", action="store_true", help="leave Hugging Face, OpenVINO, ... out")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="packs at the same time")
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")
     parser.add_argument("--dry", action="store_true", help="keep no rows")
@@ -223,11 +197,15 @@ def main() -> None:
         ceilings[name] = Ceiling(encoder)
         if not options.no_peers:
             peers[f"hugging face {name}, sorted"] = HuggingFace(options.model, getattr(torch, name))
+            if has_openvino():
+                peers[f"openvino {name}, sorted"] = OpenVINO(options.model, name)
+    if not options.no_peers and (Path(options.model) / "modules.json").is_file():
+        peers["sentence-transformers float32, as installed"] = SentenceTransformers(options.model)
     sample = Texts(options.texts, 1.0).draw("passages", 2000, -2)
     ratio = encoder.count_tokens(sample).sum() / sum(len(t.split()) for t in sample)
     texts = Texts(options.texts, float(ratio))
 
-    print("  ".join(f"{k:>9}" if k != "variant" else f"{k:34}" for k in SHOWN))
+    print("  ".join(f"{k:>9}" if k != "variant" else f"{k:44}" for k in SHOWN))
     rows = []
     for profile in options.profiles:
         rows += bench_profile(profile, texts, encoders, peers, ceilings, options.repetitions)
