@@ -51,7 +51,7 @@ def _below(folder: Path, local_files_only: bool) -> Path:
             )
         try:
             return _local(stated, folder) or resolve(stated, None, local_files_only)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             raise CheckpointError(
                 f"{name}/{CONFIG_FILE}: base_model_name_or_path: {error}; where you have the base, use "
                 "Encoder.load(base, adapters=[this folder])"
@@ -79,4 +79,7 @@ def _local(stated: str, folder: Path) -> Path | None:
     name = Path(stated).name
     places = [Path(stated).expanduser(), folder / stated, *([folder.parent / name] if name else [])]
     here = folder.resolve()
-    return next((place for place in places if place.is_dir() and place.resolve() != here), None)
+    try:
+        return next((place for place in places if place.is_dir() and place.resolve() != here), None)
+    except OSError:  # a name longer than the file system takes
+        return None

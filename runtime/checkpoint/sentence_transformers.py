@@ -203,8 +203,8 @@ def _read_modules(folder: Path) -> _Modules:
 
 def _module_folder(folder: Path, path: Any) -> Path:
     """A module's folder, inside the model's own."""
-    if not isinstance(path, str) or "\0" in path or "\\" in path or PureWindowsPath(path).drive:
-        raise CheckpointError(f"{MODULES_FILE}: path {path!r} is no plain relative path")
+    if not isinstance(path, str) or len(path) > 255 or "\0" in path or "\\" in path or PureWindowsPath(path).drive:
+        raise CheckpointError(f"{MODULES_FILE}: path {str(path)[:255]!r} is no plain relative path")
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise CheckpointError(f"{MODULES_FILE}: path {path!r} leaves the model's folder")
     found = folder / path

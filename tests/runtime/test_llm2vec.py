@@ -329,7 +329,7 @@ def test_missing_mntp_adapter(chain):
         Encoder.load(folder / "renamed")
 
 
-@pytest.mark.parametrize("base", ["someone/no-such-model", None, "/no/such/folder"])
+@pytest.mark.parametrize("base", ["someone/no-such-model", None, "/no/such/folder", "x" * 999])
 def test_missing_base(base, chain):
     folder, _ = chain
     shutil.rmtree(folder / "base")

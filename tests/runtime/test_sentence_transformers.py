@@ -252,7 +252,9 @@ def dense_folder(built_dense_folder, tmp_path):
     return Path(shutil.copytree(built_dense_folder, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("path", ["/etc", "../base", "a/../../base", "..\\base", "C:\\base", "1_Pooling\0", 7])
+@pytest.mark.parametrize(
+    "path", ["/etc", "../base", "a/../../base", "..\\base", "C:\\base", "1_Pooling\0", "x" * 999, 7]
+)
 def test_module_paths_stay_inside(path, dense_folder):
     modules = json.loads((dense_folder / "modules.json").read_text())
     modules[1]["path"] = path
