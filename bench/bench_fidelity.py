@@ -1,6 +1,6 @@
 """Rows of `flashvec verify`: how close our vectors are to Hugging Face's fp32 ones, beside its own in the same dtype.
 
-    python -m flashvec.bench.bench_fidelity --model M [--texts FILE] [--limit 192]
+python -m flashvec.bench.bench_fidelity --model M [--texts FILE] [--limit 192]
 """
 
 import argparse

@@ -68,7 +68,9 @@ def render(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         start, name, end = match.groups()
-        return start + "\n".join(TABLES[name](read_rows(name))) + "\n" + end
+        rows = read_rows(name)
+        lines = TABLES[name](rows) if rows else ["No rows yet."]
+        return start + "\n".join(lines) + "\n" + end
 
     return MARKED.sub(table, text)
 

@@ -159,12 +159,15 @@ def verify(
     else:
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in report_rows(report)[0]:
-            table.add_column(column, justify="left" if not table.columns else "right")
+            table.add_column(column, justify="right" if table.columns else "left", no_wrap=True)
         for row in report_rows(report)[1:]:
             table.add_row(*row)
         stdout.print(table, highlight=False)
+        stdout.print(
+            f"{report['texts']} texts against Hugging Face in fp32; signs: share of flipped ones", highlight=False
+        )
         for line in report["failures"] or ["passed: " + report["gate"]]:
-            stdout.print(line, highlight=False)
+            stdout.print(line, highlight=False, soft_wrap=True)
     if report["failures"]:
         raise typer.Exit(1)
 

@@ -200,8 +200,8 @@ def _top_overlap(x: Tensor, truth: Tensor, k: int) -> float:
 
 def report_rows(report: dict[str, Any]) -> list[list[str]]:
     """The report as a table: header, then one row for each side."""
-    header = [f"{report['dtype']}, {report['texts']} texts", *(f"cosine {q}" for q in QUANTILES)]
-    table = [[*header, "max |difference|", "top-10", "sign flips", "non-finite"]]
+    header = [report["dtype"], *(f"cosine {q}" for q in QUANTILES)]
+    table = [[*header, "max diff", "top-10", "signs", "NaN/inf"]]
     for name, row in report["rows"].items():
         table.append(
             [
@@ -209,7 +209,7 @@ def report_rows(report: dict[str, Any]) -> list[list[str]]:
                 *(f"{row['cosine'][q]:.6f}" for q in QUANTILES),
                 f"{row['max_difference']:.1e}",
                 f"{row['top10_overlap']:.1%}",
-                f"{row['sign_flips']:.3%}",
+                f"{row['sign_flips']:.2%}",
                 str(row["non_finite"]),
             ]
         )

@@ -1,7 +1,5 @@
 """Small tokenizers of every form in use, trained on a few lines, and texts that are hard on them."""
 
-
-
 import json
 from functools import cache
 from pathlib import Path

@@ -8,6 +8,7 @@ import pytest
 from tiny_models import tiny_checkpoint
 
 import flashvec
+from flashvec.runtime.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,10 @@ def folder(tmp_path_factory):
 def run(*arguments):
     command = [sys.executable, "-m", "flashvec.runtime.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_every_command_has_an_example():
+    assert all("Example: `flashvec " in (command.callback.__doc__ or "") for command in app.registered_commands)
 
 
 def test_version_and_help():

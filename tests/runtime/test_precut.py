@@ -1,7 +1,5 @@
 """A text cut before it is tokenised has the same first tokens."""
 
-
-
 from functools import cache
 
 import pytest

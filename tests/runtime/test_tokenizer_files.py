@@ -1,7 +1,5 @@
 """Special tokens and rules of a folder's files; folders written for Hugging Face; damaged files."""
 
-
-
 import json
 from pathlib import Path
 

@@ -1,0 +1,76 @@
+"""The benchmarks' own code: inputs, ceiling, peers, and the refusal to time a model that is another."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import TEXTS, tiny_checkpoint
+
+from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, report
+from flashvec.bench.bench_embed import PROFILES, Ceiling, Texts, bench_profile
+from flashvec.bench.peers import HuggingFace, SentenceTransformers
+from flashvec.runtime.encoder import Encoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that sentence-transformers opens too."""
+    from flashvec.runtime.checkpoint.export import convert
+
+    folder = tmp_path_factory.mktemp("models")
+    tiny_checkpoint(folder / "tiny", "llama")
+    convert(folder / "tiny", folder / "converted")
+    return folder / "converted"
+
+
+def test_texts_are_new_each_time_and_of_the_wanted_length():
+    texts = Texts(None, 1.0)
+    for profile, mean in PROFILES.items():
+        first, second = (texts.draw(profile, 4000, seed) for seed in (0, 1))
+        assert first == texts.draw(profile, 4000, 0) and first != second
+        words = [len(t.split()) for t in first]
+        assert sum(words) >= 4000
+        if mean:
+            assert 0.7 * mean < np.mean(words) < 1.4 * mean
+
+
+def test_peers_give_the_same_vectors(folder):
+    ours = Encoder.load(folder, dtype="float32").embed(list(TEXTS))
+    np.testing.assert_allclose(HuggingFace(str(folder), torch.float32).embed(TEXTS), ours, atol=1e-5)
+    np.testing.assert_allclose(SentenceTransformers(str(folder)).embed(TEXTS), ours, atol=1e-5)
+
+
+def test_rows_of_a_profile(folder, monkeypatch):
+    monkeypatch.setattr(bench_embed, "TOKENS_PER_RUN", 200)
+    monkeypatch.setattr(bench_embed, "WARM_UP_TOKENS", 50)
+    monkeypatch.setattr(bench_embed, "CEILING_TOKENS", 4096)
+    enc = Encoder.load(folder, dtype="float32")
+    encoders, ceilings = {"flashvec float32": enc}, {"float32": Ceiling(enc)}
+    peers = {"hugging face float32": HuggingFace(str(folder), torch.float32)}
+    rows = bench_profile("queries", Texts(None, 3.0), encoders, peers, ceilings, 2)
+    assert [row["variant"] for row in rows] == ["flashvec float32", "hugging face float32"]
+    assert all(row["tokens_per_s"] > 0 and row["ceiling_tokens_per_s"] > 0 for row in rows)
+    table = report.embed_table([{**r, "model": "m", "cores": 2, "cpu": "c", "instructions": "i", "torch": "t",
+                                 "commit": "x", "date": "d"} for r in rows])  # fmt: skip
+    assert table[0].startswith("| tokens/s") and "flashvec float32" in table[2]
+
+    class Other:
+        def embed(self, texts):
+            return -enc.embed(texts)
+
+    with pytest.raises(SystemExit, match="not the same model"):
+        bench_profile("queries", Texts(None, 3.0), encoders, {"other": Other()}, ceilings, 1)
+
+
+def test_fidelity_rows(folder, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(bench_fidelity, "append_rows", kept.extend)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    arguments = ["bench", "--model", str(folder), "--texts", str(tmp_path / "texts.txt"), "--dtypes", "float32"]
+    monkeypatch.setattr("sys.argv", arguments)
+    bench_fidelity.main()
+    assert kept[0]["passed"] and kept[0]["benchmark"] == "verify"
+    assert report.verify_table(kept)[2].startswith("| converted | float32 | flashvec | 1.00000")
+
+
+def test_products_of_a_layer():
+    assert measure_row_counts.products(576, 1536, 9, 3, 64) == [(960, 576), (576, 576), (3072, 576), (576, 1536)]
