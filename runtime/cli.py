@@ -164,7 +164,8 @@ def verify(
             table.add_row(*row)
         stdout.print(table, highlight=False)
         stdout.print(
-            f"{report['texts']} texts against Hugging Face in fp32; signs: share of flipped ones", highlight=False
+            f"cosine to Hugging Face in fp32 over {report['texts']} texts; signs: share of flipped ones",
+            highlight=False,
         )
         for line in report["failures"] or ["passed: " + report["gate"]]:
             stdout.print(line, highlight=False, soft_wrap=True)

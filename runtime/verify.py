@@ -200,7 +200,7 @@ def _top_overlap(x: Tensor, truth: Tensor, k: int) -> float:
 
 def report_rows(report: dict[str, Any]) -> list[list[str]]:
     """The report as a table: header, then one row for each side."""
-    header = [report["dtype"], *(f"cosine {q}" for q in QUANTILES)]
+    header = [report["dtype"], *QUANTILES]
     table = [[*header, "max diff", "top-10", "signs", "NaN/inf"]]
     for name, row in report["rows"].items():
         table.append(
