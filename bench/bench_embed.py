@@ -36,7 +36,7 @@ PROFILES = {  # mean tokens of a text: what it stands for
 }
 CEILING_ROWS = (1024, 2048, 4096)
 CEILING_TOKENS = 16_384  # tokens' worth of one layer's products in a measurement
-TOKENS_PER_RUN = 6000
+TOKENS_PER_RUN = 4000
 WARM_UP_TOKENS = 2000
 
 
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="passages only, three repetitions")
     parser.add_argument("--no-peers", action="store_true", help="leave Hugging Face, OpenVINO, ... out")
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="packs at the same time")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1], help="packs at the same time")
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     options = parser.parse_args()
@@ -193,9 +193,9 @@ def main() -> None:
         for workers in options.workers:
             encoder = Encoder.load(options.model, dtype=name)
             encoder.workers = workers
-            encoders[f"flashvec {name}, {workers} worker{'s' if workers > 1 else ''}"] = encoder
+            encoders[f"flashvec {name}" + (f", {workers} workers" if workers > 1 else "")] = encoder
         ceilings[name] = Ceiling(encoder)
-        if not options.no_peers:
+        if not options.no_peers and (name == "bfloat16" or "bfloat16" not in ceilings):
             peers[f"hugging face {name}, sorted"] = HuggingFace(options.model, getattr(torch, name))
             if has_openvino():
                 peers[f"openvino {name}, sorted"] = OpenVINO(options.model, name)
