@@ -3,79 +3,37 @@
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import has_hardware_bf16
-from flashvec.kernels.rms_norm import rms_norm
 from flashvec.runtime import engine, prepare
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.decoder import Decoder, DecoderLoader
 from flashvec.runtime.drop_in import SentenceTransformerNames
+from flashvec.runtime.engine import Done, RunSettings
+from flashvec.runtime.parts import Instruction, PartVectors
 from flashvec.runtime.pooling import DenseHead, finish, pool, quantize
 from flashvec.runtime.progress import Progress
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import as_instructions, as_texts
-from flashvec.runtime.tokenize import Tokens
 
 logger = logging.getLogger("flashvec")
 
 WINDOW = 8192  # texts tokenised, sorted and packed together: bounds memory, long enough to fill packs evenly
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Instruction = str | Sequence[str] | None
 
 
 class TruncationWarning(UserWarning):
     """Texts were longer than `max_length`; the message says how many."""
 
 
-class TokenVectors(NamedTuple):
-    """One text's tokens: `vectors` fp32 [len, d], `offsets` int32 [len, 2] characters, `ids` int32 [len]."""
-
-    vectors: np.ndarray
-    offsets: np.ndarray
-    ids: np.ndarray
-
-
-class SpanVectors(NamedTuple):
-    """One forward, three grains: `documents` [n, d], `spans` one [s, d] per text, `tokens` one `TokenVectors` each."""
-
-    documents: np.ndarray
-    spans: list[np.ndarray]
-    tokens: list[TokenVectors]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """How a call runs: what `embed`, `embed_tokens` and `embed_spans` have in common."""
-
-    max_length: int | None = None
-    batch_tokens: int | None = None
-    split_special: bool = False
-    show_progress: bool | None = None
-
-
-class _Done(NamedTuple):
-    """One pack of texts that ran, and what is needed to finish it."""
-
-    rows: np.ndarray  # int64 [B] numbers of these texts in the call's list
-    pack: engine.Pack
-    spans_B2: Tensor  # int64 tokens that each text's vector is made of
-    tokens: Tokens  # of the window this pack is from; `pack.indices` counts in it
-    starts: np.ndarray  # int64 first token of each of the window's texts, and the end
-
-    def own(self, index: int) -> slice:
-        """A text's tokens in `tokens`, by its number in the window."""
-        return slice(self.starts[index], self.starts[index + 1])
-
-
-class Encoder(SentenceTransformerNames):
+class Encoder(PartVectors, SentenceTransformerNames):
     """A text encoder: `Encoder.load(model).embed(texts)`.
 
     The same text gives the same bits alone or in any batch, in any order, under any token budget (CPU; same
@@ -87,7 +45,7 @@ class Encoder(SentenceTransformerNames):
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.heads = list(heads)
-        self.workers = 1
+        self.workers = 1  # packs at the same time, one thread each (see `engine.run`); more was slower where measured
 
     @classmethod
     def load(
@@ -243,7 +201,7 @@ class Encoder(SentenceTransformerNames):
         Raises:
             TypeError, ValueError: what cannot be embedded; the message names the row or the argument.
         """
-        run = _Run(max_length, batch_tokens, split_special, show_progress)
+        run = RunSettings(max_length, batch_tokens, split_special, show_progress)
         if spans is not None:
             return self.embed_spans(texts, spans, normalize=normalize, **asdict(run))
         rows, single = as_texts(texts)
@@ -306,104 +264,6 @@ class Encoder(SentenceTransformerNames):
         counts = self.tokenizer.count(prepared.strings, special=True)
         return int(counts[0]) if single else counts
 
-    # --- vectors of tokens, words and spans -----------------------------------------------------------
-
-    def embed_tokens(
-        self,
-        texts: str | Iterable[str],
-        *,
-        instruction: Instruction = None,
-        normalize: bool = False,
-        **run: Any,
-    ) -> list[TokenVectors]:
-        """The final state of every token, special tokens included.
-
-        Args:
-            texts: as in `embed`; a str gives a list of one.
-            instruction: as in `embed`; its tokens are part of the result, offsets count from its first character.
-            normalize: L2-normalise each token's vector.
-            run: `max_length`, `batch_tokens`, `split_special`, `show_progress`.
-
-        Returns:
-            One `TokenVectors` per text: vectors fp32 [len, D], offsets int32 [len, 2], ids int32 [len].
-        """
-        rows, _ = as_texts(texts)
-        instructions = self._instructions(instruction, None, len(rows))
-        result: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
-        for done in self._run(rows, instructions, _Run(**run), offsets=True):
-            for row, vectors in zip(done.rows, self._token_vectors(done), strict=True):
-                if normalize:
-                    vectors = vectors._replace(vectors=F.normalize(torch.from_numpy(vectors.vectors)).numpy())
-                result[row] = vectors
-        return result
-
-    def embed_words(self, words: Iterable[Sequence[str]], **run: Any) -> list[np.ndarray]:
-        """One vector per word of texts that are already split: the mean of the word's token states.
-
-        Args:
-            words: lists of words; they are joined by single spaces.
-            run: as in `embed_tokens`.
-
-        Returns:
-            One fp32 [words, D] array per list; a word cut off by `max_length` has a zero row.
-        """
-        lists = [list(w) for w in words]
-        spans = []
-        for row, word_list in enumerate(lists):
-            if isinstance(words, str) or not all(isinstance(w, str) for w in word_list):
-                raise TypeError(f"words[{row}] must be a list of str, as in [['A', 'text'], ['Another', 'one']]")
-            stops = np.cumsum([len(w) + 1 for w in word_list], dtype=np.int64) - 1
-            spans.append([(int(s) - len(w), int(s)) for s, w in zip(stops, word_list, strict=True)])
-        return self.embed_spans([" ".join(w) for w in lists], spans, normalize=False, **run).spans
-
-    def embed_spans(
-        self,
-        texts: Iterable[str],
-        spans: Sequence[Sequence[tuple[int, int]]],
-        *,
-        normalize: bool | None = None,
-        **run: Any,
-    ) -> SpanVectors:
-        """Documents, parts of them and their tokens from one forward: every part has seen the whole text.
-
-        Args:
-            texts: n texts.
-            spans: for each text, character ranges (start, stop); they may nest and overlap.
-            normalize: for document and span vectors; default the layout's rule.
-            run: as in `embed_tokens`.
-
-        Returns:
-            `SpanVectors`. A span is the mean of the final states of the tokens that overlap it (before dense heads);
-            one without any (cut off, or empty) is a zero row.
-
-        Raises:
-            ValueError: a wrong number of lists, or a range outside its text.
-        """
-        rows, _ = as_texts(texts)
-        if len(spans) != len(rows):
-            raise ValueError(f"spans has {len(spans)} entries for {len(rows)} texts: give one list per text")
-        for row, ranges in enumerate(spans):
-            for start, stop in ranges:
-                if not 0 <= start <= stop <= len(rows[row]):
-                    size = len(rows[row])
-                    raise ValueError(f"spans[{row}] has ({start}, {stop}); text {row} has {size} characters")
-        wanted = self.spec.normalize if normalize is None else normalize
-        documents = np.zeros((len(rows), self.spec.embedding_size), np.float32)
-        parts = [np.zeros((len(ranges), self.decoder.spec.hidden_size), np.float32) for ranges in spans]
-        tokens: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
-        for done in self._run(rows, None, _Run(**run), offsets=True):
-            documents[done.rows] = self._vectors(done, normalize, None).cpu().numpy()
-            for row, local, own in zip(done.rows, done.pack.indices, self._token_vectors(done), strict=True):
-                tokens[row] = own
-                assert done.tokens.special is not None
-                special = done.tokens.special[done.own(local)]
-                for i, (start, stop) in enumerate(spans[row]):
-                    first, last = prepare.char_span_to_tokens(own.offsets, special, start, stop)
-                    if last > first:
-                        part = own.vectors[first:last].mean(0, dtype=np.float64).astype(np.float32)
-                        parts[row][i] = part / max(float(np.linalg.norm(part)), 1e-12) if wanted else part
-        return SpanVectors(documents, parts, tokens)
-
     # --- the way of a text ------------------------------------------------------------------------------
 
     def _check_dim(self, truncate_dim: int | None) -> int:
@@ -426,8 +286,8 @@ class Encoder(SentenceTransformerNames):
         return None if found is None or not any(found) else found
 
     def _run(
-        self, rows: list[str], instructions: list[str] | None, run: _Run, offsets: bool = False
-    ) -> Iterator[_Done]:
+        self, rows: list[str], instructions: list[str] | None, run: RunSettings, offsets: bool = False
+    ) -> Iterator[Done]:
         """Run texts in windows and packs; warns once if some were cut."""
         limit = self.spec.max_length if run.max_length is None else run.max_length
         if not 1 <= limit <= self.spec.decoder.max_positions:
@@ -448,7 +308,7 @@ class Encoder(SentenceTransformerNames):
                 spans = prepare.pooled_spans(self.spec, tokens, prepared, own, self.tokenizer)
                 starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
                 for pack in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, causal, self.workers):
-                    yield _Done(pack.indices + at, pack, self._on_device(spans[pack.indices]), tokens, starts)
+                    yield Done(pack.indices + at, pack, self._on_device(spans[pack.indices]), tokens, starts)
                     progress.advance(len(pack.indices), pack.schedule.num_tokens)
         if num_truncated:
             warnings.warn(
@@ -466,22 +326,10 @@ class Encoder(SentenceTransformerNames):
                 "tokenizer.json belongs to another model"
             )
 
-    def _vectors(self, done: _Done, normalize: bool | None, truncate_dim: int | None) -> Tensor:
+    def _vectors(self, done: Done, normalize: bool | None, truncate_dim: int | None) -> Tensor:
         """Finished fp32 vectors [B, d] of a pack's texts."""
         pooled = pool(self.spec, self.decoder, done.pack, done.spans_B2)
         return finish(self.spec, pooled, self.heads, normalize, truncate_dim)
-
-    def _token_vectors(self, done: _Done) -> list[TokenVectors]:
-        """Final states of a pack's tokens, one entry per text."""
-        spec, tokens = self.decoder.spec, done.tokens
-        h_TD = done.pack.hidden_TD[: done.pack.schedule.num_tokens]
-        x_TD = rms_norm(h_TD, self.decoder.norm_D, spec.norm_eps, spec.norm_offset).cpu()
-        assert tokens.offsets is not None
-        result = []
-        for local, state in zip(done.pack.indices, x_TD.split(tokens.lengths[done.pack.indices].tolist()), strict=True):
-            own = done.own(local)
-            result.append(TokenVectors(state.numpy(), tokens.offsets[own], tokens.ids[own]))
-        return result
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)

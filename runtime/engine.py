@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from flashvec.kernels.schedule import Schedule, build_schedule
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.packing import pack
+from flashvec.runtime.tokenize import Tokens
 
 TOKEN_BUDGET_CPU = 2048  # where bf16 and fp32 products reach their best rate; more only costs memory
 TOKEN_BUDGET_CUDA = 16_384
@@ -24,6 +26,30 @@ class Pack:
     indices: np.ndarray  # int64 [B] positions of these texts in the call's list
     hidden_TD: Tensor  # fp32 residual stream, before the final norm
     schedule: Schedule
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a call runs: what `embed`, `embed_tokens` and `embed_spans` have in common."""
+
+    max_length: int | None = None
+    batch_tokens: int | None = None
+    split_special: bool = False
+    show_progress: bool | None = None
+
+
+class Done(NamedTuple):
+    """One pack of texts that ran, and what is needed to finish it."""
+
+    rows: np.ndarray  # int64 [B] numbers of these texts in the call's list
+    pack: Pack
+    spans_B2: Tensor  # int64 tokens that each text's vector is made of
+    tokens: Tokens  # of the window this pack is from; `pack.indices` counts in it
+    starts: np.ndarray  # int64 first token of each of the window's texts, and the end
+
+    def own(self, index: int) -> slice:
+        """A text's tokens in `tokens`, by its number in the window."""
+        return slice(self.starts[index], self.starts[index + 1])
 
 
 def default_budget(device: torch.device) -> int:

@@ -130,3 +130,25 @@ def override(values: dict[str, Any]) -> Callable[[gguf.GGUFWriter], None]:
         with_metadata(**values)(writer)
 
     return add
+
+
+def write_quantised(path: Path, architecture: str = "llama", **metadata: Any) -> Path:
+    """A GGUF file with Q8_0 matrices and a byte-level tokenizer."""
+    alphabet = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    tokens = [*alphabet, "ab", "Ġa", "<s>", "</s>"]
+    tensors = {name: tensor * 0.3 for name, tensor in hf_tensors(architecture).items()}
+    tensors["embed_tokens.weight"] = torch.randn(len(tokens), HIDDEN)
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        override({"vocab_size": len(tokens), "attention__layer_norm_rms_epsilon": 1e-2})(writer)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token.startswith("<") and len(token) > 1 else 1 for token in tokens])
+        writer.add_token_merges(["a b", "Ġ a"])
+        writer.add_bos_token_id(len(tokens) - 2)
+        writer.add_eos_token_id(len(tokens) - 1)
+        writer.add_add_bos_token(True)
+        with_metadata(**metadata)(writer)
+
+    return write_gguf(path, architecture, tensors, Kind.Q8_0, add)

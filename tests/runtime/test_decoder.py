@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import gguf_samples
 import pytest
 import torch
 from family_models import ModuleSource, config_of, models
@@ -90,12 +91,23 @@ def peak_memory(model, dtype, *adapters):
     return weights, peak
 
 
+def check_peak(model, dtype, *adapters):
+    weights, peak = peak_memory(model, dtype, *adapters)
+    assert weights > 150e6
+    assert peak <= weights + 300e6, f"peak {peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["safetensors", "adapter"])
-def test_loading_holds_the_weights_once(kind, dtype, tmp_path):
+@pytest.mark.parametrize("kind", ["safetensors", "adapter", "gguf"])
+def test_loading_holds_the_weights_once(kind, dtype, tmp_path, monkeypatch):
     from tiny_models import tiny_checkpoint
 
+    if kind == "gguf":
+        for name, size in {"HIDDEN": 512, "MLP": 4096, "LAYERS": 12}.items():
+            monkeypatch.setattr(gguf_samples, name, size)
+        check_peak(gguf_samples.write_quantised(tmp_path / "model.gguf"), dtype)
+        return
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 40_000}
     model = tiny_checkpoint(tmp_path / "base", "llama", **sizes)
     adapters = []
@@ -106,6 +118,4 @@ def test_loading_holds_the_weights_once(kind, dtype, tmp_path):
         get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
         adapters = [tmp_path / "adapter"]
     del model
-    weights, peak = peak_memory(tmp_path / "base", dtype, *adapters)
-    assert weights > 150e6
-    assert peak <= weights + 300e6, f"peak {peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"
+    check_peak(tmp_path / "base", dtype, *adapters)

@@ -3,12 +3,11 @@
 import json
 from dataclasses import replace
 
-import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
-from gguf_samples import HIDDEN, hf_tensors, override, with_metadata, write_gguf
+from gguf_samples import write_quantised
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -148,31 +147,9 @@ def test_sentence_transformers_folder(tmp_path):
     assert Encoder.load(tmp_path / "model").spec == Encoder.load(tmp_path / "out").spec
 
 
-def quantised(path, architecture="llama", **metadata):
-    """A GGUF file with Q8_0 matrices and a byte-level tokenizer."""
-    alphabet = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
-    tokens = [*alphabet, "ab", "Ġa", "<s>", "</s>"]
-    tensors = {name: tensor * 0.3 for name, tensor in hf_tensors(architecture).items()}
-    tensors["embed_tokens.weight"] = torch.randn(len(tokens), HIDDEN)
-
-    def add(writer):
-        override({"vocab_size": len(tokens), "attention__layer_norm_rms_epsilon": 1e-2})(writer)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(tokens)
-        writer.add_token_types([3 if token.startswith("<") and len(token) > 1 else 1 for token in tokens])
-        writer.add_token_merges(["a b", "Ġ a"])
-        writer.add_bos_token_id(len(tokens) - 2)
-        writer.add_eos_token_id(len(tokens) - 1)
-        writer.add_add_bos_token(True)
-        with_metadata(**metadata)(writer)
-
-    return write_gguf(path, architecture, tensors, gguf.GGMLQuantizationType.Q8_0, add)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 def test_gguf(architecture, tmp_path):
-    path = quantised(tmp_path / "model.gguf", architecture)
+    path = write_quantised(tmp_path / "model.gguf", architecture)
     convert(path, tmp_path / "out")
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
     for dtype in ("float32", "bfloat16"):
@@ -184,7 +161,7 @@ def test_gguf(architecture, tmp_path):
 
 
 def test_gguf_that_states_direction_and_pooling(tmp_path):
-    path = quantised(tmp_path / "model.gguf", "qwen2", attention__causal=False, pooling_type=1)
+    path = write_quantised(tmp_path / "model.gguf", "qwen2", attention__causal=False, pooling_type=1)
     spec = Encoder.load(path).spec
     assert (spec.layout, spec.attention, spec.pooling, spec.span) == (
         "gguf",
@@ -192,7 +169,7 @@ def test_gguf_that_states_direction_and_pooling(tmp_path):
         ("mean",),
         "prompt_tokens",
     )
-    spec = Encoder.load(quantised(tmp_path / "last.gguf", "qwen2", attention__causal=True, pooling_type=3)).spec
+    spec = Encoder.load(write_quantised(tmp_path / "last.gguf", "qwen2", attention__causal=True, pooling_type=3)).spec
     assert (spec.attention, spec.pooling) == ("causal", ("last",))
 
 

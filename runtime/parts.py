@@ -1,0 +1,151 @@
+"""Vectors of parts of texts: tokens, words, spans."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from flashvec.kernels.rms_norm import rms_norm
+from flashvec.runtime import prepare
+from flashvec.runtime.decoder import Decoder
+from flashvec.runtime.engine import Done, RunSettings
+from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.texts import as_texts
+
+Instruction = str | Sequence[str] | None
+
+
+class TokenVectors(NamedTuple):
+    """One text's tokens: `vectors` fp32 [len, d], `offsets` int32 [len, 2] characters, `ids` int32 [len]."""
+
+    vectors: np.ndarray
+    offsets: np.ndarray
+    ids: np.ndarray
+
+
+class SpanVectors(NamedTuple):
+    """One forward, three grains: `documents` [n, d], `spans` one [s, d] per text, `tokens` one `TokenVectors` each."""
+
+    documents: np.ndarray
+    spans: list[np.ndarray]
+    tokens: list[TokenVectors]
+
+
+class PartVectors:
+    """`Encoder`'s methods that look inside a text."""
+
+    spec: ModelSpec
+    decoder: Decoder
+    _instructions: Callable[..., list[str] | None]
+    _run: Callable[..., Iterator[Done]]
+    _vectors: Callable[..., torch.Tensor]
+
+    def embed_tokens(
+        self,
+        texts: str | Iterable[str],
+        *,
+        instruction: Instruction = None,
+        normalize: bool = False,
+        **run: Any,
+    ) -> list[TokenVectors]:
+        """The final state of every token, special tokens included.
+
+        Args:
+            texts: as in `embed`; a str gives a list of one.
+            instruction: as in `embed`; its tokens are part of the result, offsets count from its first character.
+            normalize: L2-normalise each token's vector.
+            run: `max_length`, `batch_tokens`, `split_special`, `show_progress`.
+
+        Returns:
+            One `TokenVectors` per text: vectors fp32 [len, D], offsets int32 [len, 2], ids int32 [len].
+        """
+        rows, _ = as_texts(texts)
+        instructions = self._instructions(instruction, None, len(rows))
+        result: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
+        for done in self._run(rows, instructions, RunSettings(**run), offsets=True):
+            for row, vectors in zip(done.rows, self._token_vectors(done), strict=True):
+                if normalize:
+                    vectors = vectors._replace(vectors=F.normalize(torch.from_numpy(vectors.vectors)).numpy())
+                result[row] = vectors
+        return result
+
+    def embed_words(self, words: Iterable[Sequence[str]], **run: Any) -> list[np.ndarray]:
+        """One vector per word of texts that are already split: the mean of the word's token states.
+
+        Args:
+            words: lists of words; they are joined by single spaces.
+            run: as in `embed_tokens`.
+
+        Returns:
+            One fp32 [words, D] array per list; a word cut off by `max_length` has a zero row.
+        """
+        lists = [list(w) for w in words]
+        spans = []
+        for row, word_list in enumerate(lists):
+            if isinstance(words, str) or not all(isinstance(w, str) for w in word_list):
+                raise TypeError(f"words[{row}] must be a list of str, as in [['A', 'text'], ['Another', 'one']]")
+            stops = np.cumsum([len(w) + 1 for w in word_list], dtype=np.int64) - 1
+            spans.append([(int(s) - len(w), int(s)) for s, w in zip(stops, word_list, strict=True)])
+        return self.embed_spans([" ".join(w) for w in lists], spans, normalize=False, **run).spans
+
+    def embed_spans(
+        self,
+        texts: Iterable[str],
+        spans: Sequence[Sequence[tuple[int, int]]],
+        *,
+        normalize: bool | None = None,
+        **run: Any,
+    ) -> SpanVectors:
+        """Documents, parts of them and their tokens from one forward: every part has seen the whole text.
+
+        Args:
+            texts: n texts.
+            spans: for each text, character ranges (start, stop); they may nest and overlap.
+            normalize: for document and span vectors; default the layout's rule.
+            run: as in `embed_tokens`.
+
+        Returns:
+            `SpanVectors`. A span is the mean of the final states of the tokens that overlap it (before dense heads);
+            one without any (cut off, or empty) is a zero row.
+
+        Raises:
+            ValueError: a wrong number of lists, or a range outside its text.
+        """
+        rows, _ = as_texts(texts)
+        if len(spans) != len(rows):
+            raise ValueError(f"spans has {len(spans)} entries for {len(rows)} texts: give one list per text")
+        for row, ranges in enumerate(spans):
+            for start, stop in ranges:
+                if not 0 <= start <= stop <= len(rows[row]):
+                    size = len(rows[row])
+                    raise ValueError(f"spans[{row}] has ({start}, {stop}); text {row} has {size} characters")
+        wanted = self.spec.normalize if normalize is None else normalize
+        documents = np.zeros((len(rows), self.spec.embedding_size), np.float32)
+        parts = [np.zeros((len(ranges), self.decoder.spec.hidden_size), np.float32) for ranges in spans]
+        tokens: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
+        for done in self._run(rows, None, RunSettings(**run), offsets=True):
+            documents[done.rows] = self._vectors(done, normalize, None).cpu().numpy()
+            for row, local, own in zip(done.rows, done.pack.indices, self._token_vectors(done), strict=True):
+                tokens[row] = own
+                assert done.tokens.special is not None
+                special = done.tokens.special[done.own(local)]
+                for i, (start, stop) in enumerate(spans[row]):
+                    first, last = prepare.char_span_to_tokens(own.offsets, special, start, stop)
+                    if last > first:
+                        part = own.vectors[first:last].mean(0, dtype=np.float64).astype(np.float32)
+                        parts[row][i] = part / max(float(np.linalg.norm(part)), 1e-12) if wanted else part
+        return SpanVectors(documents, parts, tokens)
+
+    def _token_vectors(self, done: Done) -> list[TokenVectors]:
+        """Final states of a pack's tokens, one entry per text."""
+        spec, tokens = self.decoder.spec, done.tokens
+        h_TD = done.pack.hidden_TD[: done.pack.schedule.num_tokens]
+        x_TD = rms_norm(h_TD, self.decoder.norm_D, spec.norm_eps, spec.norm_offset).cpu()
+        assert tokens.offsets is not None
+        result = []
+        for local, state in zip(done.pack.indices, x_TD.split(tokens.lengths[done.pack.indices].tolist()), strict=True):
+            own = done.own(local)
+            result.append(TokenVectors(state.numpy(), tokens.offsets[own], tokens.ids[own]))
+        return result
