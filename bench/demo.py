@@ -5,8 +5,8 @@ at hand without an account, the hub or a compiler. The model is not trained for 
 from it are compared on twenty questions (`demo_questions.json`) whose right pages are known.
 
 The last-token setting follows "Scaling Sentence Embeddings with Large Language Models" (Jiang et al., 2023): ask for
-the text in one word, and read the state from which that word would be predicted. Template and layer were chosen on
-other questions and on STS-B's development set, not on the twenty.
+the text in one word, and read the state from which that word would be predicted. Templates, layer and centring were
+chosen on 24 other questions, with STS-B's development set as a check, and not on the twenty.
 """
 
 import importlib.util
