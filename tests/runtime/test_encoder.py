@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from flashvec import Encoder
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.encoder import TruncationWarning
+from flashvec.runtime.parts import SpanVectors, TokenVectors
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +214,7 @@ def test_token_states_and_offsets(enc, folder):
     for text, got in zip(TEXTS, enc.embed_tokens(TEXTS), strict=True):
         want = hugging_face_states(folder, text)
         assert (unit(got.vectors) - unit(want)).abs().max() <= 1e-5
+        assert isinstance(got, TokenVectors)
         assert got.offsets.shape == (len(want), 2) and got.ids.dtype == np.int32
         assert got.offsets[1:, 1].max() == len(text)
 
@@ -234,7 +236,7 @@ def test_spans_documents_and_tokens_from_one_forward(enc, monkeypatch):
     monkeypatch.setattr(type(enc.decoder), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     text = "Mix flour and water"
     result = enc.embed([text, "x"], spans=[[(0, 9), (4, 9), (0, len(text))], []])
-    assert len(calls) == 1
+    assert len(calls) == 1 and isinstance(result, SpanVectors)
     np.testing.assert_array_equal(result.documents, enc.embed([text, "x"]))
     assert [s.shape for s in result.spans] == [(3, 32), (0, 32)]
     inside = [i for i, (a, b) in enumerate(result.tokens[0].offsets) if b > 4 and a < 9]
