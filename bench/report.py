@@ -41,7 +41,8 @@ def embed_table(rows: list[dict[str, Any]]) -> list[str]:
     lines.append(
         f"{last['model']} on {last['cores']} cores of {last['cpu']} ({last['instructions']}), torch {last['torch']},"
     )
-    lines.append(f"commit {last['commit']}, {last['date']}; medians of {last['repetitions']} interleaved repetitions.")
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in newest.values()))
+    lines.append(f"commits {commits}, {last['date']}; medians of {last['repetitions']} interleaved repetitions.")
     return lines
 
 
