@@ -6,7 +6,8 @@ from it are compared on twenty questions (`demo_questions.json`) whose right pag
 
 The last-token setting follows "Scaling Sentence Embeddings with Large Language Models" (Jiang et al., 2023): ask for
 the text in one word, and read the state from which that word would be predicted. Templates, layer and centring were
-chosen on 24 other questions, with STS-B's development set as a check, and not on the twenty.
+chosen on 24 other questions, with STS-B's development set as a check; the twenty's own figures were in view when the
+layer was chosen, so their recall is a little optimistic.
 """
 
 import importlib.util
