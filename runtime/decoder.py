@@ -150,12 +150,13 @@ class Decoder:
 
     def _rope_rows(self, schedule: Schedule) -> list[tuple[Tensor, Tensor]]:
         """Cosines and sines of every row's position, one pair per rotary table."""
-        have = len(self._tables[0][0]) if self._tables else 0
-        if schedule.max_length > have:  # grown by doubling: a handful of times in a process
+        tables = self._tables  # workers share the decoder: another one may replace them while this one reads
+        if not tables or len(tables[0][0]) < schedule.max_length:  # by doubling: a handful of times in a process
             size = 1 << max(10, (schedule.max_length - 1).bit_length())
-            tables = [rope_table(r, self.spec.head_size, size) for r in self.spec.ropes]
-            self._tables = [(cos.to(self.device), sin.to(self.device)) for cos, sin in tables]
-        return [(cos[schedule.positions], sin[schedule.positions]) for cos, sin in self._tables]
+            made = [rope_table(rope, self.spec.head_size, size) for rope in self.spec.ropes]
+            tables = [(cos.to(self.device), sin.to(self.device)) for cos, sin in made]
+            self._tables = tables
+        return [(cos[schedule.positions], sin[schedule.positions]) for cos, sin in tables]
 
     def _query_scale(self, schedule: Schedule) -> Tensor | None:
         """Ministral 3: queries far into a text are scaled up, by a step every `query_scale_positions`."""

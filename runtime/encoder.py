@@ -203,7 +203,23 @@ class Encoder(PartVectors, SentenceTransformerNames):
         """
         run = RunSettings(max_length, batch_tokens, split_special, show_progress)
         if spans is not None:
-            return self.embed_spans(texts, spans, normalize=normalize, **asdict(run))
+            given = {
+                "truncate_dim": truncate_dim is not None,
+                "precision": precision != "float32",
+                "output": output != "numpy",
+                "out": out is not None,
+            }
+            if any(given.values()):
+                refused = ", ".join(name for name, is_given in given.items() if is_given)
+                raise ValueError(f"spans gives whole fp32 numpy vectors, without {refused}")
+            return self.embed_spans(
+                texts,
+                spans,
+                instruction=instruction,
+                prompt_name=prompt_name,
+                normalize=normalize,
+                **asdict(run),
+            )
         rows, single = as_texts(texts)
         dim = self._check_dim(truncate_dim)
         if output not in ("numpy", "torch"):
@@ -307,8 +323,10 @@ class Encoder(PartVectors, SentenceTransformerNames):
                 self._check_ids(tokens.ids)
                 spans = prepare.pooled_spans(self.spec, tokens, prepared, own, self.tokenizer)
                 starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
+                text_starts = [len(before) for before in prepared.before]
                 for pack in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, causal, self.workers):
-                    yield Done(pack.indices + at, pack, self._on_device(spans[pack.indices]), tokens, starts)
+                    pooled = self._on_device(spans[pack.indices])
+                    yield Done(pack.indices + at, pack, pooled, tokens, starts, text_starts)
                     progress.advance(len(pack.indices), pack.schedule.num_tokens)
         if num_truncated:
             warnings.warn(

@@ -46,6 +46,7 @@ class Done(NamedTuple):
     spans_B2: Tensor  # int64 tokens that each text's vector is made of
     tokens: Tokens  # of the window this pack is from; `pack.indices` counts in it
     starts: np.ndarray  # int64 first token of each of the window's texts, and the end
+    text_starts: list[int]  # characters that template and instruction put before each of the window's texts
 
     def own(self, index: int) -> slice:
         """A text's tokens in `tokens`, by its number in the window."""

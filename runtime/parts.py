@@ -54,7 +54,8 @@ class PartVectors:
 
         Args:
             texts: as in `embed`; a str gives a list of one.
-            instruction: as in `embed`; its tokens are part of the result, offsets count from its first character.
+            instruction: as in `embed`; its tokens and a template's are part of the result; offsets count from the
+                first character of all that is read.
             normalize: L2-normalise each token's vector.
             run: `max_length`, `batch_tokens`, `split_special`, `show_progress`.
 
@@ -95,6 +96,8 @@ class PartVectors:
         texts: Iterable[str],
         spans: Sequence[Sequence[tuple[int, int]]],
         *,
+        instruction: Instruction = None,
+        prompt_name: str | None = None,
         normalize: bool | None = None,
         **run: Any,
     ) -> SpanVectors:
@@ -102,7 +105,9 @@ class PartVectors:
 
         Args:
             texts: n texts.
-            spans: for each text, character ranges (start, stop); they may nest and overlap.
+            spans: for each text, character ranges (start, stop) of the text as given, whatever a template or an
+                instruction puts before it; they may nest and overlap.
+            instruction, prompt_name: as in `embed`.
             normalize: for document and span vectors; default the layout's rule.
             run: as in `embed_tokens`.
 
@@ -111,8 +116,12 @@ class PartVectors:
             one without any (cut off, or empty) is a zero row.
 
         Raises:
-            ValueError: a wrong number of lists, or a range outside its text.
+            ValueError: a wrong number of lists, a range outside its text, or a model loaded with `compat`.
         """
+        if self.spec.compat:
+            raise ValueError(
+                f"compat={self.spec.compat!r} rewrites texts before it reads them: spans name nothing there"
+            )
         rows, _ = as_texts(texts)
         if len(spans) != len(rows):
             raise ValueError(f"spans has {len(spans)} entries for {len(rows)} texts: give one list per text")
@@ -125,14 +134,16 @@ class PartVectors:
         documents = np.zeros((len(rows), self.spec.embedding_size), np.float32)
         parts = [np.zeros((len(ranges), self.decoder.spec.hidden_size), np.float32) for ranges in spans]
         tokens: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
-        for done in self._run(rows, None, RunSettings(**run), offsets=True):
+        instructions = self._instructions(instruction, prompt_name, len(rows))
+        for done in self._run(rows, instructions, RunSettings(**run), offsets=True):
             documents[done.rows] = self._vectors(done, normalize, None).cpu().numpy()
             for row, local, own in zip(done.rows, done.pack.indices, self._token_vectors(done), strict=True):
                 tokens[row] = own
                 assert done.tokens.special is not None
                 special = done.tokens.special[done.own(local)]
+                before = done.text_starts[local]
                 for i, (start, stop) in enumerate(spans[row]):
-                    first, last = prepare.char_span_to_tokens(own.offsets, special, start, stop)
+                    first, last = prepare.char_span_to_tokens(own.offsets, special, before + start, before + stop)
                     if last > first:
                         part = own.vectors[first:last].mean(0, dtype=np.float64).astype(np.float32)
                         parts[row][i] = part / max(float(np.linalg.norm(part)), 1e-12) if wanted else part

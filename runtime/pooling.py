@@ -43,32 +43,29 @@ class DenseHead:
         return DENSE_FUNCTIONS[self.activation](linear(x_BD, self.weight, self.bias, plan))[:rows]
 
 
-def pool(spec: ModelSpec, decoder: Decoder, pack: Pack, spans_S2: Tensor, texts_S: Tensor | None = None) -> Tensor:
-    """Pool spans of a pack's tokens.
+def pool(spec: ModelSpec, decoder: Decoder, pack: Pack, spans_B2: Tensor) -> Tensor:
+    """Pool each of a pack's texts over its span of tokens.
 
     Args:
-        spans_S2: int64 [S, 2] first token and one past the last, counted from the first token of the span's text.
-        texts_S: int64 [S] which of the pack's texts each span belongs to; default one span for each text.
+        spans_B2: int64 [B, 2] first token and one past the last, counted from the text's own first token.
 
     Returns:
-        fp32 [S, D * modes], before heads and normalisation.
+        fp32 [B, D * modes], before heads and normalisation.
     """
     starts_B = pack.schedule.cu_seqlens[:-1].to(torch.int64)
     lengths_B = pack.schedule.cu_seqlens.diff().to(torch.int64)
-    if texts_S is None:
-        texts_S = torch.arange(len(starts_B), device=spans_S2.device)
     pooled = []
     for mode in spec.pooling:
-        spans = spans_S2
+        spans = spans_B2
         # The text's own last and first token, whatever the instruction; in a sentence-transformers folder that
         # leaves prompts out, the first is the one after the prompt.
         if mode == "last" or (mode == "cls" and spec.span != "prompt_tokens"):
-            spans = torch.stack([torch.zeros_like(lengths_B), lengths_B], 1)[texts_S]
+            spans = torch.stack([torch.zeros_like(lengths_B), lengths_B], 1)
         first = spans[:, 0] + 1 if spec.span == "prompt_tokens" else None
         pooled.append(
             mean_pool(
                 pack.hidden_TD,
-                spans + starts_B[texts_S][:, None],
+                spans + starts_B[:, None],
                 decoder.norm_D,
                 decoder.spec.norm_eps,
                 norm_offset=decoder.spec.norm_offset,

@@ -142,7 +142,7 @@ def _check_types(file: GGUFFile) -> None:
             block_bytes = GGML_QUANT_SIZES[tensor.kind][1]
             try:
                 _dequantised(torch.zeros(block_bytes, dtype=torch.uint8), tensor.kind)
-            except NotImplementedError:
+            except NotImplementedError:  # what the gguf package raises for a type it only knows by name
                 raise CheckpointError(
                     f"{file.path}: {name} has type {tensor.kind.name}, which the gguf package does not decode"
                 ) from None

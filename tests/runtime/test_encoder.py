@@ -369,3 +369,32 @@ def test_progress_bar_goes_to_stderr(enc, capsys):
 def test_prints_what_it_is(enc):
     assert repr(enc) == "Encoder(llama, bidirectional, mean, dim=32, max_length=512, float32 on cpu)"
     assert "pooling        mean over all tokens" in str(enc.spec)
+
+
+# --- spans under prompts and templates -------------------------------------------------------------------
+
+
+def test_spans_count_from_the_texts_own_first_character(folder):
+    """Whatever a template or a prompt writes in front of a text, a span names the text's characters."""
+    enc = Encoder.load(folder, dtype="float32")
+    text, span = "Mix flour and water", (4, 9)
+    enc.spec = dataclasses.replace(enc.spec, layout="llm2vec", span="template", template="[INST] {text} [/INST]")
+    enc.spec = dataclasses.replace(enc.spec, prompts={"query": "Bake: "}, default_prompt_name="query")
+    before = "[INST] Bake: "
+    tokens = enc.embed_tokens([text], instruction="Bake: ")[0]
+    first, last = (len(before) + c for c in span)
+    inside = [i for i, (a, b) in enumerate(tokens.offsets) if b > first and a < last]
+    for chosen in ({}, {"prompt_name": "query"}, {"instruction": "Bake: "}):
+        got = enc.embed([text], spans=[[span]], **chosen)
+        np.testing.assert_allclose(got.spans[0][0], unit(tokens.vectors[inside].mean(0)), atol=1e-6)
+        np.testing.assert_array_equal(got.documents, enc.embed([text], **chosen))
+    words = enc.embed_words([text.split()])[0]
+    np.testing.assert_allclose(words[1], tokens.vectors[inside].mean(0), atol=1e-6)
+
+
+def test_spans_refuse_what_they_cannot_follow(folder, enc):
+    for argument in ({"precision": "float16"}, {"truncate_dim": 8}, {"output": "torch"}, {"out": np.zeros((1, 32))}):
+        with pytest.raises(ValueError, match=f"spans gives .*{next(iter(argument))}"):
+            enc.embed(["cat"], spans=[[(0, 3)]], **argument)
+    with pytest.raises(ValueError, match="compat='llm2vec' rewrites texts"):
+        Encoder.load(folder, dtype="float32", compat="llm2vec").embed(["cat"], spans=[[(0, 3)]])

@@ -30,3 +30,23 @@ def test_a_worker_that_fails_says_so():
 def test_budgets():
     assert engine.default_budget(torch.device("cpu")) == 2048
     assert engine.default_budget(torch.device("cuda")) == 16_384
+
+
+def test_rotary_tables_grow_while_another_worker_reads_them():
+    """A worker keeps the tables it asked for, though another one replaces them by shorter ones meanwhile."""
+    from flashvec.kernels.schedule import build_schedule
+    from flashvec.runtime.decoder import Decoder
+
+    class Meddled(Decoder):
+        """Another worker, slower to start, puts its short tables in place right after ours."""
+
+        def __setattr__(self, name, value):
+            if name == "_tables" and value:
+                value = [(cos[:8], sin[:8]) for cos, sin in value]
+            super().__setattr__(name, value)
+
+    _, plain = models("llama", "bidirectional")
+    meddled = Meddled(plain.spec, plain.embedding_VD, plain.layers, plain.norm_D)
+    schedule = build_schedule([2000])
+    for ours, theirs in zip(meddled._rope_rows(schedule), plain._rope_rows(schedule), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
