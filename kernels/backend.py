@@ -1,35 +1,239 @@
 """Where a kernel may run: decided here and nowhere else.
 
-Today every op has its reference and its CPU form; a Triton kernel joins them in the op's own file and is picked by
-`implementation`. Nothing is read from the environment and nothing is decided at import.
+An op has a reference, sometimes a form for the CPU, and a Triton kernel; `implementation` picks one by the device of
+its input. Kernels reach Triton through this module (`triton`, `tl`, `launch`), so that everything imports where it is
+not installed, and so that one place can count launches, run them interpreted, or record them for compilation elsewhere.
+Nothing is read from the environment and nothing is decided at import.
 """
 
+import importlib
 import importlib.util
 import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Implementation = Literal["cpu", "torch"]
+Implementation = Literal["triton", "cpu", "torch"]
 
 logger = logging.getLogger("flashvec")
+
+
+class _Absent:
+    """Stands for triton where it is not installed: decorates and annotates, and is never launched."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "_Absent":
+        return self
+
+
+if importlib.util.find_spec("triton") is None:
+    triton: Any = _Absent()
+    tl: Any = triton
+else:
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+
+launches: Counter[str] = Counter()  # kernel name -> launches in this process
+_interpreted = False
+_recorder: "Recorder | None" = None
 
 
 @cache
 def has_triton() -> bool:
     """True if the triton package can be imported; says so once where it cannot."""
-    found = importlib.util.find_spec("triton") is not None
+    found = not isinstance(triton, _Absent)
     if not found:
         logger.warning("triton is not installed: kernels run as torch operations (pip install triton on Linux)")
     return found
 
 
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """True for a GPU that the kernels are made for: CUDA from compute capability 8.0 on, or ROCm."""
+    if device.type != "cuda" or not has_triton():
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8:
+        name = torch.cuda.get_device_name(device)
+        logger.warning("%s is older than the kernels support (compute capability 8.0): torch operations run", name)
+        return False
+    return True
+
+
 def implementation(x: Tensor) -> Implementation:
-    """The form of an op that runs for `x`: `cpu` (chosen by measurement) or `torch` (the reference)."""
-    has_triton()
-    return "cpu" if x.device.type == "cpu" else "torch"
+    """The form of an op that runs for `x`: its Triton kernel, its form for the `cpu`, or the `torch` reference."""
+    if _recorder is not None or (_interpreted and x.device.type == "cpu"):
+        return "triton"
+    if x.device.type == "cpu":
+        has_triton()
+        return "cpu"
+    return "triton" if runs_triton(x.device) else "torch"
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Run kernels on CPU tensors in Triton's interpreter, for tests; slow.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET=1 was not set when the kernels were imported.
+    """
+    global _interpreted
+    if has_triton() and not triton.knobs.runtime.interpret:
+        raise RuntimeError("set TRITON_INTERPRET=1 before flashvec is imported to run kernels interpreted")
+    before, _interpreted = _interpreted, True
+    try:
+        yield
+    finally:
+        _interpreted = before
+
+
+# --- launching and recording -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture that kernels are tuned and compiled for.
+
+    `arch` is NVIDIA's compute capability times ten, or AMD's name; sizes are what one block (`shared_bytes`) and one
+    multiprocessor may use.
+    """
+
+    name: str
+    backend: Literal["cuda", "hip"]
+    arch: int | str
+    warp_size: int
+    shared_bytes: int
+    registers: int = 65_536
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_80", "cuda", 80, 32, 163 * 1024),
+        Target("sm_89", "cuda", 89, 32, 99 * 1024),
+        Target("sm_90", "cuda", 90, 32, 227 * 1024),
+        Target("sm_100", "cuda", 100, 32, 227 * 1024),
+        Target("sm_120", "cuda", 120, 32, 99 * 1024),
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 131_072),
+    )
+}
+
+
+@cache
+def _device_target(index: int | None) -> Target:
+    device = torch.device("cuda", index) if index is not None else torch.device("cuda")
+    if torch.version.hip is not None:
+        return TARGETS["gfx942"]
+    major, minor = torch.cuda.get_device_capability(device)
+    capability = major * 10 + minor
+    known = [t for t in TARGETS.values() if isinstance(t.arch, int) and t.arch <= capability]
+    return max(known, key=lambda t: int(t.arch))
+
+
+def target(x: Tensor) -> Target:
+    """What the kernel for `x` is tuned for: the recorder's target, else the device's (interpreted: sm_90)."""
+    if _recorder is not None:
+        return _recorder.target
+    return _device_target(x.device.index) if x.device.type == "cuda" else TARGETS["sm_90"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as recorded: enough to compile the same code for its target."""
+
+    kernel: Any
+    arguments: dict[str, Any]  # tensors, numbers, and constexpr values by parameter name
+    options: dict[str, Any]  # num_warps, num_stages, maxnreg, enable_fp_fusion
+
+
+class Recorder:
+    """Launches noted instead of run, see `recording`."""
+
+    def __init__(self, recorded_target: Target) -> None:
+        self.target = recorded_target
+        self.launches: list[Launch] = []
+
+
+@contextmanager
+def recording(recorded_target: Target) -> Iterator[Recorder]:
+    """Note launches for a target instead of running them; inputs may be meta tensors."""
+    global _recorder
+    before, _recorder = _recorder, Recorder(recorded_target)
+    try:
+        yield _recorder
+    finally:
+        _recorder = before
+
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> None:
+    """Run a kernel over a grid; an empty grid runs nothing.
+
+    Args:
+        kernel: a `@triton.jit` function.
+        grid: number of programs along each axis.
+        args, keywords: the kernel's parameters; `num_warps`, `num_stages`, `maxnreg` are compilation options.
+    """
+    if 0 in grid:
+        return
+    # Fused multiply-add is asked for by name: from Triton 3.10 on it is no longer the default.
+    options = {key: keywords.pop(key, None) for key in OPTIONS}
+    options = {key: value for key, value in options.items() if value is not None} | {"enable_fp_fusion": True}
+    if _recorder is not None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | keywords
+        _recorder.launches.append(Launch(kernel, arguments, options))
+        return
+    launches[kernel.__name__] += 1
+    tensor = next(a for a in args if isinstance(a, Tensor))
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            kernel[grid](*args, **keywords, **options)
+    else:
+        kernel[grid](*args, **keywords, **options)
+
+
+# --- registering ops -------------------------------------------------------------------------------
+
+_library = torch.library.Library("flashvec", "FRAGMENT")
+
+
+def define_op(
+    schema: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register `flashvec::<name>`, visible to torch.compile and autograd; returns the callable op.
+
+    `Library.define` and `impl` cost half of what `torch.library.custom_op` adds to every call.
+
+    Args:
+        schema: as in `torch.library.Library.define`, e.g. "swiglu(Tensor gate_up, str activation) -> Tensor".
+        forward: launches the kernel; may not mutate or return its inputs.
+        fake: the same shapes, strides and dtypes, without computing.
+        setup_context, backward: as in `torch.library.register_autograd`; `backward` calls ops.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashvec::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"flashvec::{name}", backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.flashvec, name).default
+
+
+# --- the processor ---------------------------------------------------------------------------------
 
 
 def has_hardware_bf16(device: torch.device) -> bool:

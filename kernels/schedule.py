@@ -1,18 +1,25 @@
-"""Where each sequence lies in a packed batch: built once a batch, read by every layer.
+"""Where each sequence lies in a packed batch: built once a batch, read by every layer, forward and backward.
 
 A batch is one flat tensor of `T` rows. Its first `cu_seqlens[B]` rows are the tokens of `B` sequences, end to end; the
-rest are zero rows that fill the batch up to a row count measured to be safe (`runtime/row_counts.py`).
+rest are zero rows that fill the batch up to a fixed row count.
 
 On the CPU, neighbours of equal length form one group: a group is a plain [count, length, ...] view of the flat
 tensor, so attention needs neither padding nor a mask, and a sequence meets the same arithmetic in every batch.
+
+On a GPU, attention runs over a list of tiles: four numbers for each program, which name the sequence and the tokens of
+it that the program owns. No program searches for its sequence, none is launched for padding, and the longest sequences
+start first. How a sequence is cut depends on its own length alone, so its bits do not depend on its batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
+
+NO_SEQUENCE = -1  # in a tile's last column: a filling tile, whose program returns at once
 
 
 @dataclass(frozen=True)
@@ -29,46 +36,129 @@ class Group:
 
 
 @dataclass(frozen=True)
+class TileClass:
+    """Which sequences a kernel takes and how it cuts them.
+
+    Sequences of more than `shorter` and at most `longest` tokens (None: any), in tiles of `tokens` tokens.
+    """
+
+    tokens: int
+    shorter: int = 0
+    longest: int | None = None
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """One batch's geometry. `cu_seqlens` is int32 [B + 1], `positions` int64 [T] (0 on filling rows)."""
+    """One batch's geometry.
+
+    `cu_seqlens` is int32 [B + 1], `positions` int64 [T] (0 on filling rows), `identities` int32 [B] or None: what names
+    a sequence in dropout's keys. With `is_static` every tile list is as long as any batch of these rows and sequences
+    could need: its tensors may be overwritten in place by another batch's, as a CUDA graph wants.
+    """
 
     cu_seqlens: Tensor
     positions: Tensor
     groups: tuple[Group, ...]
     num_tokens: int
     max_length: int
+    lengths: tuple[int, ...]
+    identities: Tensor | None = None
+    is_static: bool = False
+    tile_lists: dict[TileClass, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    def tiles(self, tile_class: TileClass) -> Tensor:
+        """The tile list of a class, made when first asked for.
+
+        Returns:
+            int32 [tiles, 4] on the schedule's device: first row of the sequence, its length, first token of the tile
+            (counted from the sequence's own), index of the sequence (`NO_SEQUENCE`: nothing to do).
+        """
+        if tile_class not in self.tile_lists:
+            tiles = build_tiles(self.lengths, tile_class)
+            if self.is_static:
+                most = -(-len(self.positions) // tile_class.tokens) + self.num_sequences
+                filling = np.full((most - len(tiles), 4), (0, 0, 0, NO_SEQUENCE), np.int32)
+                tiles = np.concatenate([tiles, filling])
+            self.tile_lists[tile_class] = torch.from_numpy(tiles).to(self.cu_seqlens.device, non_blocking=True)
+        return self.tile_lists[tile_class]
+
+    def identity_of_rows(self) -> Tensor:
+        """int32 [T]: the identity of each row's sequence, 0 on filling rows."""
+        if self.identities is None:
+            raise ValueError("dropout needs build_schedule(..., identities=...): its masks are keyed by them")
+        rows = torch.zeros(len(self.positions), dtype=torch.int32, device=self.identities.device)
+        lengths = self.cu_seqlens.diff().to(torch.int64)
+        rows[: self.num_tokens] = torch.repeat_interleave(self.identities, lengths, output_size=self.num_tokens)
+        return rows
 
 
-def build_schedule(lengths: Sequence[int], num_rows: int | None = None, device: str | torch.device = "cpu") -> Schedule:
+def build_tiles(lengths: Sequence[int], tile_class: TileClass) -> np.ndarray:
+    """The tiles of one class, longest sequences first, a sequence's own tiles side by side: int32 [tiles, 4]."""
+    length = np.asarray(lengths, dtype=np.int64)
+    longest = length.max(initial=0) if tile_class.longest is None else tile_class.longest
+    sequence = np.flatnonzero((length > tile_class.shorter) & (length <= longest))
+    sequence = sequence[np.argsort(-length[sequence], kind="stable")]
+    count = -(-length[sequence] // tile_class.tokens)
+    owner = np.repeat(sequence, count)
+    tile = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+    start = np.cumsum(length) - length
+    return np.stack([start[owner], length[owner], tile * tile_class.tokens, owner], 1).astype(np.int32)
+
+
+def build_schedule(
+    lengths: Sequence[int],
+    num_rows: int | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    identities: Sequence[int] | Tensor | None = None,
+    is_static: bool = False,
+) -> Schedule:
     """Geometry of sequences of these lengths laid end to end.
 
     Args:
-        lengths: tokens of each sequence, at least 1. Sorted lengths give the fewest groups.
+        lengths: tokens of each sequence; 0 is a sequence without rows. Sorted lengths give the fewest groups.
         num_rows: rows of the flat tensor, at least sum(lengths); default just that.
-        device: where `cu_seqlens` and `positions` live.
+        device: where the tensors live.
+        identities: int32, one per sequence, for dropout; two views of one text need two.
+        is_static: see `Schedule`.
 
     Raises:
-        ValueError: a length below 1, or too few rows.
+        ValueError: a negative length, too few rows, or identities that do not match.
     """
-    if min(lengths, default=1) < 1:
-        raise ValueError(f"a sequence has at least one token, got lengths {list(lengths)}")
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"a length is negative: {list(lengths)}")
     num_tokens = sum(lengths)
     num_rows = num_tokens if num_rows is None else num_rows
     if num_rows < num_tokens:
         raise ValueError(f"num_rows is {num_rows}, the sequences hold {num_tokens} tokens")
+    if identities is not None:
+        identities = torch.as_tensor(identities, dtype=torch.int32)
+        if identities.shape != (len(lengths),):
+            raise ValueError(f"identities has shape {tuple(identities.shape)}, there are {len(lengths)} sequences")
+        identities = identities.to(device)
 
     groups, start = [], 0
-    positions = torch.zeros(num_rows, dtype=torch.int64)
-    for length, same in groupby(lengths):
-        group = Group(start, len(list(same)), length)
-        positions[start : group.stop] = torch.arange(length).repeat(group.count)
-        groups.append(group)
+    for n, same in groupby(lengths):
+        group = Group(start, len(list(same)), n)
+        if n:
+            groups.append(group)
         start = group.stop
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    length = np.asarray(lengths, dtype=np.int64)
+    stops = np.cumsum(length)
+    positions = np.zeros(num_rows, dtype=np.int64)
+    positions[:num_tokens] = np.arange(num_tokens) - np.repeat(stops - length, length)
+    cu_seqlens = torch.from_numpy(np.concatenate([[0], stops]).astype(np.int32))
     return Schedule(
-        cu_seqlens=cu_seqlens.to(device),
-        positions=positions.to(device),
+        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+        positions=torch.from_numpy(positions).to(device, non_blocking=True),
         groups=tuple(groups),
         num_tokens=num_tokens,
         max_length=max(lengths, default=0),
+        lengths=tuple(lengths),
+        identities=identities,
+        is_static=is_static,
     )

@@ -1,11 +1,14 @@
 """Shared fixtures: a device, fixed seeds, and empty tensors poisoned so that a forgotten element shows."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are imported: makes the fixture below possible
 
 
 @pytest.fixture
@@ -28,3 +31,15 @@ def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def interpreted(device: str) -> Iterator[None]:
+    """Run Triton kernels: compiled on a GPU, else in the interpreter. Without it, a test takes the path users get."""
+    if device == "cuda":
+        yield
+        return
+    from flashvec.kernels import backend
+
+    with backend.interpreted():
+        yield

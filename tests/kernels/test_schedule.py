@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flashvec.kernels.schedule import Group, build_schedule
+from flashvec.kernels.schedule import NO_SEQUENCE, Group, TileClass, build_schedule
 
 
 def test_equal_neighbours_form_one_group():
@@ -25,7 +25,42 @@ def test_no_sequences():
 
 
 def test_rejects_what_it_cannot_lay_out():
-    with pytest.raises(ValueError, match=r"\[2, 0\]"):
-        build_schedule([2, 0])
+    with pytest.raises(ValueError, match=r"\[2, -1\]"):
+        build_schedule([2, -1])
+    with pytest.raises(ValueError, match="identities"):
+        build_schedule([2, 1], identities=[5])
     with pytest.raises(ValueError, match="num_rows is 3"):
         build_schedule([4], num_rows=3)
+
+
+def test_tiles_name_their_tokens_longest_sequences_first():
+    schedule = build_schedule([3, 0, 9, 5])
+    assert schedule.tiles(TileClass(4)).tolist() == [
+        *[[3, 9, first, 2] for first in (0, 4, 8)],
+        *[[12, 5, first, 3] for first in (0, 4)],
+        [0, 3, 0, 0],
+    ]
+
+
+def test_tile_classes_part_sequences_by_their_own_length():
+    schedule = build_schedule([3, 9, 4, 5])
+    short, long = TileClass(4, longest=4), TileClass(8, shorter=4)
+    assert schedule.tiles(short).tolist() == [[12, 4, 0, 2], [0, 3, 0, 0]]
+    assert schedule.tiles(long).tolist() == [[3, 9, 0, 1], [3, 9, 8, 1], [16, 5, 0, 3]]
+    assert schedule.tiles(short) is schedule.tiles(short)
+
+
+def test_static_tile_lists_hold_any_batch_of_their_size():
+    small, large = (build_schedule(n, num_rows=16, is_static=True) for n in ([1, 2], [15, 1]))
+    for schedule in (small, large):
+        tiles = schedule.tiles(TileClass(4))
+        assert tiles.shape == (16 // 4 + 2, 4)
+        used = tiles[tiles[:, 3] != NO_SEQUENCE]
+        assert len(used) == sum(-(-n // 4) for n in schedule.lengths)
+
+
+def test_identity_of_rows():
+    schedule = build_schedule([2, 0, 1], num_rows=5, identities=[7, 8, 9])
+    assert schedule.identity_of_rows().tolist() == [7, 7, 9, 0, 0]
+    with pytest.raises(ValueError, match="identities"):
+        build_schedule([2]).identity_of_rows()
