@@ -463,13 +463,13 @@ def _attention_triton(
         norm_eps, norm_offset = rotation.norm_eps, rotation.norm_offset
         k_TGK = rotate(q_THK[:, :0], k_TGK, rotation)[1]
     left, right = (-1 if side is None else side for side in reach)
-    has_dropout = dropout is not None and dropout.p > 0
-    key = dropout.key() if has_dropout else (0, 0)
+    threshold, key, identities = 0, (0, 0), None
+    if dropout is not None and dropout.p:
+        threshold, key, identities = dropout.threshold, dropout.key(), schedule.identities
     out_THK, _ = _attention(
         *(q_THK, k_TGK, v_TGK, [schedule.tiles(config.tile_class) for config in configs]),
         0 if schedule.is_static else schedule.num_tokens,  # a captured batch zeroes all: the next one may be shorter
         *(cos_TK, sin_TK, query_norm_K, norm_eps, norm_offset),
-        *(schedule.identities if has_dropout else None, scale, left, right, softcap or 0.0),
-        *(dropout.threshold if has_dropout else 0, *key),
+        *(identities, scale, left, right, softcap or 0.0, threshold, *key),
     )
     return out_THK
