@@ -25,6 +25,7 @@ from torch import Tensor
 from flashvec.kernels.attention_cpu import Reach, attention_cpu, visible
 from flashvec.kernels.attention_tiles import (
     forward_configs,
+    fp32_precision,
     head_chunks,
     head_reciprocal_rms,
     kept,
@@ -308,7 +309,7 @@ def _attention_fwd(
             HAS_DROPOUT=threshold > 0,
             ROTATE=cos_TK is not None,
             NORM=query_norm_K is not None,
-            PRECISION="ieee" if q_THK.dtype == torch.float32 else "tf32",
+            PRECISION=fp32_precision(target(q_THK)),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             maxnreg=config.maxnreg,

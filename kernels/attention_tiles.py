@@ -17,6 +17,7 @@ from flashvec.kernels.dropout import fold, keep
 from flashvec.kernels.schedule import TileClass
 
 LOG2E = 1.4426950408889634
+WARPGROUPS = ("sm_90", "sm_100")  # matrix units that read shared memory and keep no operand in registers
 MAX_PACKED_HEADS = 16  # more heads a tile would leave too few tokens in it for one head's mask and tail to pay
 
 
@@ -51,12 +52,6 @@ def head_chunks(head_size: int) -> tuple[int, int]:
     return first, (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
 
 
-def _width(dtype: torch.dtype, head_size: int) -> int:
-    """Register and shared memory a row of a head takes, in head elements of 16 bits."""
-    first, second = head_chunks(head_size)
-    return (first + second) * (2 if dtype == torch.float32 else 1)
-
-
 @cache
 def forward_configs(target: Target, dtype: torch.dtype, head_size: int, packed: int) -> tuple[TileConfig, ...]:
     """How a target runs the forward: one config per class of sequence lengths, shortest first.
@@ -65,20 +60,29 @@ def forward_configs(target: Target, dtype: torch.dtype, head_size: int, packed: 
     tokens one tile holds all keys; beyond, tiles of 64 or 128 keys are walked with a running maximum. The numbers were
     chosen by compiling for each target and reading registers, spills and shared memory (`kernels/aot.py`).
     """
-    width = _width(dtype, head_size)
-    if width > 256:  # fp32 heads of more than 128: products without matrix units, small tiles
-        return (_config(32, 32, 4, 1, packed),)
+    width = sum(head_chunks(head_size))
+    if dtype == torch.float32:  # three matrix products for one: a path for checks, not for speed
+        rows, keys = (64, 32) if width <= 64 else (32 if width <= 128 else 16, 16)
+        return (_config(rows, keys, 4, 1, packed),)
     if width > 128:
         return (
-            _config(64, 64, 4 if target.backend == "hip" else 8, 1, packed, longest=64, one_tile=True),
+            _config(64, 64, 8, 1, packed, longest=64, one_tile=True),
             _config(64, 32 if target.shared_bytes < 128 * 1024 else 64, 8, 1, packed, shorter=64),
         )
     stages = 1 if target.backend == "hip" else 2
     short = _config(64, 64, 4, 1, packed, longest=64, one_tile=True)
-    middle = _config(128, 128, 8, 1, packed, shorter=64, longest=128, one_tile=True)
-    if target.shared_bytes < 128 * 1024 and width > 64:
+    if target.name in WARPGROUPS:
+        middle = _config(128, 128, 8, 1, packed, shorter=64, longest=128, one_tile=True)
+        return short, middle, _config(128, 64, 8, stages, packed, shorter=128)
+    if target.backend == "hip":
         return short, _config(128, 64, 8, stages, packed, shorter=64)
-    return short, middle, _config(128, 128 if width <= 64 else 64, 8, stages, packed, shorter=128)
+    # 128 rows, or 64 keys of wider heads, spill here; this leaves room for two to four blocks.
+    return short, _config(64, 64 if width <= 64 else 32, 4, stages, packed, shorter=64)
+
+
+def fp32_precision(target: Target) -> str:
+    """How fp32 operands are multiplied: three TF32 products on NVIDIA, whose matrix units have no fp32; fp32 on AMD."""
+    return "tf32x3" if target.backend == "cuda" else "ieee"
 
 
 def _config(
