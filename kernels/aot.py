@@ -301,8 +301,9 @@ def format_row(row: Report, wrong: Iterable[str] = ()) -> str:
     """One line of the report."""
     return (
         f"{row.target:7} {row.case:34.34} {row.kernel:34.34} {row.registers:3} registers {row.spill_bytes:4} spilled "
-        f"{row.shared_bytes / 1024:5.0f} KB {row.blocks_per_sm:2} blocks {row.matrix:3} matrix {row.exponentials:3} exp "
-        f"{row.async_copies:3} copies {row.barriers:3} barriers" + "".join(f"  <- {w}" for w in wrong)
+        f"{row.shared_bytes / 1024:5.0f} KB {row.blocks_per_sm:2} blocks {row.matrix:3} matrix "
+        f"{row.exponentials:3} exp {row.async_copies:3} copies {row.barriers:3} barriers"
+        + "".join(f"  <- {w}" for w in wrong)
     )
 
 

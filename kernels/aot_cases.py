@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, float | int | bool]] = {
     "window": {"left": 256, "right": 256},
     "softcap": {"softcap": 50.0},
     "dropout": {"threshold": 26},
+    "queries": {"subset": True},
     "rotation": {"rotate": True},
     "rotation, norms": {"rotate": True, "norm": True},
 }
@@ -65,8 +66,9 @@ def _attention_forward(target: Target, K: int, dtype: torch.dtype, options: dict
     table = meta(T, K // 2, dtype=torch.float32) if options.get("rotate") else None
     norm = meta(K, dtype=torch.float32) if options.get("norm") else None
     identities = meta(64, dtype=torch.int32) if options.get("threshold") else None
+    shift_stop = meta(64, 2, dtype=torch.int32) if options.get("subset") else None
     attention._attention_fwd(
-        *(q, k, v, tiles, T, table, table, norm, 1e-6, 0.0, identities, K**-0.5),
+        *(q, k, v, tiles, T, table, table, norm, 1e-6, 0.0, identities, shift_stop, K**-0.5),
         *(options.get("left", -1), options.get("right", -1), options.get("softcap", 0.0)),
         *(options.get("threshold", 0), 12345, 6789),
     )

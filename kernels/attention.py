@@ -41,7 +41,7 @@ from flashvec.kernels.dropout import Dropout, fold_reference, keep_reference
 from flashvec.kernels.precision import widen
 from flashvec.kernels.rms_norm import rms_norm
 from flashvec.kernels.rope import rope
-from flashvec.kernels.schedule import Schedule
+from flashvec.kernels.schedule import Queries, Schedule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the last by the reference alone
 MAX_HEAD_SIZE = 256
@@ -156,13 +156,13 @@ def _attend(
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tile_ptr, cos_ptr, sin_ptr, norm_ptr, identity_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tile_ptr, cos_ptr, sin_ptr, norm_ptr, identity_ptr, shift_stop_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, T, H,
     scale, softcap, left, right, norm_eps, norm_offset, key_a, key_b, threshold, drop_scale,
     TOKENS: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, ONE_TILE: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, ROTATE: tl.constexpr,
-    NORM: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, SUBSET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile_ptr += tl.program_id(0) * 4
     sequence = tl.load(tile_ptr + 3)
@@ -172,10 +172,15 @@ def _attention_fwd_kernel(
     first_head = tl.program_id(1) * PACKED
     kv_head = first_head // GROUP
 
+    shift, stop = start, length
+    if SUBSET:
+        shift = tl.load(shift_stop_ptr + sequence * 2).to(tl.int64)
+        stop = tl.load(shift_stop_ptr + sequence * 2 + 1)
+
     row = tl.arange(0, ROWS)
     token, head = first + row // PACKED, first_head + row % PACKED
-    row_exists = (row < TOKENS * PACKED) & (token < length)
-    q_row = start + token.to(tl.int64)
+    row_exists = (row < TOKENS * PACKED) & (token < stop)
+    q_row = shift + token.to(tl.int64)
     q_ptr += head[:, None] * q_head_stride
     if ROTATE:
         reciprocal_rms = tl.zeros([ROWS], tl.float32)
@@ -214,7 +219,7 @@ def _attention_fwd_kernel(
         )  # fmt: skip
     else:
         # Keys that some row sees: [low, high). Of these every row sees all of [full_low, full_high): no mask there.
-        last = tl.minimum(first + TOKENS, length) - 1
+        last = tl.minimum(first + TOKENS, stop) - 1
         low, high, full_low, full_high = 0, length, 0, length // KEYS * KEYS
         if HAS_LEFT:
             low = tl.maximum(first - left, 0) // KEYS * KEYS
@@ -272,6 +277,7 @@ def _attention_fwd(
     norm_eps: float,
     norm_offset: float,
     identities: Tensor | None,
+    shift_stop: Tensor | None,
     scale: float,
     left: int,
     right: int,
@@ -280,7 +286,7 @@ def _attention_fwd(
     key_a: int,
     key_b: int,
 ) -> tuple[Tensor, Tensor]:
-    (T, H, K), G = q_THK.shape, k_TGK.shape[1]
+    (T, H, K), G = q_THK.shape, k_TGK.shape[1]  # with queries selected, T counts their rows
     out_THK, lse_HT = q_THK.new_empty(T, H, K), q_THK.new_empty(H, T, dtype=torch.float32)
     out_THK[num_tokens:] = 0
     lse_HT[:, num_tokens:] = 0
@@ -291,6 +297,7 @@ def _attention_fwd(
             _attention_fwd_kernel,
             (len(tile_list), H // packed),
             *(q_THK, k_TGK, v_TGK, out_THK, lse_HT, tile_list, cos_TK, sin_TK, query_norm_K, identities),
+            shift_stop,
             *(q_THK.stride(0), q_THK.stride(1), k_TGK.stride(0), k_TGK.stride(1), v_TGK.stride(0), v_TGK.stride(1)),
             *(T, H, scale, softcap, left, right, norm_eps, norm_offset, key_a, key_b, threshold),
             256 / (256 - threshold),
@@ -309,6 +316,7 @@ def _attention_fwd(
             HAS_DROPOUT=threshold > 0,
             ROTATE=cos_TK is not None,
             NORM=query_norm_K is not None,
+            SUBSET=shift_stop is not None,
             PRECISION=fp32_precision(target(q_THK)),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -324,8 +332,9 @@ def _attention_fake(q_THK: Tensor, k_TGK: Tensor, *rest: object) -> tuple[Tensor
 
 _attention = define_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] tiles, SymInt num_tokens, Tensor? cos, Tensor? sin, "
-    "Tensor? query_norm, float norm_eps, float norm_offset, Tensor? identities, float scale, SymInt left, "
-    "SymInt right, float softcap, SymInt threshold, SymInt key_a, SymInt key_b) -> (Tensor, Tensor)",
+    "Tensor? query_norm, float norm_eps, float norm_offset, Tensor? identities, Tensor? shift_stop, "
+    "float scale, SymInt left, SymInt right, float softcap, SymInt threshold, SymInt key_a, SymInt key_b) "
+    "-> (Tensor, Tensor)",
     _attention_fwd,
     _attention_fake,
 )
@@ -346,6 +355,7 @@ def attention(
     softcap: float | None = None,
     rotation: Rotation | None = None,
     dropout: Dropout | None = None,
+    queries: Queries | None = None,
 ) -> Tensor:
     """Attend within each packed sequence.
 
@@ -359,10 +369,11 @@ def attention(
         softcap: bound on the absolute scores; None leaves them.
         rotation: normalise and rotate queries and keys first; None takes them as they are.
         dropout: of the attention probabilities, keyed by the schedule's identities, head and positions.
+        queries: only these tokens of the sequences attend, to all the keys they see; `q_THK` then holds their R rows.
 
     Returns:
-        [T, H, K], dtype of `q_THK`, contiguous. Scores and sums are fp32. Differentiable in q, k and v; with head norms
-        in `rotation` in their weights too.
+        [T, H, K] ([R, H, K] with `queries`), dtype of `q_THK`, contiguous. Scores and sums are fp32. Differentiable in
+        q, k and v; with head norms in `rotation` in their weights too.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a head size over 256, a negative window, a
@@ -372,32 +383,48 @@ def attention(
     Error: a sequence's result does not depend on what else is in the batch; repeated runs agree bit for bit.
     """
     reach = _reach(causal, window)
-    _check(q_THK, k_TGK, v_TGK, schedule, scale, softcap)
+    _check(q_THK, k_TGK, v_TGK, schedule, scale, softcap, queries)
     if dropout is not None and dropout.p and schedule.identities is None:
         raise ValueError("dropout needs build_schedule(..., identities=...): its masks are keyed by them")
     run = "torch" if q_THK.dtype == torch.float64 else implementation(q_THK)
     if rotation is not None and (run != "triton" or _needs_norm_gradient(q_THK, k_TGK, rotation)):
-        q_THK, k_TGK = rotate(q_THK, k_TGK, rotation)
+        q_THK, k_TGK = rotate(q_THK, k_TGK, rotation, queries)
         rotation = None
     if run == "triton":
-        return _attention_triton(q_THK, k_TGK, v_TGK, schedule, scale, reach, softcap, rotation, dropout)
+        return _attention_triton(q_THK, k_TGK, v_TGK, schedule, scale, reach, softcap, rotation, dropout, queries)
+    if queries is not None:  # a row's result does not depend on other rows: attend with all, keep the asked-for
+        whole_THK = q_THK.new_zeros(len(k_TGK), *q_THK.shape[1:]).index_copy(0, queries.rows, q_THK)
+        q_THK = whole_THK
     if run == "cpu" and not _needs_gradient(q_THK, k_TGK, v_TGK) and not (dropout and dropout.p):
-        return attention_cpu(q_THK, k_TGK, v_TGK, schedule, scale=scale, reach=reach, softcap=softcap)
-    out_THK, _ = attention_reference(
-        q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout
-    )
+        out_THK = attention_cpu(q_THK, k_TGK, v_TGK, schedule, scale=scale, reach=reach, softcap=softcap)
+    else:
+        out_THK, _ = attention_reference(
+            q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout
+        )
+    if queries is None:
+        return out_THK
+    out_THK = out_THK[queries.rows]
+    out_THK[queries.num_tokens :] = 0
     return out_THK
 
 
-def rotate(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+def rotate(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation, queries: Queries | None = None) -> tuple[Tensor, Tensor]:
     """Queries and keys normalised and rotated, in passes of their own."""
-    turned = []
-    for x, weight_K in ((q_THK, rotation.query_norm_K), (k_TGK, rotation.key_norm_K)):
-        normed = x
-        if weight_K is not None:
-            normed = rms_norm(x, weight_K, rotation.norm_eps, rotation.norm_offset, torch.float32)
-        turned.append(rope(normed, rotation.cos_TK, rotation.sin_TK).to(x.dtype))
-    return turned[0], turned[1]
+    q_THK = _rotate(q_THK, rotation.query_norm_K, _query_tables(rotation, queries), rotation)
+    return q_THK, _rotate(k_TGK, rotation.key_norm_K, (rotation.cos_TK, rotation.sin_TK), rotation)
+
+
+def _rotate(x: Tensor, weight_K: Tensor | None, tables: tuple[Tensor, Tensor], rotation: Rotation) -> Tensor:
+    if weight_K is None:
+        return rope(x, *tables)
+    return rope(rms_norm(x, weight_K, rotation.norm_eps, rotation.norm_offset, torch.float32), *tables).to(x.dtype)
+
+
+def _query_tables(rotation: Rotation, queries: Queries | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the query rows."""
+    if queries is None:
+        return rotation.cos_TK, rotation.sin_TK
+    return rotation.cos_TK[queries.rows], rotation.sin_TK[queries.rows]
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -420,16 +447,23 @@ def _reach(causal: bool, window: int | tuple[int, int] | None) -> Reach:
 
 
 def _check(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, schedule: Schedule, scale: float, softcap: float | None
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    schedule: Schedule,
+    scale: float,
+    softcap: float | None,
+    queries: Queries | None,
 ) -> None:
     tensors = {"q_THK": q_THK, "k_TGK": k_TGK, "v_TGK": v_TGK}
     for name, x in tensors.items():
-        if x.ndim != 3 or x.shape[2] != q_THK.shape[-1] or len(x) != len(schedule.positions):
+        rows = len(schedule.positions) if queries is None or name != "q_THK" else len(queries.rows)
+        if x.ndim != 3 or x.shape[2] != q_THK.shape[-1] or len(x) != rows:
             shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
-            raise ValueError(f"{name} does not fit a batch of {len(schedule.positions)} rows: {shapes}")
+            raise ValueError(f"{name} does not fit a batch of {rows} rows: {shapes}")
         if x.dtype not in DTYPES or x.dtype != q_THK.dtype:
             raise ValueError(f"{name} is {x.dtype}, expected one of {DTYPES}, the same for all; q_THK is {q_THK.dtype}")
-        if x.device != schedule.cu_seqlens.device and x.device.type != "meta":
+        if x.device != schedule.cu_seqlens.device:
             raise ValueError(f"{name} is on {x.device}, the schedule on {schedule.cu_seqlens.device}")
         if x.stride(2) != 1:
             raise ValueError(f"{name}'s heads must be contiguous, its strides are {x.stride()}")
@@ -454,23 +488,27 @@ def _attention_triton(
     softcap: float | None,
     rotation: Rotation | None,
     dropout: Dropout | None,
+    queries: Queries | None,
 ) -> Tensor:
     packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
     configs = forward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed)
+    tiles = [(schedule if queries is None else queries).tiles(config.tile_class) for config in configs]
+    num_tokens = schedule.num_tokens if queries is None else queries.num_tokens
     cos_TK = sin_TK = query_norm_K = None
     norm_eps = norm_offset = 0.0
     if rotation is not None:
-        cos_TK, sin_TK, query_norm_K = rotation.cos_TK, rotation.sin_TK, rotation.query_norm_K
-        norm_eps, norm_offset = rotation.norm_eps, rotation.norm_offset
-        k_TGK = rotate(q_THK[:, :0], k_TGK, rotation)[1]
+        cos_TK, sin_TK = _query_tables(rotation, queries)
+        query_norm_K, norm_eps, norm_offset = rotation.query_norm_K, rotation.norm_eps, rotation.norm_offset
+        k_TGK = _rotate(k_TGK, rotation.key_norm_K, (rotation.cos_TK, rotation.sin_TK), rotation)
     left, right = (-1 if side is None else side for side in reach)
     threshold, key, identities = 0, (0, 0), None
     if dropout is not None and dropout.p:
         threshold, key, identities = dropout.threshold, dropout.key(), schedule.identities
     out_THK, _ = _attention(
-        *(q_THK, k_TGK, v_TGK, [schedule.tiles(config.tile_class) for config in configs]),
-        0 if schedule.is_static else schedule.num_tokens,  # a captured batch zeroes all: the next one may be shorter
+        *(q_THK, k_TGK, v_TGK, tiles),
+        0 if schedule.is_static else num_tokens,  # a captured batch zeroes all: the next one may be shorter
         *(cos_TK, sin_TK, query_norm_K, norm_eps, norm_offset),
-        *(identities, scale, left, right, softcap or 0.0, threshold, *key),
+        *(identities, None if queries is None else queries.shift_stop),
+        *(scale, left, right, softcap or 0.0, threshold, *key),
     )
     return out_THK

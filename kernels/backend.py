@@ -101,8 +101,8 @@ def interpreted() -> Iterator[None]:
 class Target:
     """A GPU architecture that kernels are tuned and compiled for.
 
-    `arch` is NVIDIA's compute capability times ten, or AMD's name. A block may use `shared_bytes`; a multiprocessor holds
-    `threads` threads and `registers` registers of 32 bits.
+    `arch` is NVIDIA's compute capability times ten, or AMD's name. A block may use `shared_bytes`; a multiprocessor
+    holds `threads` threads and `registers` registers of 32 bits.
     """
 
     name: str

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
@@ -11,7 +12,7 @@ from flashvec.kernels import backend
 from flashvec.kernels.attention import Rotation, attention, attention_reference, rotate
 from flashvec.kernels.attention_tiles import forward_configs, head_chunks, packed_heads
 from flashvec.kernels.dropout import Dropout
-from flashvec.kernels.schedule import build_schedule
+from flashvec.kernels.schedule import build_schedule, select_queries
 
 LENGTHS = [[1], [5, 5, 5, 2], [40, 33, 33, 1]]
 MASKS = {
@@ -159,8 +160,39 @@ def test_kernel_is_a_well_behaved_torch_op(device, interpreted):
     q, k, v, schedule = heads([2, 20], 2, 1, 16, torch.float32, device)
     configs = forward_configs(backend.target(q), q.dtype, 16, 2)
     tiles = [schedule.tiles(config.tile_class) for config in configs]
-    arguments = (q, k, v, tiles, 22, None, None, None, 0.0, 0.0, None, 0.3, -1, -1, 0.0, 0, 0, 0)
+    arguments = (q, k, v, tiles, 22, None, None, None, 0.0, 0.0, None, None, 0.3, -1, -1, 0.0, 0, 0, 0)
     torch.library.opcheck(_attention, arguments)
+
+
+SPANS = [(2, 3), (0, 150), (0, 0), (69, 70), (0, 1)]  # of lengths 5, 150, 4, 70, 64
+
+
+def selected(device, dtype=torch.float32, rotate_=False, **options):
+    """Attention of selected rows, and of the same rows among all, by the reference in `dtype` and wider."""
+    q, k, v, schedule = heads([5, 150, 4, 70, 64], 4, 2, 16, dtype, device, rows=300)
+    queries = select_queries(schedule, np.array(SPANS), num_rows=160)
+    rows = [start + i for start, (a, b) in zip([0, 5, 155, 159, 229], SPANS, strict=True) for i in range(a, b)]
+    assert queries.rows.tolist() == rows + [0] * (160 - len(rows))
+    rotation = rotation_for(schedule, 16, True, device) if rotate_ else None
+    got = attention(q[queries.rows], k, v, schedule, scale=0.3, queries=queries, rotation=rotation, **options)
+    assert got.shape == (160, 4, 16) and not got[len(rows) :].any()
+    if rotation:
+        q, k = rotate(q, k, rotation)
+    same, truth = (
+        attention_reference(*(x.to(d) for x in (q, k, v)), schedule, scale=0.3, **options)[0]
+        for d in (dtype, wider(dtype))
+    )
+    return got[: len(rows)], same[rows], truth[rows]
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"causal": True}, {"rotate_": True}], ids=str)
+def test_selected_queries_are_rows_of_the_whole(options, device):
+    assert_as_close_as_torch(*selected(device, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"dropout": Dropout(0.3, seed=1)}, {"rotate_": True}], ids=str)
+def test_kernel_runs_selected_queries_alone(options, device, kernel_ran):
+    assert_as_close_as_torch(*selected(device, **options))
 
 
 def test_heads_are_packed_by_divisors():
