@@ -237,7 +237,11 @@ def _work(job: tuple[str, int, str, bool, str | None]) -> tuple[Report | None, s
     try:
         return report(case, launched, target, Path(dump) if dump else None), case.name, multiplies
     except Exception as error:  # a compiler's faults have no common type; each is reported, none is fatal to the rest
-        return None, f"{case.name}: {launched.kernel.__name__} does not compile for {name}: {error}", multiplies
+        return (
+            None,
+            f"{case.name}: {launched.kernel.__name__} does not compile for {name}: {str(error)[-400:]}",
+            multiplies,
+        )
 
 
 _memo: dict[tuple[str, str, bool], list[tuple[Case, Launch]]] = {}
@@ -283,7 +287,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for made, what, multiplies in pool.imap(_work, jobs):
             if made is None:
                 problems.append(what)
-                print(what, file=sys.stderr)
                 continue
             found.append(made)
             wrong = faults(made, multiplies, before.get(made.key))

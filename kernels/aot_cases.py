@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flashvec.kernels import attention
+from flashvec.kernels import attention, attention_tma
 from flashvec.kernels.attention_tiles import forward_configs, packed_heads
 from flashvec.kernels.backend import Target
+from flashvec.kernels.schedule import build_schedule
 
 # (target, part of a case's name) -> why its spills stay and what was tried instead
 ALLOWED_SPILLS = {
@@ -74,6 +75,12 @@ def _attention_forward(target: Target, K: int, dtype: torch.dtype, options: dict
     )
 
 
+def _attention_tma(K: int) -> None:
+    q, k, v = meta(16_384, 48, K).split([32, 8, 8], 1)
+    schedule = build_schedule([4096] * 4)
+    attention_tma.attention_tma(q, k, v, schedule, scale=K**-0.5)
+
+
 def cases(target: Target) -> Iterator[Case]:
     """All cases of a target."""
     for K in HEADS:
@@ -81,6 +88,10 @@ def cases(target: Target) -> Iterator[Case]:
             run = partial(_attention_forward, target, K, torch.bfloat16, options)
             common = K in (64, 128) or (K == 256 and name in ("plain", "window", "rotation, norms")) or name == "plain"
             yield Case(f"attention {K} {name}", run, frozenset({"_attention_fwd_kernel"}), extra=not common)
+    if target.name == "sm_90":
+        for K in attention_tma.KEYS:
+            run = partial(_attention_tma, K)
+            yield Case(f"attention tma {K}", run, frozenset({"_attention_tma_fwd_kernel"}))
     for K in (64, 128, 256):
         run = partial(_attention_forward, target, K, torch.float32, {})
         yield Case(f"attention {K} fp32", run, frozenset({"_attention_fwd_kernel"}), extra=K == 256)
