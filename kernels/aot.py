@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.aot_cases import ALLOWED_SPILLS, Case, cases
-from flashvec.kernels.backend import TARGETS, Launch, Target, has_triton, recording, triton
+from flashvec.kernels.backend import TARGETS, Launch, Target, has_triton, recording, tl, triton
 
 ROWS = Path(__file__).resolve().parents[1] / "bench" / "results"
 MATRIX_INSTRUCTIONS = {"cuda": r"\b(?:HGMMA|HMMA|QGMMA|UTCHMMA|UTCQMMA)\b", "hip": r"\bv_mfma_"}
@@ -65,7 +65,7 @@ def specialise(launched: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    compile_time = {p.name for p in launched.kernel.params if p.is_constexpr}
+    compile_time = {name for name, kind in launched.kernel.fn.__annotations__.items() if kind is tl.constexpr}
     for index, name in enumerate(launched.kernel.arg_names):
         value = launched.arguments[name]
         if name in compile_time or value is None or (type(value) is int and value == 1):
