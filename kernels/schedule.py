@@ -14,6 +14,7 @@ start first. How a sequence is cut depends on its own length alone, so its bits 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +36,7 @@ class Group:
         return self.start + self.count * self.length
 
 
-@dataclass(frozen=True)
-class TileClass:
+class TileClass(NamedTuple):
     """Which sequences a kernel takes and how it cuts them.
 
     Sequences of more than `shorter` and at most `longest` tokens (None: any), in tiles of `tokens` tokens.
@@ -77,14 +77,16 @@ class Schedule:
             int32 [tiles, 4] on the schedule's device: first row of the sequence, its length, first token of the tile
             (counted from the sequence's own), index of the sequence (`NO_SEQUENCE`: nothing to do).
         """
-        if tile_class not in self.tile_lists:
+        found = self.tile_lists.get(tile_class)
+        if found is None:
             tiles = build_tiles(self.lengths, tile_class)
             if self.is_static:
                 most = -(-len(self.positions) // tile_class.tokens) + self.num_sequences
                 filling = np.full((most - len(tiles), 4), (0, 0, 0, NO_SEQUENCE), np.int32)
                 tiles = np.concatenate([tiles, filling])
-            self.tile_lists[tile_class] = torch.from_numpy(tiles).to(self.cu_seqlens.device, non_blocking=True)
-        return self.tile_lists[tile_class]
+            found = torch.from_numpy(tiles).to(self.cu_seqlens.device, non_blocking=True)
+            self.tile_lists[tile_class] = found
+        return found
 
     def identity_of_rows(self) -> Tensor:
         """int32 [T]: the identity of each row's sequence, 0 on filling rows."""
@@ -113,10 +115,12 @@ class Queries:
 
     def tiles(self, tile_class: TileClass) -> Tensor:
         """As `Schedule.tiles`, over the spans' tokens; a class still means the whole sequence's length."""
-        if tile_class not in self.tile_lists:
+        found = self.tile_lists.get(tile_class)
+        if found is None:
             tiles = build_tiles(self.lengths, tile_class, self.spans)
-            self.tile_lists[tile_class] = torch.from_numpy(tiles).to(self.rows.device, non_blocking=True)
-        return self.tile_lists[tile_class]
+            found = torch.from_numpy(tiles).to(self.rows.device, non_blocking=True)
+            self.tile_lists[tile_class] = found
+        return found
 
 
 def select_queries(schedule: Schedule, spans: np.ndarray, num_rows: int | None = None) -> Queries:
