@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flashvec.kernels import attention, attention_tma
+from flashvec.kernels import attention, attention_tma, info_nce
 from flashvec.kernels.attention_tiles import forward_configs, packed_heads
 from flashvec.kernels.backend import Target
 from flashvec.kernels.schedule import build_schedule
@@ -81,6 +81,14 @@ def _attention_tma(K: int) -> None:
     attention_tma.attention_tma(q, k, v, schedule, scale=K**-0.5)
 
 
+def _info_nce(D: int, prefixes: list[int], ids: bool) -> None:
+    q, c = meta(1024, D), meta(8192, D)
+    positives = meta(1024, dtype=torch.int64)
+    ids_M = meta(8192, dtype=torch.int64) if ids else None
+    loss = info_nce._forward(q, c, positives, ids_M, 0.05, 0.1, prefixes)
+    info_nce._backward(meta(*loss.shape, dtype=torch.float32), q, c, positives, ids_M, loss, 0.05, 0.1, prefixes)
+
+
 def cases(target: Target) -> Iterator[Case]:
     """All cases of a target."""
     for K in HEADS:
@@ -92,6 +100,9 @@ def cases(target: Target) -> Iterator[Case]:
         for K in attention_tma.KEYS:
             run = partial(_attention_tma, K)
             yield Case(f"attention tma {K}", run, frozenset({"_attention_tma_fwd_kernel"}))
+    nce = frozenset({"_info_nce_fwd_kernel", "_info_nce_bwd_kernel"})
+    yield Case("info_nce 1024", partial(_info_nce, 1024, [1024], False), nce)
+    yield Case("info_nce 4096 ids, prefixes", partial(_info_nce, 4096, [64, 256, 1024, 4096], True), nce)
     for K in (64, 128, 256):
         run = partial(_attention_forward, target, K, torch.float32, {})
         yield Case(f"attention {K} fp32", run, frozenset({"_attention_fwd_kernel"}), extra=K == 256)
