@@ -21,6 +21,9 @@ ALLOWED_SPILLS = {
     ("sm_90", "attention 256 fp32"): "tiles of 16 by 16 are the smallest there are; fp32 is a path for checks",
     ("sm_80", "attention 96"): "8 bytes of 64 + 32 columns; one stage instead of two spills as much",
     ("sm_80", "attention 80"): "as 96",
+} | {
+    (target, "info_nce 4096"): "at most 64 bytes with ids and four prefixes at once; four warps instead of eight spill too"
+    for target in ("sm_80", "sm_89", "sm_120", "gfx942")
 }
 
 

@@ -18,7 +18,6 @@ from flashvec.kernels.backend import launch, target, tl, triton
 
 BLOCK = 64  # queries and documents of a tile
 BLOCK_D = 64  # columns multiplied at a time
-NUM_WARPS = 4
 WANTED_PROGRAMS = 264  # two for each multiprocessor of an H100: few queries share out the documents
 
 
@@ -159,15 +158,14 @@ def _info_nce_bwd_kernel(
             tl.debug_barrier()  # what is read back may have been written by other threads of this program
             pull = tl.zeros([BLOCK, BLOCK], tl.float32)
         for back in tl.static_range(P):
-            n: tl.constexpr = P - 1 - back
             if P > 1:
-                pull += tl.load(scratch_ptr + n * BLOCK * BLOCK + corner)
+                pull += tl.load(scratch_ptr + (P - 1 - back) * BLOCK * BLOCK + corner)
             # At unit peak, so that narrow dtypes keep the small ones among them.
             peak = tl.max(tl.max(tl.abs(pull), 1), 0)
             peak = tl.where(peak == 0.0, 1.0, peak)
             scaled = (pull / peak).to(column_ptr.dtype.element_ty)
-            begin = tl.load(end_ptr + (n - 1)) if n > 0 else 0
-            end = tl.load(end_ptr + n)
+            begin = tl.load(end_ptr + (P - 2 - back)) if back < P - 1 else 0
+            end = tl.load(end_ptr + (P - 1 - back))
             for d in range(begin, end, BLOCK_D):
                 in_d = d + tl.arange(0, BLOCK_D)
                 y = tl.load(
@@ -202,7 +200,7 @@ def _options(q_BD: Tensor, ids: Tensor | None, prefixes: Sequence[int]) -> dict[
         "BLOCK_D": BLOCK_D,
         "HAS_IDS": ids is not None,
         "PRECISION": fp32_precision(target(q_BD)),
-        "num_warps": NUM_WARPS,
+        "num_warps": 4 if len(prefixes) == 1 else 8,  # four spill where several prefixes keep their own sums
         "num_stages": 2,
     }
 
