@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation, launch, tl, triton
 from flashvec.kernels.precision import widen
-from flashvec.kernels.rms_norm import check_rows
+from flashvec.kernels.rms_norm import MAX_ROWS, check_rows
 
 TILE = 2048  # elements of a program's heads: 16 a thread in 4 warps, two loads of 16 bytes in halves
 
@@ -172,7 +172,8 @@ def _rope_fwd_kernel(
 def head_tile(K: int) -> dict[str, int]:
     """How kernels that turn heads cut them: constants and warps of a launch."""
     block = max(8, 1 << (K // 2 - 1).bit_length())
-    return {"HALF": K // 2, "ROWS": max(1, TILE // 2 // block), "BLOCK": block, "num_warps": 4}
+    rows = min(MAX_ROWS, max(1, TILE // 2 // block))
+    return {"HALF": K // 2, "ROWS": rows, "BLOCK": block, "num_warps": 4}
 
 
 def launch_rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool) -> Tensor:

@@ -44,17 +44,24 @@ def _swiglu_cpu(gate_up_T2F: Tensor, activation: str) -> Tensor:
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """An activation of fp32 values and its derivative; what is not used is not computed."""
+    """An activation of fp32 values and its derivative; what is not used is not computed.
+
+    Both sigmoid forms are x share(x) with share = 1 / (1 + exp(-inner)), whose derivative is inner' share (1 - share).
+    """
     if ACTIVATION == "gelu":
         share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         return x * share, share + x * 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)
     if ACTIVATION == "gelu_tanh":
         z = x * (0.7978845608028654 + 0.035677408136300125 * x * x)  # sqrt(2 / pi) (x + 0.044715 x³)
-        dz = 2 * (0.7978845608028654 + 0.10703222440890037 * x * x)
-        share = 1 / (1 + tl.exp2(z * -2.885390081777927))  # 2 log2(e)
-        return x * share, share + x * dz * (share * (1 - share))
-    share = 1 / (1 + tl.exp2(x * -1.4426950408889634))
-    return x * share, share + x * (share * (1 - share))
+        slope = 2 * (0.7978845608028654 + 0.10703222440890037 * x * x)
+        exponent = z * -2.885390081777927  # 2 log2(e)
+    else:
+        slope = 1.0
+        exponent = x * -1.4426950408889634
+    power = tl.exp2(exponent)
+    share = 1 / (1 + power)
+    rest = tl.where(exponent < 126, power * share, 1.0)  # 1 - share without its cancellation, nor inf * 0
+    return x * share, share + x * slope * share * rest
 
 
 @triton.jit
