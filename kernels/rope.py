@@ -2,7 +2,10 @@
 
     out = [x0 * cos - x1 * sin, x1 * cos + x0 * sin]        x0, x1: first and second half of a head
 
-Shape letters: T = packed tokens, H = heads, K = head size. Memory-bound.
+Its backward is the rotation by the opposite angle.
+
+Shape letters: T = packed tokens, H = heads, K = head size. Memory-bound: reads and writes T*H*K elements; a token's
+cosines and sines are read once for all of its heads, the rest comes from cache.
 Source: Su et al. 2021; the stretched tables are those of linear position interpolation (Chen et al. 2023),
 Llama 3.1's piecewise rule and YaRN (Peng et al. 2023).
 """
@@ -14,15 +17,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flashvec.kernels.backend import implementation
+from flashvec.kernels.backend import define_op, implementation, launch, tl, triton
 from flashvec.kernels.precision import widen
+from flashvec.kernels.rms_norm import MAX_ROWS, check_rows
+
+TILE = 2048  # elements of a program's heads: 16 a thread in 4 warps, two loads of 16 bytes in halves
 
 
 @dataclass(frozen=True)
 class Rope:
     """One rotary table: base frequency and the rule that stretches it.
 
-    `kind` is default, linear, llama3 or yarn; the other numbers are that rule's own .
+    `kind` is default, linear, llama3 or yarn; the other numbers are that rule's own.
     """
 
     theta: float = 10_000.0
@@ -108,23 +114,142 @@ def _rope_cpu(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return out_THK
 
 
+# --- kernels: one program per few heads -------------------------------------------------------------------
+
+
+@triton.jit
+def head_rows(x_stride, head_stride, T, H: tl.constexpr, ROWS: tl.constexpr, tile):
+    """Heads of a tile, counted over all tokens: token of each, offset of its first element, and whether it exists.
+
+    Heads are fewer than 2^31 in any memory; their elements may be more.
+    """
+    row = tile * ROWS + tl.arange(0, ROWS)
+    token = row // H
+    at = token.to(tl.int64) * x_stride + (row % H) * head_stride
+    return row, token, at, token < T
+
+
+@triton.jit
+def rotate(x0, x1, cos, sin, INVERSE: tl.constexpr):
+    """Turn the planes (x0, x1) by their angles, or back."""
+    if INVERSE:
+        sin = -sin
+    return x0 * cos - x1 * sin, x1 * cos + x0 * sin
+
+
+@triton.jit
+def _rope_fwd_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    T,
+    x_stride,
+    head_stride,
+    H: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    row, token, at, exists = head_rows(x_stride, head_stride, T, H, ROWS, tl.program_id(0))
+    k = tl.arange(0, BLOCK)[None, :]
+    inside = exists[:, None] & (k < HALF)
+    angle = token.to(tl.int64)[:, None] * HALF + k
+    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
+    x0 = tl.load(x_ptr + at[:, None] + k, mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(x_ptr + at[:, None] + HALF + k, mask=inside, other=0.0).to(tl.float32)
+    out0, out1 = rotate(x0, x1, cos, sin, INVERSE)
+    out = out_ptr + row.to(tl.int64)[:, None] * (2 * HALF) + k
+    tl.store(out, out0.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out + HALF, out1.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# --- ops ------------------------------------------------------------------------------------------------
+
+
+def head_tile(K: int) -> dict[str, int]:
+    """How kernels that turn heads cut them: constants and warps of a launch."""
+    block = max(8, 1 << (K // 2 - 1).bit_length())
+    rows = min(MAX_ROWS, max(1, TILE // 2 // block))
+    return {"HALF": K // 2, "ROWS": rows, "BLOCK": block, "num_warps": 4}
+
+
+def launch_rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool) -> Tensor:
+    T, H, K = x_THK.shape
+    out_THK = x_THK.new_empty(T, H, K)
+    tile = head_tile(K)
+    launch(
+        _rope_fwd_kernel,
+        (-(-T * H // tile["ROWS"]),),
+        x_THK,
+        cos_TK,
+        sin_TK,
+        out_THK,
+        T,
+        x_THK.stride(0),
+        x_THK.stride(1),
+        H=H,
+        INVERSE=inverse,
+        **tile,
+    )
+    return out_THK
+
+
+def _setup_context(ctx, inputs, output):
+    _, cos_TK, sin_TK, ctx.inverse = inputs
+    ctx.save_for_backward(cos_TK, sin_TK)
+
+
+def _backward(ctx, dout_THK):
+    return _rope(dout_THK.contiguous(), *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+_rope = define_op(
+    "rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    launch_rope,
+    lambda x_THK, cos_TK, sin_TK, inverse: x_THK.new_empty(x_THK.shape),
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+# --- public ---------------------------------------------------------------------------------------------
+
+
+def check_heads(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> None:
+    """Raise ValueError unless heads have an even size and the tables a row for each token, a column for each plane."""
+    shape = tuple(x_THK.shape)
+    if len(shape) != 3 or shape[2] % 2 or cos_TK.shape != (shape[0], shape[2] // 2) or sin_TK.shape != cos_TK.shape:
+        raise ValueError(f"x_THK is {shape}, cos_TK {tuple(cos_TK.shape)}, sin_TK {tuple(sin_TK.shape)}")
+    check_rows("x_THK", x_THK)
+    for name, table in (("cos_TK", cos_TK), ("sin_TK", sin_TK)):
+        if not table.is_contiguous() or table.device != x_THK.device:
+            raise ValueError(
+                f"{name} must be contiguous on {x_THK.device}, got strides {table.stride()} on {table.device}"
+            )
+
+
 def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     """Rotate every head by its token's position.
 
     Args:
-        x_THK: [T, H, K] fp32, bf16 or fp16; any row stride (a slice of a merged product is fine).
-        cos_TK, sin_TK: fp32 [T, K / 2], rows of `rope_table` gathered by position.
+        x_THK: [T, H, K] fp32, bf16 or fp16 (fp64 runs the reference); tokens and heads any stride apart (a slice of a
+            merged product is fine).
+        cos_TK, sin_TK: fp32 [T, K / 2], contiguous, same device: rows of `rope_table` gathered by position.
 
     Returns:
-        [T, H, K] in the dtype of `x_THK`, contiguous.
+        [T, H, K] in the dtype of `x_THK`, contiguous. Differentiable in `x_THK`.
 
     Raises:
-        ValueError: sizes that do not match.
+        ValueError: sizes, layouts or devices that do not match.
 
-    Error: fp32 arithmetic, one rounding.
+    Error: fp32 arithmetic, one rounding. Bitwise deterministic; each head depends on itself alone.
     """
-    if cos_TK.shape != (x_THK.shape[0], x_THK.shape[2] // 2) or sin_TK.shape != cos_TK.shape:
-        raise ValueError(f"x_THK is {tuple(x_THK.shape)}, cos_TK {tuple(cos_TK.shape)}, sin_TK {tuple(sin_TK.shape)}")
+    check_heads(x_THK, cos_TK, sin_TK)
+    if implementation(x_THK) == "triton" and x_THK.dtype != torch.float64:
+        return _rope(x_THK, cos_TK, sin_TK, False)
     # Training differentiates through the reference; the CPU form writes into its result.
     in_place = implementation(x_THK) == "cpu" and not (torch.is_grad_enabled() and x_THK.requires_grad)
     return (_rope_cpu if in_place else rope_reference)(x_THK, cos_TK, sin_TK)

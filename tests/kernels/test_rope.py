@@ -4,7 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
+from gradients import HALVES, assert_op_and_gradients, fits, surrounded
 
+from flashvec.kernels.backend import launches
 from flashvec.kernels.rope import Rope, rope, rope_frequencies, rope_reference, rope_table
 
 YARN = Rope(10_000.0, "yarn", 4.0, original_max_positions=64, attention_factor=1.2)
@@ -82,3 +84,64 @@ def test_rejects_tables_that_do_not_fit():
     cos, sin = rope_table(Rope(), 8, 3)
     with pytest.raises(ValueError, match=r"\(4, 1, 8\)"):
         rope(torch.zeros(4, 1, 8), cos, sin)
+
+
+def test_rejects_layouts_the_kernel_cannot_read():
+    cos, sin = rope_table(Rope(), 8, 4)
+    with pytest.raises(ValueError, match=r"x_THK's rows must be contiguous, its strides are \(8, 8, 4\)"):
+        rope(torch.zeros(4, 1, 8)[:, :, ::4], *(t[:, :1].contiguous() for t in (cos, sin)))
+    with pytest.raises(ValueError, match="sin_TK must be contiguous"):
+        rope(torch.zeros(4, 1, 8), cos, sin.T.contiguous().T)
+    with pytest.raises(ValueError, match=r"x_THK is \(4, 1, 9\)"):
+        rope(torch.zeros(4, 1, 9), cos, sin)
+
+
+# --- the kernel -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("K", [2, 16, 64, 80])
+@pytest.mark.parametrize(("T", "H"), [(1, 1), (7, 5), (32, 1), (11, 3)])
+def test_kernel_and_its_gradient(T, H, K, dtype, device, interpreted):
+    cos, sin = (t.to(device) for t in rope_table(Rope(10.0), K, T))
+    merged = torch.randn(T, H + 2, K, device=device).to(dtype)
+    before = launches["_rope_fwd_kernel"]
+    assert_op_and_gradients(
+        lambda x: rope(x[:, 1 : H + 1], cos, sin),
+        lambda x: rope_reference(x[:, 1 : H + 1], cos, sin),
+        [merged],
+    )
+    assert launches["_rope_fwd_kernel"] == before + 2  # there and back
+
+
+def test_kernel_undone_by_the_opposite_angle(device, interpreted):
+    cos, sin = (t.to(device) for t in rope_table(Rope(10.0), 16, 9))
+    x = torch.randn(9, 3, 16, device=device)
+    rotated = rope(x, cos, sin)
+    torch.testing.assert_close(torch.ops.flashvec.rope(rotated, cos, sin, True), x)
+    torch.testing.assert_close(rope(rotated, cos, -sin), x)
+
+
+def test_kernel_reads_its_own_heads_alone(device, interpreted):
+    cos, sin = (t.to(device) for t in rope_table(Rope(10.0), 20, 9))
+    x = torch.randn(9, 3, 20, device=device)
+    got = rope(surrounded(x), cos, sin)
+    assert got.is_contiguous() and torch.equal(got, rope(x, cos, sin))
+    assert torch.equal(got[4:6, 1:2], rope(x[4:6, 1:2], cos[4:6], sin[4:6]))
+    assert rope(x[:0], cos[:0], sin[:0]).shape == (0, 3, 20)
+
+
+def test_op_is_well_formed(device, interpreted):
+    cos, sin = (t.to(device) for t in rope_table(Rope(10.0), 8, 3))
+    x = torch.randn(3, 4, 8, device=device, dtype=torch.float16)[:, :2].requires_grad_()
+    torch.library.opcheck(torch.ops.flashvec.rope.default, (x, cos, sin, False))
+
+
+@pytest.mark.skipif(not fits(2**31), reason="needs a GPU with 16 GB")
+def test_heads_past_2_31_elements():
+    T = 2**31 // 4096 + 2
+    cos, sin = (t.cuda()[torch.zeros(T, dtype=torch.int64)] for t in rope_table(Rope(10.0), 128, 2))
+    x = torch.ones(T, 32, 128, dtype=torch.bfloat16, device="cuda")
+    cos[-1] = 0.5
+    want = rope_reference(x[-1:], cos[-1:], sin[-1:])
+    assert_as_close_as_torch(rope(x, cos, sin)[-1:], want, want)
