@@ -9,6 +9,7 @@ Source: Zhang and Sennrich 2019; `offset` 1 is Gemma's form, whose weights are s
 import torch
 from torch import Tensor
 
+from flashvec.kernels.backend import implementation
 from flashvec.kernels.precision import widen
 
 
@@ -18,6 +19,14 @@ def rms_norm_reference(
     x = widen(x_TD)
     scale_D = weight_D.to(x.dtype) + offset
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale_D).to(dtype or x_TD.dtype)
+
+
+def _rms_norm_cpu(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float, dtype: torch.dtype | None) -> Tensor:
+    """The reference's arithmetic, bit for bit, in one buffer: its steps are small, allocating is what costs."""
+    x = widen(x_TD)
+    out = x.square()
+    scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return torch.mul(x, scale, out=out).mul_(weight_D.to(x.dtype) + offset).to(dtype or x_TD.dtype)
 
 
 def rms_norm(
@@ -42,4 +51,7 @@ def rms_norm(
     """
     if weight_D.shape != x_TD.shape[-1:]:
         raise ValueError(f"weight_D is {tuple(weight_D.shape)}, x_TD's rows have {x_TD.shape[-1]} elements")
-    return rms_norm_reference(x_TD, weight_D, eps, offset, dtype)
+    # Training differentiates through the reference; the CPU form overwrites what its gradient would need.
+    grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_D.requires_grad)
+    run = _rms_norm_cpu if implementation(x_TD) == "cpu" and not grad else rms_norm_reference
+    return run(x_TD, weight_D, eps, offset, dtype)

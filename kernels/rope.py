@@ -98,13 +98,13 @@ def rope_reference(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 
 def _rope_cpu(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """The reference in half its passes over memory: two products a half, each rounded straight into the result."""
+    """The reference in half its passes over memory: two products a half, the second straight into the result."""
     out_THK = torch.empty(x_THK.shape, dtype=x_THK.dtype)
     x0, x1 = widen(x_THK).chunk(2, -1)
     out0, out1 = out_THK.chunk(2, -1)
     cos, sin = cos_TK[:, None], sin_TK[:, None]
-    out0.copy_((x0 * cos).addcmul_(x1, sin, value=-1))
-    out1.copy_((x1 * cos).addcmul_(x0, sin))
+    torch.addcmul(x0 * cos, x1, sin, value=-1, out=out0)
+    torch.addcmul(x1 * cos, x0, sin, out=out1)
     return out_THK
 
 

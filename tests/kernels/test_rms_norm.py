@@ -40,3 +40,14 @@ def test_gradient_matches_torch(device):
 def test_rejects_a_weight_of_another_width(device):
     with pytest.raises(ValueError, match=r"\(3,\)"):
         rms_norm(torch.zeros(2, 4, device=device), torch.ones(3, device=device), 1e-6)
+
+
+@pytest.mark.parametrize("out", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_cpu_form_has_the_references_bits(dtype, out):
+    merged = torch.randn(40, 5, 96, dtype=dtype)
+    x, w = merged[:, :3], torch.randn(96)  # a strided slice of a merged product
+    before = merged.clone()
+    assert torch.equal(rms_norm(x, w, 1e-5, 1.0, out), rms_norm_reference(x, w, 1e-5, 1.0, out))
+    assert torch.equal(merged, before)
+    assert rms_norm(x[:0], w, 1e-5).shape == (0, 3, 96)
