@@ -9,7 +9,7 @@ import json
 
 import torch
 
-from flashvec.runtime.row_counts import TABLE, machine_key, measure
+from flashvec.runtime.row_counts import TABLE, TABLED_THREADS, machine_key, measure
 
 # (hidden, mlp, query heads, kv heads, head size) of models that people embed with, and how products come of them.
 MODELS = {
@@ -41,7 +41,7 @@ def main() -> None:
         found[name] = {}
         for rows, columns in shapes:
             weight = torch.randn(rows, columns, generator=generator).to(dtype)
-            differing = sorted({r for threads in (1, 2) for r in _measure(weight, threads)})
+            differing = sorted({r for threads in TABLED_THREADS for r in _measure(weight, threads)})
             found[name][f"{rows}x{columns}"] = differing
             print(f"{name:10} {rows:6} x {columns:5}  {differing or 'all agree'}", flush=True)
     table["disagree"][machine_key()] = found

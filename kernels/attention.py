@@ -36,7 +36,7 @@ from flashvec.kernels.attention_tiles import (
     seen,
     softcapped,
 )
-from flashvec.kernels.backend import define_op, implementation, launch, target, tl, triton
+from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, target, tl, triton
 from flashvec.kernels.dropout import Dropout, fold_reference, keep_reference
 from flashvec.kernels.precision import widen
 from flashvec.kernels.rms_norm import rms_norm
@@ -395,7 +395,7 @@ def attention(
     if queries is not None:  # a row's result does not depend on other rows: attend with all, keep the asked-for
         whole_THK = q_THK.new_zeros(len(k_TGK), *q_THK.shape[1:]).index_copy(0, queries.rows, q_THK)
         q_THK = whole_THK
-    if run == "cpu" and not _needs_gradient(q_THK, k_TGK, v_TGK) and not (dropout and dropout.p):
+    if run == "cpu" and not needs_gradient(q_THK, k_TGK, v_TGK) and not (dropout and dropout.p):
         out_THK = attention_cpu(q_THK, k_TGK, v_TGK, schedule, scale=scale, reach=reach, softcap=softcap)
     else:
         out_THK, _ = attention_reference(
@@ -427,14 +427,10 @@ def _query_tables(rotation: Rotation, queries: Queries | None) -> tuple[Tensor, 
     return rotation.cos_TK[queries.rows], rotation.sin_TK[queries.rows]
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def _needs_norm_gradient(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation) -> bool:
     """Head norms are differentiated by their own pass: inside attention their gradient would cost it registers."""
     norms = rotation.query_norm_K, rotation.key_norm_K
-    return norms[0] is not None and _needs_gradient(q_THK, k_TGK, *norms)
+    return norms[0] is not None and needs_gradient(q_THK, k_TGK, *norms)
 
 
 def _reach(causal: bool, window: int | tuple[int, int] | None) -> Reach:

@@ -77,6 +77,11 @@ def implementation(x: Tensor) -> Implementation:
     return "triton" if runs_triton(x.device) else "torch"
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """True if autograd will ask for the gradient of any of these: forms that overwrite buffers must not run."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Run kernels on CPU tensors in Triton's interpreter, for tests; slow.

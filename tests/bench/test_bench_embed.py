@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
-from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, report
+from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, report, timing
 from flashvec.bench.bench_embed import PROFILES, Ceiling, Texts, bench_profile
 from flashvec.bench.peers import HuggingFace, SentenceTransformers
 from flashvec.runtime.encoder import Encoder
@@ -49,8 +49,8 @@ def test_rows_of_a_profile(folder, monkeypatch):
     rows = bench_profile("queries", Texts(None, 3.0), encoders, peers, ceilings, 2)
     assert [row["variant"] for row in rows] == ["flashvec float32", "hugging face float32"]
     assert all(row["tokens_per_s"] > 0 and row["ceiling_tokens_per_s"] > 0 for row in rows)
-    table = report.embed_table([{**r, "model": "m", "cores": 2, "cpu": "c", "instructions": "i", "torch": "t",
-                                 "commit": "x", "date": "d"} for r in rows])  # fmt: skip
+    table = report.embed_table([{**r, "model": "m", "cores": 2, "threads": 2, "cpu": "c", "instructions": "i",
+                                 "torch": "t", "commit": "x", "date": "d"} for r in rows])  # fmt: skip
     assert table[0].startswith("| tokens/s") and "flashvec float32" in table[2]
 
     class Other:
@@ -69,7 +69,9 @@ def test_fidelity_rows(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", arguments)
     bench_fidelity.main()
     assert kept[0]["passed"] and kept[0]["benchmark"] == "verify"
-    assert report.verify_table(kept)[2].startswith("| converted | float32 | flashvec | 1.00000")
+    assert report.verify_table([{**row, **timing.machine()} for row in kept])[2].startswith(
+        "| converted | float32 | flashvec | 1.00000"
+    )
 
 
 def test_products_of_a_layer():

@@ -80,9 +80,7 @@ def test_kernel_sums_the_weights_gradient_over_many_tiles(device, interpreted, m
     monkeypatch.setattr("flashvec.kernels.rms_norm.PARTIALS", 2)
     x, w = torch.randn(100, 16, device=device), torch.randn(16, device=device)
     assert backward_grid(100, row_tile(16)["ROWS"], True) == (2, 2)  # of four tiles
-    assert_op_and_gradients(
-        lambda x, w: rms_norm(x, w, 1e-2), lambda x, w: rms_norm_reference(x, w, 1e-2), [x, w]
-    )
+    assert_op_and_gradients(lambda x, w: rms_norm(x, w, 1e-2), lambda x, w: rms_norm_reference(x, w, 1e-2), [x, w])
 
 
 def test_kernel_without_a_gradient_for_the_weight(device, interpreted):
@@ -115,3 +113,14 @@ def test_rows_past_2_31_elements():
     x, w = torch.ones(T, D, dtype=torch.bfloat16, device="cuda"), torch.ones(D, device="cuda")
     x[-1] = torch.randn(D)
     assert_as_close_as_torch(rms_norm(x, w, 1e-6)[-1], *[rms_norm_reference(x[-1], w, 1e-6)] * 2)
+
+
+@pytest.mark.parametrize("out", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_cpu_form_has_the_references_bits(dtype, out):
+    merged = torch.randn(40, 5, 96, dtype=dtype)
+    x, w = merged[:, :3], torch.randn(96)  # a strided slice of a merged product
+    before = merged.clone()
+    assert torch.equal(rms_norm(x, w, 1e-5, 1.0, out), rms_norm_reference(x, w, 1e-5, 1.0, out))
+    assert torch.equal(merged, before)
+    assert rms_norm(x[:0], w, 1e-5).shape == (0, 3, 96)
