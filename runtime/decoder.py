@@ -22,6 +22,7 @@ from flashvec.kernels.rms_norm import rms_norm
 from flashvec.kernels.rope import rope, rope_table
 from flashvec.kernels.schedule import Schedule
 from flashvec.kernels.swiglu import swiglu
+from flashvec.runtime.buckets import token_bucket
 from flashvec.runtime.checkpoint.source import CheckpointError, TensorSource
 from flashvec.runtime.row_counts import RowCounts
 from flashvec.runtime.spec import DecoderSpec
@@ -69,14 +70,14 @@ class Decoder:
 
     def row_plan(self, num_tokens: int) -> tuple[int, ...]:
         """Row counts the products of a batch of `num_tokens` tokens run at; their sum is the batch's `T`."""
-        return self.row_counts.plan(num_tokens) if self.device.type == "cpu" else (num_tokens,)
+        return self.row_counts.plan(num_tokens) if self.device.type == "cpu" else (token_bucket(num_tokens),)
 
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, schedule: Schedule, row_plan: Sequence[int], causal: bool) -> Tensor:
         """The residual stream after the last layer, before the final norm.
 
         Args:
-            ids_T: int [num_tokens] token ids, sequences end to end.
+            ids_T: int [num_tokens] token ids, sequences end to end; for a static schedule [T], negative where filling.
             schedule: of the batch, with as many rows as `row_plan` sums to.
             row_plan: see `row_plan`.
             causal: hide later tokens.
@@ -84,7 +85,7 @@ class Decoder:
         Returns:
             fp32 [T, D]; rows past the tokens are filling.
         """
-        h_TD = self._embed(ids_T, len(schedule.positions))
+        h_TD = self._embed(ids_T, schedule)
         tables = self._rope_rows(schedule)
         query_scale_T = self._query_scale(schedule)
         for index, layer in enumerate(self.layers):
@@ -94,9 +95,12 @@ class Decoder:
             h_TD += self._mlp(layer, h_TD, row_plan)
         return h_TD
 
-    def _embed(self, ids_T: Tensor, num_rows: int) -> Tensor:
-        h_TD = torch.zeros(num_rows, self.spec.hidden_size, dtype=torch.float32, device=self.device)
-        h_TD[: len(ids_T)] = self.embedding_VD[ids_T]
+    def _embed(self, ids_T: Tensor, schedule: Schedule) -> Tensor:
+        if schedule.is_static:  # only the ids say which rows are filling: those stay zero
+            h_TD = self.embedding_VD[ids_T.clamp(min=0)].float().masked_fill_(ids_T[:, None] < 0, 0.0)
+        else:
+            h_TD = torch.zeros(len(schedule.positions), self.spec.hidden_size, dtype=torch.float32, device=self.device)
+            h_TD[: len(ids_T)] = self.embedding_VD[ids_T]
         return h_TD.mul_(self.spec.embedding_scale) if self.spec.embedding_scale != 1.0 else h_TD
 
     def _attend(

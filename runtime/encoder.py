@@ -16,16 +16,19 @@ from flashvec.runtime import engine, prepare
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.decoder import Decoder, DecoderLoader
 from flashvec.runtime.drop_in import SentenceTransformerNames
-from flashvec.runtime.engine import Done, RunSettings
+from flashvec.runtime.engine import Engine
+from flashvec.runtime.non_finite import NonFiniteRows, report
 from flashvec.runtime.parts import Instruction, PartVectors
-from flashvec.runtime.pooling import DenseHead, finish, pool, quantize
+from flashvec.runtime.pooling import DenseHead, quantize
+from flashvec.runtime.program import Program, embedding_program
 from flashvec.runtime.progress import Progress
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import as_instructions, as_texts
+from flashvec.runtime.wide import widened
+from flashvec.runtime.windows import WINDOW, Call, Done, RunSettings, run_call
 
 logger = logging.getLogger("flashvec")
 
-WINDOW = 8192  # texts tokenised, sorted and packed together: bounds memory, long enough to fill packs evenly
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,10 +45,12 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
     def __init__(self, spec: ModelSpec, decoder: Decoder, tokenizer: Any, heads: Sequence[DenseHead] = ()) -> None:
         self.spec = spec
-        self.decoder = decoder
+        self.engine = Engine(decoder)
         self.tokenizer = tokenizer
         self.heads = list(heads)
-        self.workers = 1  # packs at the same time, one thread each (see `engine.run`); more was slower where measured
+        self.workers = 1  # packs at the same time, one thread each (see `Engine.run`); more was slower where measured
+        # A text whose vector overflows is run again in fp32; only half precision on a GPU is known to need it.
+        self.retry_non_finite = decoder.device.type == "cuda" and decoder.dtype != torch.float32
 
     @classmethod
     def load(
@@ -141,6 +146,14 @@ class Encoder(PartVectors, SentenceTransformerNames):
             logger.warning("%s: %s", folder, notice)
 
     @property
+    def decoder(self) -> Decoder:
+        return self.engine.decoder
+
+    @decoder.setter
+    def decoder(self, decoder: Decoder) -> None:
+        self.engine = Engine(decoder)
+
+    @property
     def device(self) -> torch.device:
         return self.decoder.device
 
@@ -228,13 +241,15 @@ class Encoder(PartVectors, SentenceTransformerNames):
             raise ValueError(f"output='torch' gives float32 or float16, precision is {precision!r}")
         quantize(np.zeros((0, dim), np.float32), precision, self.spec.int8_ranges)  # refuse before working
         instructions = self._instructions(instruction, prompt_name, len(rows))
-        vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device)
-        for done in self._run(rows, instructions, run):
-            vectors[self._on_device(done.rows)] = self._vectors(done, normalize, truncate_dim)
+        stay = output == "torch"
+        vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device if stay else None)
+        program = embedding_program(self.spec, self.heads, normalize=normalize, truncate_dim=truncate_dim)
+        for done in self._run(rows, instructions, run, program, on_device=stay):
+            vectors[self._beside(vectors, done.rows)] = done.ran.outputs[0]
         if output == "torch":
             result: Any = vectors.to(torch.float16) if precision == "float16" else vectors
         else:
-            result = quantize(vectors.cpu().numpy(), precision, self.spec.int8_ranges)
+            result = quantize(vectors.numpy(), precision, self.spec.int8_ranges)
         if out is not None:
             if output == "torch" or out.shape != result.shape:
                 raise ValueError(f"out has shape {out.shape}, the vectors are {tuple(result.shape)} (output='numpy')")
@@ -302,55 +317,57 @@ class Encoder(PartVectors, SentenceTransformerNames):
         return None if found is None or not any(found) else found
 
     def _run(
-        self, rows: list[str], instructions: list[str] | None, run: RunSettings, offsets: bool = False
+        self,
+        texts: list[str],
+        instructions: list[str] | None,
+        settings: RunSettings,
+        program: Program,
+        *,
+        offsets: bool = False,
+        on_device: bool = False,
     ) -> Iterator[Done]:
-        """Run texts in windows and packs; warns once if some were cut."""
-        limit = self.spec.max_length if run.max_length is None else run.max_length
+        """Run texts in windows and packs; warns once if some were cut.
+
+        Yields:
+            Packs as they are done. A text that comes again was not finite the first time: the last one counts.
+        """
+        limit = self.spec.max_length if settings.max_length is None else settings.max_length
         if not 1 <= limit <= self.spec.decoder.max_positions:
             raise ValueError(f"max_length is {limit}, the model has {self.spec.decoder.max_positions} positions")
-        budget = self._budget(run.batch_tokens)
-        causal = self.spec.attention == "causal"
-        offsets |= self.spec.span == "template" or (self.spec.span == "offsets" and instructions is not None)
-        num_truncated = 0
-        with Progress(len(rows), run.show_progress) as progress:
-            for at in range(0, len(rows), WINDOW):
-                own = None if instructions is None else instructions[at : at + WINDOW]
-                prepared = prepare.prepare(self.spec, rows[at : at + WINDOW], own, self.tokenizer)
-                tokens = prepare.tokenise(
-                    self.tokenizer, prepared, limit, offsets=offsets, split_special=run.split_special
-                )
-                num_truncated += int(tokens.truncated.sum())
-                self._check_ids(tokens.ids)
-                spans = prepare.pooled_spans(self.spec, tokens, prepared, own, self.tokenizer)
-                starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
-                text_starts = [len(before) for before in prepared.before]
-                for pack in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, causal, self.workers):
-                    pooled = self._on_device(spans[pack.indices])
-                    yield Done(pack.indices + at, pack, pooled, tokens, starts, text_starts)
-                    progress.advance(len(pack.indices), pack.schedule.num_tokens)
+        call = Call(texts, instructions, limit, settings.split_special, program, offsets, on_device)
+        budget = self._budget(settings.batch_tokens)
+        overflown, num_truncated = NonFiniteRows(program.counts), 0
+        with Progress(len(texts), settings.show_progress) as progress:
+            for done in run_call(call, self.spec, self.tokenizer, self.engine, budget, self.workers):
+                num_truncated += int(done.window.tokens.truncated[done.ran.indices].sum())
+                if self.retry_non_finite:
+                    overflown.look_at(done)
+                yield done
+                progress.advance(len(done.rows), done.ran.num_tokens)
+        yield from self._run_again(call, overflown.rows())
         if num_truncated:
             warnings.warn(
-                f"{num_truncated} of {len(rows)} texts were longer than max_length={limit} tokens and were cut",
+                f"{num_truncated} of {len(texts)} texts were longer than max_length={limit} tokens and were cut",
                 TruncationWarning,
                 stacklevel=3,
             )
 
-    def _check_ids(self, ids: np.ndarray) -> None:
-        size = self.spec.decoder.vocab_size
-        if len(ids) and ids.max() >= size:
-            token = self.tokenizer.backend.id_to_token(int(ids.max()))
-            raise ValueError(
-                f"the tokenizer gives {token!r} the id {ids.max()}, the model's embedding has {size} rows: "
-                "tokenizer.json belongs to another model"
-            )
+    def _run_again(self, call: Call, rows: np.ndarray) -> Iterator[Done]:
+        """Texts whose results were not finite, one at a time in fp32."""
+        if not len(rows):
+            return
+        still = NonFiniteRows(call.program.counts)
+        wide = Engine(widened(self.decoder), self.engine.accelerator, graphs=False)
+        for done in run_call(call.take(rows), self.spec, self.tokenizer, wide, 1):
+            done = done._replace(rows=rows[done.rows])
+            still.look_at(done)
+            yield done
+        report(rows, still.rows(), len(call.texts), self.dtype)
 
-    def _vectors(self, done: Done, normalize: bool | None, truncate_dim: int | None) -> Tensor:
-        """Finished fp32 vectors [B, d] of a pack's texts."""
-        pooled = pool(self.spec, self.decoder, done.pack, done.spans_B2)
-        return finish(self.spec, pooled, self.heads, normalize, truncate_dim)
-
-    def _on_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+    def _beside(self, vectors: Tensor, rows: np.ndarray) -> Tensor:
+        """Row numbers as an index into `vectors`, on its device."""
+        accelerator = self.engine.accelerator
+        return torch.from_numpy(rows) if accelerator is None or vectors.device.type == "cpu" else accelerator.send(rows)
 
     def _budget(self, batch_tokens: int | None) -> int:
         if batch_tokens is not None and batch_tokens < 1:
