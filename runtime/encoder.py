@@ -19,6 +19,7 @@ from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.engine import Engine
 from flashvec.runtime.non_finite import NonFiniteRows, report
 from flashvec.runtime.parts import Instruction, PartVectors
+from flashvec.runtime.placement import choose_devices, choose_dtype
 from flashvec.runtime.pooling import DenseHead, quantize
 from flashvec.runtime.program import Program, embedding_program
 from flashvec.runtime.progress import Progress
@@ -29,11 +30,17 @@ from flashvec.runtime.windows import WINDOW, Call, Done, RunSettings, run_call
 
 logger = logging.getLogger("flashvec")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class TruncationWarning(UserWarning):
-    """Texts were longer than `max_length`; the message says how many."""
+    """Texts were longer than `max_length`; the message says how many, and so does `num_texts`."""
+
+    num_texts = 0
+
+    @classmethod
+    def of(cls, num_texts: int, num_all: int, limit: int) -> "TruncationWarning":
+        warning = cls(f"{num_texts} of {num_all} texts were longer than max_length={limit} tokens and were cut")
+        warning.num_texts = num_texts
+        return warning
 
 
 class Encoder(PartVectors, SentenceTransformerNames):
@@ -59,7 +66,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         *,
         revision: str | None = None,
         adapters: str | Path | Sequence[str | Path] = (),
-        device: str | torch.device | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
         dtype: str | torch.dtype | None = None,
         attention: Literal["bidirectional", "causal"] | None = None,
         pooling: str | Sequence[str] | None = None,
@@ -77,7 +84,8 @@ class Encoder(PartVectors, SentenceTransformerNames):
                 or GGUF only; no code from a model is ever run.
             revision: branch, tag or commit of a hub id.
             adapters: PEFT adapters to merge, in this order.
-            device: where to run; default CUDA if there is one, else the CPU.
+            device: where to run; default CUDA if there is one, else the CPU. "all" (every GPU) or a list of devices
+                gives a `SpreadEncoder`, one process for each: close it, or use it as a context manager.
             dtype: float32, bfloat16 or float16; default bfloat16 where the processor has it in hardware, else float32.
             attention, pooling: override what the layout says. `pooling` is one of mean, weighted_mean,
                 mean_sqrt_len, max, last, cls, or several to concatenate.
@@ -94,7 +102,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         """
         if compat not in (None, "llm2vec"):
             raise ValueError(f"compat is {compat!r}; the only one is 'llm2vec'")
-        device, torch_dtype = _choose_device(device), None if dtype is None else _choose_dtype(dtype)
+        devices, torch_dtype = choose_devices(device), None if dtype is None else choose_dtype(dtype)
         modes = pooling if pooling is None or isinstance(pooling, str) else tuple(pooling)
         overrides = Overrides(attention, modes, max_length, truncate_dim, compat)
         adapter_list = [adapters] if isinstance(adapters, str | Path) else list(adapters)
@@ -102,24 +110,35 @@ class Encoder(PartVectors, SentenceTransformerNames):
         checkpoint = open_checkpoint(path, overrides, tuple(str(a) for a in adapter_list), local_files_only)
         for notice in checkpoint.notices:
             logger.warning("%s: %s", path.name, notice)
-        return cls._from_checkpoint(checkpoint, device, torch_dtype, layers)
+        if len(devices) == 1:
+            return cls._from_checkpoint(checkpoint, devices[0], torch_dtype, layers)
+        from flashvec.runtime.devices import SpreadEncoder
+
+        checkpoint.source.close()
+        spec = _checked(checkpoint.spec, layers)
+        arguments: dict[str, Any] = {
+            "model": str(path),
+            "adapters": [str(a) for a in adapter_list],
+            "dtype": None if torch_dtype is None else str(torch_dtype),
+            "attention": attention,
+            "pooling": modes,
+            "max_length": max_length,
+            "truncate_dim": truncate_dim,
+            "compat": compat,
+            "layers": layers,
+            "local_files_only": local_files_only,
+        }
+        return SpreadEncoder(spec, checkpoint.tokenizer, devices, arguments)
 
     @classmethod
     def _from_checkpoint(
         cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, layers: int | None
     ) -> "Encoder":
-        spec = checkpoint.spec
-        if layers is not None and not 1 <= layers <= spec.decoder.num_layers:
-            raise ValueError(f"layers is {layers}, the model has {spec.decoder.num_layers}")
-        width = spec.dense[-1].out_features if spec.dense else spec.decoder.hidden_size * len(spec.pooling)
-        if spec.truncate_dim is not None and not 1 <= spec.truncate_dim <= width:
-            raise ValueError(f"truncate_dim is {spec.truncate_dim}, the model's vectors have {width} dimensions")
+        spec = _checked(checkpoint.spec, layers)
         if dtype is None:
             dtype = torch.bfloat16 if has_hardware_bf16(device) else torch.float32
-        decoder = DecoderLoader(spec.decoder, checkpoint.source, dtype, device).load(layers)
-        if layers is not None:
-            decoder.spec = replace(spec.decoder, num_layers=layers)
-            spec = replace(spec, decoder=decoder.spec)
+        decoder = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device).load(layers)
+        decoder.spec = spec.decoder
         heads = [
             DenseHead(weight.to(device), None if bias is None else bias.to(device), dense.activation)
             for (weight, bias), dense in zip(checkpoint.dense, spec.dense, strict=True)
@@ -148,10 +167,6 @@ class Encoder(PartVectors, SentenceTransformerNames):
     @property
     def decoder(self) -> Decoder:
         return self.engine.decoder
-
-    @decoder.setter
-    def decoder(self, decoder: Decoder) -> None:
-        self.engine = Engine(decoder)
 
     @property
     def device(self) -> torch.device:
@@ -241,11 +256,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
             raise ValueError(f"output='torch' gives float32 or float16, precision is {precision!r}")
         quantize(np.zeros((0, dim), np.float32), precision, self.spec.int8_ranges)  # refuse before working
         instructions = self._instructions(instruction, prompt_name, len(rows))
-        stay = output == "torch"
-        vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device if stay else None)
-        program = embedding_program(self.spec, self.heads, normalize=normalize, truncate_dim=truncate_dim)
-        for done in self._run(rows, instructions, run, program, on_device=stay):
-            vectors[self._beside(vectors, done.rows)] = done.ran.outputs[0]
+        vectors = self._embed_rows(rows, instructions, run, normalize, truncate_dim, output == "torch")
         if output == "torch":
             result: Any = vectors.to(torch.float16) if precision == "float16" else vectors
         else:
@@ -297,6 +308,23 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
     # --- the way of a text ------------------------------------------------------------------------------
 
+    def _embed_rows(
+        self,
+        rows: list[str],
+        instructions: list[str] | None,
+        run: RunSettings,
+        normalize: bool | None,
+        truncate_dim: int | None,
+        on_device: bool,
+    ) -> Tensor:
+        """fp32 [n, d], on the device or on the host."""
+        dim = truncate_dim or self.spec.embedding_size
+        vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device if on_device else None)
+        program = embedding_program(self.spec, self.heads, normalize=normalize, truncate_dim=truncate_dim)
+        for done in self._run(rows, instructions, run, program, on_device=on_device):
+            vectors[self._beside(vectors, done.rows)] = done.ran.outputs[0]
+        return vectors
+
     def _check_dim(self, truncate_dim: int | None) -> int:
         if truncate_dim is not None and not 1 <= truncate_dim <= self.spec.embedding_size:
             raise ValueError(f"truncate_dim is {truncate_dim}, the vectors have {self.spec.embedding_size} dimensions")
@@ -347,9 +375,8 @@ class Encoder(PartVectors, SentenceTransformerNames):
         yield from self._run_again(call, overflown.rows())
         if num_truncated:
             warnings.warn(
-                f"{num_truncated} of {len(texts)} texts were longer than max_length={limit} tokens and were cut",
-                TruncationWarning,
-                stacklevel=3,
+                TruncationWarning.of(num_truncated, len(texts), limit),
+                stacklevel=4,  # whoever called `embed`
             )
 
     def _run_again(self, call: Call, rows: np.ndarray) -> Iterator[Done]:
@@ -375,16 +402,11 @@ class Encoder(PartVectors, SentenceTransformerNames):
         return batch_tokens or engine.default_budget(self.device)
 
 
-def _choose_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "all":
-        raise ValueError("device='all' spreads texts over CUDA GPUs and this version runs one device: name it")
-    return torch.device(device)
-
-
-def _choose_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
-    return found
+def _checked(spec: ModelSpec, layers: int | None) -> ModelSpec:
+    """The spec of the first `layers` layers."""
+    if layers is not None and not 1 <= layers <= spec.decoder.num_layers:
+        raise ValueError(f"layers is {layers}, the model has {spec.decoder.num_layers}")
+    width = spec.dense[-1].out_features if spec.dense else spec.decoder.hidden_size * len(spec.pooling)
+    if spec.truncate_dim is not None and not 1 <= spec.truncate_dim <= width:
+        raise ValueError(f"truncate_dim is {spec.truncate_dim}, the model's vectors have {width} dimensions")
+    return spec if layers is None else replace(spec, decoder=replace(spec.decoder, num_layers=layers))

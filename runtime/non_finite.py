@@ -19,9 +19,16 @@ SHOWN = 10  # row numbers in a message
 class NonFiniteWarning(UserWarning):
     """Some vectors hold NaN or infinity even in float32; `rows` are their numbers in the call's list."""
 
-    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
-        super().__init__(message)
-        self.rows = tuple(rows)
+    rows: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Sequence[int], num_all: int) -> "NonFiniteWarning":
+        warning = cls(
+            f"the vectors of {len(rows)} of {num_all} texts hold NaN or infinity even in float32: rows "
+            f"{_listed(rows)}; the model cannot read these texts"
+        )
+        warning.rows = tuple(rows)
+        return warning
 
 
 class NonFiniteRows:
@@ -65,16 +72,9 @@ def report(rows: np.ndarray, still: np.ndarray, num_texts: int, dtype: torch.dty
         len(rows), num_texts, name, _listed(rows),
     )  # fmt: skip
     if len(still):
-        warnings.warn(
-            NonFiniteWarning(
-                f"the vectors of {len(still)} of {num_texts} texts hold NaN or infinity even in float32: rows "
-                f"{_listed(still)}; the model cannot read these texts",
-                still.tolist(),
-            ),
-            stacklevel=5,
-        )
+        warnings.warn(NonFiniteWarning.of(still.tolist(), num_texts), stacklevel=6)  # whoever called `embed`
 
 
-def _listed(rows: np.ndarray) -> str:
+def _listed(rows: Sequence[int] | np.ndarray) -> str:
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return ", ".join(str(row) for row in rows[:SHOWN]) + more

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from flashvec.runtime import prepare
-from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.pooling import DenseHead
 from flashvec.runtime.program import embedding_program
 from flashvec.runtime.spec import ModelSpec
@@ -38,7 +37,6 @@ class PartVectors:
     """`Encoder`'s methods that look inside a text."""
 
     spec: ModelSpec
-    decoder: Decoder
     heads: list[DenseHead]
     _instructions: Callable[..., list[str] | None]
     _run: Callable[..., Iterator[Done]]
@@ -64,15 +62,9 @@ class PartVectors:
             One `TokenVectors` per text: vectors fp32 [len, D], offsets int32 [len, 2], ids int32 [len].
         """
         rows, _ = as_texts(texts)
-        instructions = self._instructions(instruction, None, len(rows))
-        result: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
-        program = embedding_program(self.spec, self.heads, vectors=False, states=True)
-        for done in self._run(rows, instructions, RunSettings(**run), program, offsets=True):
-            for row, vectors in zip(done.rows, _token_vectors(done), strict=True):
-                if normalize:
-                    vectors = vectors._replace(vectors=F.normalize(torch.from_numpy(vectors.vectors)).numpy())
-                result[row] = vectors
-        return result
+        return self._tokens_of_rows(
+            rows, self._instructions(instruction, None, len(rows)), RunSettings(**run), normalize
+        )
 
     def embed_words(self, words: Iterable[Sequence[str]], **run: Any) -> list[np.ndarray]:
         """One vector per word of texts that are already split: the mean of the word's token states.
@@ -132,13 +124,35 @@ class PartVectors:
                 if not 0 <= start <= stop <= len(rows[row]):
                     size = len(rows[row])
                     raise ValueError(f"spans[{row}] has ({start}, {stop}); text {row} has {size} characters")
+        instructions = self._instructions(instruction, prompt_name, len(rows))
+        return self._spans_of_rows(rows, instructions, RunSettings(**run), normalize, spans)
+
+    def _tokens_of_rows(
+        self, rows: list[str], instructions: list[str] | None, run: RunSettings, normalize: bool
+    ) -> list[TokenVectors]:
+        result: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
+        program = embedding_program(self.spec, self.heads, vectors=False, states=True)
+        for done in self._run(rows, instructions, run, program, offsets=True):
+            for row, vectors in zip(done.rows, _token_vectors(done), strict=True):
+                if normalize:
+                    vectors = vectors._replace(vectors=F.normalize(torch.from_numpy(vectors.vectors)).numpy())
+                result[row] = vectors
+        return result
+
+    def _spans_of_rows(
+        self,
+        rows: list[str],
+        instructions: list[str] | None,
+        run: RunSettings,
+        normalize: bool | None,
+        spans: Sequence[Sequence[tuple[int, int]]],
+    ) -> SpanVectors:
         wanted = self.spec.normalize if normalize is None else normalize
         documents = np.zeros((len(rows), self.spec.embedding_size), np.float32)
-        parts = [np.zeros((len(ranges), self.decoder.spec.hidden_size), np.float32) for ranges in spans]
+        parts = [np.zeros((len(ranges), self.spec.decoder.hidden_size), np.float32) for ranges in spans]
         tokens: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
-        instructions = self._instructions(instruction, prompt_name, len(rows))
         program = embedding_program(self.spec, self.heads, states=True, normalize=normalize)
-        for done in self._run(rows, instructions, RunSettings(**run), program, offsets=True):
+        for done in self._run(rows, instructions, run, program, offsets=True):
             window = done.window
             documents[done.rows] = done.ran.outputs[0].numpy()
             for row, local, own in zip(done.rows, done.ran.indices, _token_vectors(done), strict=True):
