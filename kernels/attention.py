@@ -38,8 +38,8 @@ from flashvec.kernels.attention_tiles import (
 )
 from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, target, tl, triton
 from flashvec.kernels.dropout import Dropout, fold_reference, keep_reference
+from flashvec.kernels.norm_rope import norm_rope
 from flashvec.kernels.precision import widen
-from flashvec.kernels.rms_norm import rms_norm
 from flashvec.kernels.rope import rope
 from flashvec.kernels.schedule import Queries, Schedule
 
@@ -417,7 +417,7 @@ def rotate(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation, queries: Queries | 
 def _rotate(x: Tensor, weight_K: Tensor | None, tables: tuple[Tensor, Tensor], rotation: Rotation) -> Tensor:
     if weight_K is None:
         return rope(x, *tables)
-    return rope(rms_norm(x, weight_K, rotation.norm_eps, rotation.norm_offset, torch.float32), *tables).to(x.dtype)
+    return norm_rope(x, *tables, weight_K, rotation.norm_eps, rotation.norm_offset)
 
 
 def _query_tables(rotation: Rotation, queries: Queries | None) -> tuple[Tensor, Tensor]:

@@ -79,11 +79,10 @@ class Schedule:
         """
         found = self.tile_lists.get(tile_class)
         if found is None:
-            tiles = build_tiles(self.lengths, tile_class)
             if self.is_static:
-                most = -(-len(self.positions) // tile_class.tokens) + self.num_sequences
-                filling = np.full((most - len(tiles), 4), (0, 0, 0, NO_SEQUENCE), np.int32)
-                tiles = np.concatenate([tiles, filling])
+                tiles = build_static_tiles(self.lengths, tile_class, len(self.positions))
+            else:
+                tiles = build_tiles(self.lengths, tile_class)
             found = torch.from_numpy(tiles).to(self.cu_seqlens.device, non_blocking=True)
             self.tile_lists[tile_class] = found
         return found
@@ -175,6 +174,35 @@ def build_tiles(lengths: Sequence[int], tile_class: TileClass, spans: np.ndarray
     return np.stack([start[owner], length[owner], first, owner], 1).astype(np.int32)
 
 
+def build_static_tiles(lengths: Sequence[int], tile_class: TileClass, num_rows: int) -> np.ndarray:
+    """`build_tiles`, filled up to as many tiles as any batch of these rows and this many sequences could need."""
+    tiles = build_tiles(lengths, tile_class)
+    most = -(-num_rows // tile_class.tokens) + len(lengths)
+    filling = np.full((most - len(tiles), 4), (0, 0, 0, NO_SEQUENCE), np.int32)
+    return np.concatenate([tiles, filling])
+
+
+def build_groups(lengths: Sequence[int]) -> tuple[Group, ...]:
+    """Neighbours of equal length, for the forms that run on plain views."""
+    groups, start = [], 0
+    for n, same in groupby(lengths):
+        group = Group(start, len(list(same)), n)
+        if n:
+            groups.append(group)
+        start = group.stop
+    return tuple(groups)
+
+
+def build_places(lengths: Sequence[int] | np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """`cu_seqlens` (int32 [B + 1]) and `positions` (int64 [num_rows]) of a batch, on the host."""
+    length = np.asarray(lengths, dtype=np.int64)
+    stops = np.cumsum(length)
+    num_tokens = int(stops[-1]) if len(stops) else 0
+    positions = np.zeros(num_rows, dtype=np.int64)
+    positions[:num_tokens] = np.arange(num_tokens) - np.repeat(stops - length, length)
+    return np.concatenate([[0], stops]).astype(np.int32), positions
+
+
 def build_schedule(
     lengths: Sequence[int],
     num_rows: int | None = None,
@@ -207,21 +235,11 @@ def build_schedule(
             raise ValueError(f"identities has shape {tuple(identities.shape)}, there are {len(lengths)} sequences")
         identities = identities.to(device)
 
-    groups, start = [], 0
-    for n, same in groupby(lengths):
-        group = Group(start, len(list(same)), n)
-        if n:
-            groups.append(group)
-        start = group.stop
-    length = np.asarray(lengths, dtype=np.int64)
-    stops = np.cumsum(length)
-    positions = np.zeros(num_rows, dtype=np.int64)
-    positions[:num_tokens] = np.arange(num_tokens) - np.repeat(stops - length, length)
-    cu_seqlens = torch.from_numpy(np.concatenate([[0], stops]).astype(np.int32))
+    cu_seqlens, positions = build_places(lengths, num_rows)
     return Schedule(
-        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+        cu_seqlens=torch.from_numpy(cu_seqlens).to(device, non_blocking=True),
         positions=torch.from_numpy(positions).to(device, non_blocking=True),
-        groups=tuple(groups),
+        groups=build_groups(lengths),
         num_tokens=num_tokens,
         max_length=max(lengths, default=0),
         lengths=tuple(lengths),

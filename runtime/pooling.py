@@ -1,6 +1,7 @@
 """From token states to finished vectors: pool, dense heads, cut, normalise, number format."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from flashvec.kernels.linear import linear
 from flashvec.kernels.mean_pool import mean_pool
+from flashvec.kernels.schedule import Schedule
 from flashvec.runtime.decoder import Decoder
-from flashvec.runtime.engine import Pack
 from flashvec.runtime.row_counts import RowCounts
 from flashvec.runtime.spec import ModelSpec
 
@@ -43,7 +44,15 @@ class DenseHead:
         return DENSE_FUNCTIONS[self.activation](linear(x_BD, self.weight, self.bias, plan))[:rows]
 
 
-def pool(spec: ModelSpec, decoder: Decoder, pack: Pack, spans_B2: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class States:
+    """A batch after the last layer."""
+
+    hidden_TD: Tensor  # fp32 residual stream, before the final norm
+    schedule: Schedule
+
+
+def pool(spec: ModelSpec, decoder: Decoder, pack: States, spans_B2: Tensor) -> Tensor:
     """Pool each of a pack's texts over its span of tokens.
 
     Args:
@@ -62,10 +71,14 @@ def pool(spec: ModelSpec, decoder: Decoder, pack: Pack, spans_B2: Tensor) -> Ten
         if mode == "last" or (mode == "cls" and spec.span != "prompt_tokens"):
             spans = torch.stack([torch.zeros_like(lengths_B), lengths_B], 1)
         first = spans[:, 0] + 1 if spec.span == "prompt_tokens" else None
+        rows_B2 = spans + starts_B[:, None]
+        if pack.schedule.is_static:  # a filling sequence has no rows: it reads row 0, and nobody reads its vector
+            rows_B2 = rows_B2 * (lengths_B > 0)[:, None]
+            rows_B2[:, 1].clamp_(min=1)
         pooled.append(
             mean_pool(
                 pack.hidden_TD,
-                spans + starts_B[:, None],
+                rows_B2,
                 decoder.norm_D,
                 decoder.spec.norm_eps,
                 norm_offset=decoder.spec.norm_offset,
