@@ -44,7 +44,6 @@ CHUNK = 128  # rows: 16,384 tokens in texts of 256 give 128 programs, and 2 MB o
 MAX_CHUNKS = 32  # of a span: beyond, its chunks grow; a second launch adds them up one after the other
 TILE = 4096  # elements of a step, at least: 16 KB of fp32 in flight, and three such programs on a multiprocessor
 SHORTEST = 1e-12  # divides a zero vector, which stays zero, as in torch.nn.functional.normalize
-MAX_ROWS = 16  # of a step: a chunk of narrow rows is several steps too
 PARTIAL_BYTES = 1 << 26  # of sums between the two launches: more spans than fit take turns
 
 
@@ -227,7 +226,6 @@ def launch_mean_pool(
     out_SD = x_TD.new_empty(S, truncate_dim, dtype=torch.float32)
     length_S = x_TD.new_empty(S if normalize else 0, dtype=torch.float32)
     tile = row_tile(D, TILE)
-    tile["ROWS"] = min(tile["ROWS"], MAX_ROWS)
     places = 1 if mode in ONE_ROW else max(1, min(-(-longest // CHUNK), MAX_CHUNKS))
     in_turn = S if places == 1 else max(1, PARTIAL_BYTES // (places * D * 4))
     partial_PD = x_TD.new_empty(min(S, in_turn) * places if places > 1 else 0, D, dtype=torch.float32)
