@@ -187,6 +187,9 @@ def attention(
         raise ValueError(f"q {tuple(q_THK.shape)}, k {tuple(k_TGK.shape)} and v {tuple(v_TGK.shape)} do not fit")
     if window is not None and window < 0:
         raise ValueError(f"window counts tokens to each side, got {window}")
-    # Equal-length groups serve every device until the Triton kernels take over on CUDA.
+    # Equal-length groups serve every device until the Triton kernels take over on CUDA. Training differentiates through
+    # the reference; the groups' form works in place.
     implementation(q_THK)
-    return _attention_grouped(q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap)
+    in_place = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q_THK, k_TGK, v_TGK)))
+    run = _attention_grouped if in_place else attention_reference
+    return run(q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap)
