@@ -9,6 +9,7 @@ A head of any size is held in two chunks of powers of two, the second possibly a
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -34,6 +35,23 @@ class TileConfig:
     num_warps: int
     num_stages: int
     one_tile: bool = False
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """How one class of sequences runs in one of the backward's kernels.
+
+    `form`: "one tile" gives all gradients of sequences whose keys fit one tile; "dq" and then "dkv" share the longer
+    ones. `rows`: query rows of a step (of a tile for "dq"), tokens times heads.
+    """
+
+    form: Literal["one tile", "dq", "dkv"]
+    tile_class: TileClass
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
     maxnreg: int | None = None
 
 
@@ -101,6 +119,26 @@ def _config(
     return TileConfig(tile_class, rows, keys, num_warps, num_stages, one_tile, maxnreg)
 
 
+# Per kind of matrix unit and head width, (keys, rows, warps, stages) of the one-tile form's classes, then of dq and dkv.
+# Rotation, dropout and the soft-cap cost registers: "plain" holds without any of them, "busy" with up to two, "full" always.
+@cache
+def backward_configs(
+    target: Target, dtype: torch.dtype, head_size: int, packed: int, rotate: bool, dropout: bool, softcap: bool
+) -> tuple[BackwardConfig, ...]:
+    """How a target runs the backward: the form for short sequences in its classes, then the two kernels for longer ones.
+
+    As in the forward a sequence's class depends on its own length alone, and the numbers come from compiling. Rotation,
+    dropout and the soft-cap each cost registers, so some of them choose narrower tiles.
+    """
+    extras = rotate + dropout + softcap
+    single_chunk = head_chunks(head_size)[1] == 0
+    width = 512 if dtype == torch.float32 else _width(dtype, head_size)
+    kind = target.backend if target.backend == "hip" else "mma" if target.shared_bytes < 200 * 1024 else "wgmma"
+    one_tile, dq, dkv = _BACKWARD[kind, next(w for w in (64, 128, 256, 512) if width <= w)]
+    forms = [("one tile", *shape) for shape in one_tile if single_chunk and extras <= shape[-1]]
+    ...
+
+
 # --- parts of a tile --------------------------------------------------------------------------------
 
 
@@ -164,6 +202,56 @@ def head_reciprocal_rms(pointer, row, row_stride, row_exists, eps, K: tl.constex
         x = load_chunk(pointer, row, row_stride, row_exists, K0, K1, K).to(tl.float32)
         total += tl.sum(x * x, 1)
     return 1.0 / tl.sqrt(total / K + eps)
+
+
+@triton.jit
+def store_chunk(pointer, x, row, row_exists, OFFSET: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr):
+    """Elements of heads from OFFSET on into rows of K elements, rounded to the tensor's dtype."""
+    column = OFFSET + tl.arange(0, SIZE)
+    exists = row_exists[:, None]
+    if OFFSET + SIZE > K:
+        exists = exists & (column < K)[None, :]
+    tl.store(pointer + row[:, None] * K + column[None, :], x.to(pointer.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def store_unrotated(
+    pointer, x, cos_ptr, sin_ptr, row, table_row, row_exists, ROWS: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
+    """`store_chunk` of whole heads, rotated back by their tokens' positions; K is a power of two."""
+    HALF: tl.constexpr = K // 2
+    column = tl.arange(0, HALF)
+    x0, x1 = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))
+    angle = table_row[:, None] * HALF + column[None, :]
+    exists = row_exists[:, None]
+    cos = tl.load(cos_ptr + angle, mask=exists, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=exists, other=0.0)
+    dtype = pointer.dtype.element_ty
+    pointer += row[:, None] * K + column[None, :]
+    tl.store(pointer, (x0 * cos + x1 * sin).to(dtype), mask=exists)
+    tl.store(pointer + HALF, (x1 * cos - x0 * sin).to(dtype), mask=exists)
+
+
+@triton.jit
+def key_ranges(
+    first, stop, length, left, right, TOKENS: tl.constexpr, KEYS: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys for the queries from `first` on, before `stop`: (low, full_low, full_high, high).
+
+    Some query sees keys in [low, high); every one sees all of [full_low, full_high): no mask there.
+    """
+    last = tl.minimum(first + TOKENS, stop) - 1
+    low, high, full_low, full_high = 0, length, 0, length // KEYS * KEYS
+    if HAS_LEFT:
+        low = tl.maximum(first - left, 0) // KEYS * KEYS
+        full_low = (tl.maximum(last - left, 0) + KEYS - 1) // KEYS * KEYS
+    if HAS_RIGHT:
+        high = tl.minimum(length, last + right + 1)
+        full_high = tl.minimum(full_high, (first + right + 1) // KEYS * KEYS)
+    full_low = tl.minimum(full_low, high)
+    full_high = tl.maximum(full_high, full_low)
+    return low, full_low, full_high, high
 
 
 @triton.jit
