@@ -22,6 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from flashvec.kernels.attention_bwd import backward_tiles, gradients, save_for_backward
 from flashvec.kernels.attention_cpu import Reach, attention_cpu, visible
 from flashvec.kernels.attention_tiles import (
     forward_configs,
@@ -29,6 +30,7 @@ from flashvec.kernels.attention_tiles import (
     head_chunks,
     head_reciprocal_rms,
     kept,
+    key_ranges,
     load_chunk,
     load_rotated_chunk,
     packed_heads,
@@ -218,17 +220,7 @@ def _attention_fwd_kernel(
             HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, True, True, PRECISION,
         )  # fmt: skip
     else:
-        # Keys that some row sees: [low, high). Of these every row sees all of [full_low, full_high): no mask there.
-        last = tl.minimum(first + TOKENS, stop) - 1
-        low, high, full_low, full_high = 0, length, 0, length // KEYS * KEYS
-        if HAS_LEFT:
-            low = tl.maximum(first - left, 0) // KEYS * KEYS
-            full_low = (tl.maximum(last - left, 0) + KEYS - 1) // KEYS * KEYS
-        if HAS_RIGHT:
-            high = tl.minimum(length, last + right + 1)
-            full_high = tl.minimum(full_high, (first + right + 1) // KEYS * KEYS)
-        full_low = tl.minimum(full_low, high)
-        full_high = tl.maximum(full_high, full_low)
+        low, full_low, full_high, high = key_ranges(first, stop, length, left, right, TOKENS, KEYS, HAS_LEFT, HAS_RIGHT)
         if HAS_LEFT:
             for key in tl.range(low, full_low, KEYS):
                 acc0, acc1, running_max, running_sum = _attend(
@@ -258,7 +250,7 @@ def _attention_fwd_kernel(
         column = K0 + tl.arange(0, K1)
         out1 = (acc1 / running_sum[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + column[None, :], out1, mask=row_exists[:, None] & (column < K)[None, :])
-    lse = (running_max + tl.log2(running_sum)) * 0.6931471805599453
+    lse = running_max + tl.log2(running_sum)  # to base 2, as the backward wants it: two roundings less
     tl.store(lse_ptr + head.to(tl.int64) * T + q_row, lse, mask=row_exists)
 
 
@@ -269,7 +261,9 @@ def _attention_fwd(
     q_THK: Tensor,
     k_TGK: Tensor,
     v_TGK: Tensor,
+    rotated_TGK: Tensor | None,
     tiles: list[Tensor],
+    later_tiles: list[Tensor],
     num_tokens: int,
     cos_TK: Tensor | None,
     sin_TK: Tensor | None,
@@ -287,6 +281,8 @@ def _attention_fwd(
     key_b: int,
 ) -> tuple[Tensor, Tensor]:
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]  # with queries selected, T counts their rows
+    if rotated_TGK is not None:
+        k_TGK = rotated_TGK
     out_THK, lse_HT = q_THK.new_empty(T, H, K), q_THK.new_empty(H, T, dtype=torch.float32)
     out_THK[num_tokens:] = 0
     lse_HT[:, num_tokens:] = 0
@@ -331,12 +327,14 @@ def _attention_fake(q_THK: Tensor, k_TGK: Tensor, *rest: object) -> tuple[Tensor
 
 
 _attention = define_op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] tiles, SymInt num_tokens, Tensor? cos, Tensor? sin, "
-    "Tensor? query_norm, float norm_eps, float norm_offset, Tensor? identities, Tensor? shift_stop, "
-    "float scale, SymInt left, SymInt right, float softcap, SymInt threshold, SymInt key_a, SymInt key_b) "
-    "-> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? rotated_k, Tensor[] tiles, Tensor[] backward_tiles, "
+    "SymInt num_tokens, Tensor? cos, Tensor? sin, Tensor? query_norm, float norm_eps, float norm_offset, "
+    "Tensor? identities, Tensor? shift_stop, float scale, SymInt left, SymInt right, float softcap, SymInt threshold, "
+    "SymInt key_a, SymInt key_b) -> (Tensor out, Tensor lse)",
     _attention_fwd,
     _attention_fake,
+    setup_context=save_for_backward,
+    backward=gradients,
 )
 
 
@@ -390,22 +388,44 @@ def attention(
     if rotation is not None and (run != "triton" or _needs_norm_gradient(q_THK, k_TGK, rotation)):
         q_THK, k_TGK = rotate(q_THK, k_TGK, rotation, queries)
         rotation = None
+    if queries is not None and run == "triton" and needs_gradient(q_THK, k_TGK, v_TGK):  # given for whole sequences
+        out_THK = attention(
+            _whole(q_THK, k_TGK, queries),
+            k_TGK,
+            v_TGK,
+            schedule,
+            scale=scale,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            rotation=rotation,
+            dropout=dropout,
+        )
+        return _asked_for(out_THK, queries)
     if run == "triton":
         return _attention_triton(q_THK, k_TGK, v_TGK, schedule, scale, reach, softcap, rotation, dropout, queries)
     if queries is not None:  # a row's result does not depend on other rows: attend with all, keep the asked-for
-        whole_THK = q_THK.new_zeros(len(k_TGK), *q_THK.shape[1:]).index_copy(0, queries.rows, q_THK)
-        q_THK = whole_THK
+        q_THK = _whole(q_THK, k_TGK, queries)
     if run == "cpu" and not needs_gradient(q_THK, k_TGK, v_TGK) and not (dropout and dropout.p):
         out_THK = attention_cpu(q_THK, k_TGK, v_TGK, schedule, scale=scale, reach=reach, softcap=softcap)
     else:
         out_THK, _ = attention_reference(
             q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout
         )
-    if queries is None:
-        return out_THK
-    out_THK = out_THK[queries.rows]
-    out_THK[queries.num_tokens :] = 0
-    return out_THK
+    return out_THK if queries is None else _asked_for(out_THK, queries)
+
+
+def _whole(q_RHK: Tensor, k_TGK: Tensor, queries: Queries) -> Tensor:
+    """Selected queries among the rows of the batch, zeros elsewhere."""
+    asked = slice(queries.num_tokens)  # the rows past it are filling: they name a row that may be asked for, too
+    whole_THK = q_RHK.new_zeros(len(k_TGK), *q_RHK.shape[1:])
+    return whole_THK.index_copy(0, queries.rows[asked], q_RHK[asked])
+
+
+def _asked_for(out_THK: Tensor, queries: Queries) -> Tensor:
+    out_RHK = out_THK[queries.rows]
+    out_RHK[queries.num_tokens :] = 0
+    return out_RHK
 
 
 def rotate(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation, queries: Queries | None = None) -> tuple[Tensor, Tensor]:
@@ -490,18 +510,23 @@ def _attention_triton(
     configs = forward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed)
     tiles = [(schedule if queries is None else queries).tiles(config.tile_class) for config in configs]
     num_tokens = schedule.num_tokens if queries is None else queries.num_tokens
-    cos_TK = sin_TK = query_norm_K = None
+    cos_TK = sin_TK = query_norm_K = rotated_TGK = None
     norm_eps = norm_offset = 0.0
     if rotation is not None:
         cos_TK, sin_TK = _query_tables(rotation, queries)
         query_norm_K, norm_eps, norm_offset = rotation.query_norm_K, rotation.norm_eps, rotation.norm_offset
-        k_TGK = _rotate(k_TGK, rotation.key_norm_K, (rotation.cos_TK, rotation.sin_TK), rotation)
+        # The op turns the gradient of these keys back itself: no pass, and no node, of its own.
+        tables = rotation.cos_TK, rotation.sin_TK
+        rotated_TGK = _rotate(k_TGK.detach(), rotation.key_norm_K, tables, rotation)
     left, right = (-1 if side is None else side for side in reach)
     threshold, key, identities = 0, (0, 0), None
     if dropout is not None and dropout.p:
         threshold, key, identities = dropout.threshold, dropout.key(), schedule.identities
+    later_tiles: list[Tensor] = []  # the backward has no schedule at hand
+    if needs_gradient(q_THK, k_TGK, v_TGK):
+        later_tiles = backward_tiles(q_THK, k_TGK, schedule, rotation is not None, threshold > 0, softcap is not None)
     out_THK, _ = _attention(
-        *(q_THK, k_TGK, v_TGK, tiles),
+        *(q_THK, k_TGK, v_TGK, rotated_TGK, tiles, later_tiles),
         0 if schedule.is_static else num_tokens,  # a captured batch zeroes all: the next one may be shorter
         *(cos_TK, sin_TK, query_norm_K, norm_eps, norm_offset),
         *(identities, None if queries is None else queries.shift_stop),

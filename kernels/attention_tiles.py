@@ -9,6 +9,7 @@ A head of any size is held in two chunks of powers of two, the second possibly a
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -34,6 +35,23 @@ class TileConfig:
     num_warps: int
     num_stages: int
     one_tile: bool = False
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """How one class of sequences runs in one of the backward's kernels.
+
+    `form`: "one tile" gives all gradients of sequences whose keys fit one tile; "dq" and then "dkv" share the longer
+    ones. `rows`: query rows of a step (of a tile for "dq"), tokens times heads.
+    """
+
+    form: Literal["one tile", "dq", "dkv"]
+    tile_class: TileClass
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
     maxnreg: int | None = None
 
 
@@ -101,6 +119,59 @@ def _config(
     return TileConfig(tile_class, rows, keys, num_warps, num_stages, one_tile, maxnreg)
 
 
+Shape = tuple[int, int, int, int]  # keys, rows, warps, stages
+
+
+@cache
+def backward_configs(
+    target: Target, dtype: torch.dtype, head_size: int, packed: int, rotate: bool, dropout: bool, softcap: bool
+) -> tuple[BackwardConfig, ...]:
+    """How a target runs the backward: the form for short sequences in its classes, then the two for longer ones.
+
+    As in the forward a sequence's class depends on its own length alone, and the numbers come from compiling. Rotation,
+    dropout and the soft-cap each take registers: with them on, tiles that would spill are narrower or left out.
+    """
+    extras, plain = rotate + dropout + softcap, not (rotate or dropout or softcap)
+    first, second = head_chunks(head_size)
+    width, small_shared = first + second, target.shared_bytes < 128 * 1024
+    short: list[Shape] = []
+    if dtype == torch.float32:
+        keys = 32 if width <= 64 else 16
+        short, dq, dkv = [(32, 16, 4, 1)], (keys, 32, 4, 1), (32, 16, 4, 1)
+    elif target.backend == "hip":
+        short = [(64, 16, 4, 1), (128, 16, 4, 1)]
+        dq, dkv = (64 if width <= 128 else 32, 64, 4, 1), (64, 32 if width <= 128 else 16, 4, 1)
+    elif target.name in WARPGROUPS:
+        stages = 1 if extras == 3 else 2
+        if width <= 64:
+            short = [(64, 32, 4, 2), (128, 32, 8, 2), *([(256, 16, 8, 2)] if plain else [])]
+            dq, dkv = (64, 128, 8, 2), (128, 64, 8, 2)
+        elif width <= 128:
+            short = [(64, 16, 4 if plain else 8, 2), (128, 16, 8, stages)]
+            dq, dkv = (64, 128, 8, stages), (128, 32, 8, stages)
+        else:
+            dq, dkv = (32, 64, 8, 2), (64, 16, 8, 2)
+    else:  # operands lie in registers, too
+        if width <= 64:
+            short = [(64, 16, 4, 2), *([(128, 16, 8, 2)] if plain else [])]
+            dq, dkv = (64, 64, 4, 2), (64, 32, 8, 2)
+        elif width <= 128:
+            dq, dkv = (32, 64, 4, 2), (64, 32, 8, 1 if rotate and small_shared else 2)
+        else:
+            dq, dkv = (32, 32, 8, 1), (32, 16, 8, 1)
+
+    configs, shorter = [], 0
+    for keys, rows, num_warps, num_stages in short if second == 0 and width <= 128 else []:
+        tile_class = TileClass(keys, shorter, keys)
+        configs.append(BackwardConfig("one tile", tile_class, rows, keys, num_warps, num_stages))
+        shorter = keys
+    forms: tuple[tuple[Literal["dq", "dkv"], Shape], ...] = (("dq", dq), ("dkv", dkv))
+    for form, (keys, rows, num_warps, num_stages) in forms:
+        tile_class = TileClass(rows // packed if form == "dq" else keys, shorter)
+        configs.append(BackwardConfig(form, tile_class, rows, keys, num_warps, num_stages))
+    return tuple(configs)
+
+
 # --- parts of a tile --------------------------------------------------------------------------------
 
 
@@ -164,6 +235,56 @@ def head_reciprocal_rms(pointer, row, row_stride, row_exists, eps, K: tl.constex
         x = load_chunk(pointer, row, row_stride, row_exists, K0, K1, K).to(tl.float32)
         total += tl.sum(x * x, 1)
     return 1.0 / tl.sqrt(total / K + eps)
+
+
+@triton.jit
+def store_chunk(pointer, x, row, row_exists, OFFSET: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr):
+    """Elements of heads from OFFSET on into rows of K elements, rounded to the tensor's dtype."""
+    column = OFFSET + tl.arange(0, SIZE)
+    exists = row_exists[:, None]
+    if OFFSET + SIZE > K:
+        exists = exists & (column < K)[None, :]
+    tl.store(pointer + row[:, None] * K + column[None, :], x.to(pointer.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def store_unrotated(
+    pointer, x, cos_ptr, sin_ptr, row, table_row, row_exists, ROWS: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
+    """`store_chunk` of whole heads, rotated back by their tokens' positions; K is a power of two."""
+    HALF: tl.constexpr = K // 2
+    column = tl.arange(0, HALF)
+    x0, x1 = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))
+    angle = table_row[:, None] * HALF + column[None, :]
+    exists = row_exists[:, None]
+    cos = tl.load(cos_ptr + angle, mask=exists, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=exists, other=0.0)
+    dtype = pointer.dtype.element_ty
+    pointer += row[:, None] * K + column[None, :]
+    tl.store(pointer, (x0 * cos + x1 * sin).to(dtype), mask=exists)
+    tl.store(pointer + HALF, (x1 * cos - x0 * sin).to(dtype), mask=exists)
+
+
+@triton.jit
+def key_ranges(
+    first, stop, length, left, right, TOKENS: tl.constexpr, KEYS: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys for the queries from `first` on, before `stop`: (low, full_low, full_high, high).
+
+    Some query sees keys in [low, high); every one sees all of [full_low, full_high): no mask there.
+    """
+    last = tl.minimum(first + TOKENS, stop) - 1
+    low, high, full_low, full_high = 0, length, 0, length // KEYS * KEYS
+    if HAS_LEFT:
+        low = tl.maximum(first - left, 0) // KEYS * KEYS
+        full_low = (tl.maximum(last - left, 0) + KEYS - 1) // KEYS * KEYS
+    if HAS_RIGHT:
+        high = tl.minimum(length, last + right + 1)
+        full_high = tl.minimum(full_high, (first + right + 1) // KEYS * KEYS)
+    full_low = tl.minimum(full_low, high)
+    full_high = tl.maximum(full_high, full_low)
+    return low, full_low, full_high, high
 
 
 @triton.jit

@@ -59,7 +59,7 @@ def _attention_tma_fwd_kernel(
     exists = token < length
     out = (acc / running_sum[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (row * H + head)[:, None] * K + tl.arange(0, K)[None, :], out, mask=exists[:, None])
-    lse = (running_max + tl.log2(running_sum)) * 0.6931471805599453
+    lse = running_max + tl.log2(running_sum)
     tl.store(lse_ptr + head.to(tl.int64) * T + row, lse, mask=exists)
 
 
@@ -73,7 +73,7 @@ def attention_tma(
         specialize: let Triton give copies and products to warps of their own.
 
     Returns:
-        [T, H, K] in the dtype of `q_THK`, and the log-sum-exp [H, T] in fp32.
+        [T, H, K] in the dtype of `q_THK`, and the log-sum-exp [H, T] in fp32, to base 2.
     """
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]
     out_THK, lse_HT = q_THK.new_zeros(T, H, K), q_THK.new_zeros(H, T, dtype=torch.float32)

@@ -160,7 +160,7 @@ def test_kernel_is_a_well_behaved_torch_op(device, interpreted):
     q, k, v, schedule = heads([2, 20], 2, 1, 16, torch.float32, device)
     configs = forward_configs(backend.target(q), q.dtype, 16, 2)
     tiles = [schedule.tiles(config.tile_class) for config in configs]
-    arguments = (q, k, v, tiles, 22, None, None, None, 0.0, 0.0, None, None, 0.3, -1, -1, 0.0, 0, 0, 0)
+    arguments = (q, k, v, None, tiles, [], 22, None, None, None, 0.0, 0.0, None, None, 0.3, -1, -1, 0.0, 0, 0, 0)
     torch.library.opcheck(_attention, arguments)
 
 
