@@ -80,9 +80,7 @@ def test_kernel_sums_the_weights_gradient_over_many_tiles(device, interpreted, m
     monkeypatch.setattr("flashvec.kernels.rms_norm.PARTIALS", 2)
     x, w = torch.randn(100, 16, device=device), torch.randn(16, device=device)
     assert backward_grid(100, row_tile(16)["ROWS"], True) == (2, 2)  # of four tiles
-    assert_op_and_gradients(
-        lambda x, w: rms_norm(x, w, 1e-2), lambda x, w: rms_norm_reference(x, w, 1e-2), [x, w]
-    )
+    assert_op_and_gradients(lambda x, w: rms_norm(x, w, 1e-2), lambda x, w: rms_norm_reference(x, w, 1e-2), [x, w])
 
 
 def test_kernel_without_a_gradient_for_the_weight(device, interpreted):
