@@ -7,8 +7,9 @@ from gradients import HALVES, assert_op_and_gradients, fits, outputs_and_gradien
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashvec.kernels import backend
-from flashvec.kernels.mean_pool import MODES, mean_pool, mean_pool_reference
+from flashvec.kernels import backend, mean_pool_bwd
+from flashvec.kernels.mean_pool import mean_pool, mean_pool_reference
+from flashvec.kernels.pool_spans import MODES
 from flashvec.kernels.rms_norm import rms_norm
 
 SPANS = [[0, 4], [2, 3], [1, 7], [7, 9]]  # overlapping, nested, leaving rows out
@@ -221,7 +222,7 @@ def _within(device, form, args, kwargs):
 
 
 def test_backward_finds_its_spans_among_many(device, interpreted, monkeypatch):
-    monkeypatch.setattr("flashvec.kernels.mean_pool_bwd.SPANS", 4)
+    monkeypatch.setattr(mean_pool_bwd, "SPANS", 4)
     spans = torch.tensor([[i, i + 1 + i % 3] for i in range(0, ROWS - 3, 4)] + [[0, ROWS]], device=device)
     op, reference = (pooled(form, spans, "none") for form in (mean_pool, mean_pool_reference))
     assert_op_and_gradients(op, reference, leaves(torch.float32, "none", device))
@@ -229,7 +230,7 @@ def test_backward_finds_its_spans_among_many(device, interpreted, monkeypatch):
 
 def test_backward_sums_the_weights_gradients_over_many_tiles(device, interpreted, monkeypatch):
     monkeypatch.setattr("flashvec.kernels.rms_norm.PARTIALS", 2)
-    monkeypatch.setattr("flashvec.kernels.mean_pool_bwd.TILE", 256)  # eight rows: five tiles, two programs
+    monkeypatch.setattr(mean_pool_bwd, "TILE", 256)  # eight rows: five tiles, two programs
     spans = torch.tensor(LONG_SPANS, device=device)
     op, reference = (pooled(form, spans, "post") for form in (mean_pool, mean_pool_reference))
     assert_op_and_gradients(op, reference, leaves(torch.float32, "post", device))

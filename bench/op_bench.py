@@ -1,0 +1,90 @@
+"""What the benchmarks of the ops around the matrix products share: shapes, forms checked against each other, timing.
+
+On a GPU one batch of 16,384 tokens of Llama 3 8B in bf16, on the CPU one of 2,048 tokens of SmolLM2-135M. Ops move
+bytes, so `extra_info` holds the rate of those that an op has to move: each input read once, each output written once,
+whatever a form moves besides.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashvec.kernels.backend import implementation
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Rows of a batch and a layer's sizes; letters as in the kernels."""
+
+    T: int
+    D: int
+    F: int
+    H: int
+    G: int
+    K: int
+    dtype: torch.dtype
+    device: str
+
+
+def here() -> Size:
+    """The size that is timed on this machine."""
+    if torch.cuda.is_available() and implementation(torch.empty(0, device="cuda")) == "triton":
+        return Size(16_384, 4096, 14_336, 32, 8, 128, torch.bfloat16, "cuda")
+    return Size(2048, 576, 1536, 9, 3, 64, torch.bfloat16, "cpu")
+
+
+@dataclass(frozen=True)
+class OpBench:
+    """Forms of one op, functions of the same tensors; `reference` is one of them, and defines the others."""
+
+    leaves: Sequence[Tensor]
+    forms: dict[str, Callable[..., Outputs]]
+    forward_bytes: int
+    backward_bytes: int
+
+    def check(self, form: str) -> None:
+        """Raise AssertionError unless a form errs at most twice as far as the reference does, and a rounding more."""
+        truth = _tuple(self.forms["reference"](*(x.double() for x in self.leaves)))
+        own, got = (_tuple(self.forms[name](*self.leaves)) for name in ("reference", form))
+        for x, y, true in zip(got, own, truth, strict=True):
+            allowed = 2 * (y - true).abs().max() + torch.finfo(y.dtype).eps * true.abs().max()
+            error = (x - true).abs().max()
+            assert error <= allowed, f"{form} is off by {error:.2e}, allowed {allowed:.2e}"
+
+    def forward(self, benchmark: Any, form: str) -> None:
+        if form != "torch":  # torch's own rounds in between, and is here for its time
+            self.check(form)
+        with torch.no_grad():
+            _measure(benchmark, lambda: self.forms[form](*self.leaves), self.forward_bytes)
+
+    def backward(self, benchmark: Any, form: str) -> None:
+        leaves = [x.detach().requires_grad_() for x in self.leaves]
+        outputs = _tuple(self.forms[form](*leaves))
+        directions = [torch.randn_like(out) for out in outputs]
+        run = lambda: torch.autograd.grad(outputs, leaves, directions, retain_graph=True)  # noqa: E731
+        _measure(benchmark, run, self.backward_bytes)
+
+
+def num_bytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def _measure(benchmark: Any, run: Callable[[], Any], moved: int) -> None:
+    def once() -> None:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    once()
+    benchmark(once)
+    if benchmark.stats is not None:  # None with --benchmark-disable
+        benchmark.extra_info["GB/s"] = float(f"{moved / benchmark.stats.stats.median / 1e9:.4g}")

@@ -1,0 +1,67 @@
+"""The ops' benchmarks run, on tiny tensors: their forms agree, forward and backward, and a rate is noted."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flashvec.bench import (
+    bench_add_rms_norm,
+    bench_mean_pool,
+    bench_norm_rope,
+    bench_rms_norm,
+    bench_rope,
+    bench_swiglu,
+)
+from flashvec.bench.op_bench import Size, here
+
+PROBLEMS = {
+    "rms_norm": bench_rms_norm.problem,
+    "add_rms_norm": lambda size: bench_add_rms_norm.problem(size, post=False),
+    "add_rms_norm with a post norm": lambda size: bench_add_rms_norm.problem(size, post=True),
+    "rope": bench_rope.problem,
+    "norm_rope": bench_norm_rope.problem,
+    "swiglu": lambda size: bench_swiglu.problem(size, "gelu_tanh"),
+    "mean_pool": lambda size: bench_mean_pool.problem(size, length=3),
+}
+
+
+class Benchmark:
+    """Stands for pytest-benchmark's fixture: runs once."""
+
+    def __init__(self):
+        self.extra_info, self.stats = {}, None
+
+    def __call__(self, run):
+        run()
+        self.stats = SimpleNamespace(stats=SimpleNamespace(median=2e-3))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_forms_agree_and_are_timed(name, device):
+    problem = PROBLEMS[name](Size(6, 24, 40, 2, 1, 8, torch.float32, device))
+    assert "reference" in problem.forms and "ours" in problem.forms
+    gradients = {}
+    for form, run in problem.forms.items():
+        problem.check(form)
+        for direction, moved in (("forward", problem.forward_bytes), ("backward", problem.backward_bytes)):
+            benchmark = Benchmark()
+            getattr(problem, direction)(benchmark, form)
+            assert benchmark.extra_info["GB/s"] == pytest.approx(moved / 2e-3 / 1e9, rel=1e-3)
+        leaves = [x.detach().requires_grad_() for x in problem.leaves]
+        outputs = run(*leaves)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        gradients[form] = torch.autograd.grad(sum(out.square().sum() for out in outputs), leaves)
+    for got in gradients.values():
+        torch.testing.assert_close(got, gradients["reference"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_form_that_is_wrong_is_not_timed(device):
+    problem = bench_swiglu.problem(Size(2, 8, 8, 1, 1, 8, torch.float32, device), "silu")
+    problem.forms["ours"] = lambda x: x[:, :8]
+    with pytest.raises(AssertionError, match="ours is off by"):
+        problem.forward(Benchmark(), "ours")
+
+
+def test_there_is_a_size_for_this_machine(device):
+    assert here().device == device
