@@ -59,19 +59,21 @@ class Batch:
     """What a decoder is run on.
 
     `ids_T` int [num_tokens] (`schedule.is_static`: [T], `NO_TOKEN` on filling rows), `row_plan` the rows of each matrix
-    product, `spans_B2` int [B, 2] as in `TokenRows`.
+    product, `spans_B2` int [B, 2] as in `TokenRows`, `host_spans` the same on the host (None where batches come and go
+    in the same buffers).
     """
 
     ids_T: Tensor
     schedule: Schedule
     row_plan: tuple[int, ...]
     spans_B2: Tensor
+    host_spans: np.ndarray | None = None
 
 
 def host_batch(rows: TokenRows, row_plan: tuple[int, ...]) -> Batch:
     """A batch on the CPU."""
     schedule = build_schedule(rows.lengths.tolist(), sum(row_plan))
-    return Batch(torch.from_numpy(rows.ids), schedule, row_plan, torch.from_numpy(rows.spans))
+    return Batch(torch.from_numpy(rows.ids), schedule, row_plan, torch.from_numpy(rows.spans), rows.spans)
 
 
 def device_batch(
@@ -96,7 +98,7 @@ def device_batch(
         lengths=tuple(lengths),
         tile_lists=_by_class(classes, tile_lists),
     )
-    return Batch(ids_T, schedule, row_plan, spans.view(-1, 2))
+    return Batch(ids_T, schedule, row_plan, spans.view(-1, 2), rows.spans)
 
 
 class StaticBatch:

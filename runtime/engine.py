@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ R = TypeVar("R")
 class Pack(States):
     """Texts that ran together, and their hidden states."""
 
-    indices: np.ndarray  # int64 [B] positions of these texts in the call's list
+    indices: np.ndarray = field(kw_only=True)  # int64 [B] positions of these texts in the call's list
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def run(
     for ran in engine.run(rows, budget, hidden_program(causal), workers, on_device=True):
         (hidden_TD,) = ran.outputs
         schedule = build_schedule(lengths[ran.indices].tolist(), len(hidden_TD), decoder.device)
-        yield Pack(hidden_TD, schedule, ran.indices)
+        yield Pack(hidden_TD, schedule, indices=ran.indices)
 
 
 def _run_on_workers(run_pack: Callable[[np.ndarray], Ran], packs: list[np.ndarray], workers: int) -> Iterator[Ran]:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashvec.kernels.attention import Rotation, attention_reference, rotate
+from flashvec.kernels.schedule import Schedule
 from flashvec.runtime.accelerator import Recording
 
 
@@ -94,3 +96,12 @@ def full_above(forward: Callable[..., Any], limit: Callable[[], int]) -> Callabl
         return forward(self, ids_T, schedule, *rest, **keywords)
 
     return guarded
+
+
+def attention_by_definition(
+    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, *, rotation: Rotation | None, queries: None, **facts: Any
+) -> Tensor:
+    """`attention` from the tensors of its schedule alone, as a recorded kernel has them."""
+    if rotation is not None:
+        q, k = rotate(q, k, rotation)
+    return attention_reference(q, k, v, schedule, **facts)[0]

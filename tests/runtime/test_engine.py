@@ -3,10 +3,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from fake_accelerator import FakeAccelerator, full_above
+from fake_accelerator import FakeAccelerator, attention_by_definition, full_above
 from family_models import models, texts_of
 
-from flashvec.kernels.attention import attention_reference
 from flashvec.runtime import decoder as decoder_module
 from flashvec.runtime import engine
 from flashvec.runtime.batches import TokenRows
@@ -112,7 +111,7 @@ def test_no_pack_is_waited_for_until_more_are_queued():
 
 
 def test_small_packs_of_a_device_run_as_recordings(monkeypatch):
-    monkeypatch.setattr(decoder_module, "attention", attention_reference)
+    monkeypatch.setattr(decoder_module, "attention", attention_by_definition)
     _, decoder = models("llama", "bidirectional")
     rows = prepared(LENGTHS)
     want, _ = vectors_of(engine.Engine(decoder), rows)
@@ -129,7 +128,7 @@ def test_packs_shrink_to_what_fits(monkeypatch, accelerator):
     rows = prepared(LENGTHS)
     want, _ = vectors_of(engine.Engine(decoder), rows, 200)
     full = engine.Engine(decoder, accelerator and accelerator(), graphs=False)
-    monkeypatch.setattr(Decoder, "forward", full_above(Decoder.forward, lambda: 70))
+    monkeypatch.setattr(Decoder, "run", full_above(Decoder.run, lambda: 70))
     got, sizes = vectors_of(full, rows, 200)
     assert torch.equal(got, want) and sum(sizes) == len(LENGTHS)
     assert 32 <= full.ladder.limit <= 70
@@ -142,7 +141,7 @@ def test_packs_shrink_to_what_fits(monkeypatch, accelerator):
 def test_memory_that_comes_back_is_used_again(monkeypatch):
     _, decoder = models("llama", "bidirectional")
     limit = 20
-    monkeypatch.setattr(Decoder, "forward", full_above(Decoder.forward, lambda: limit))
+    monkeypatch.setattr(Decoder, "run", full_above(Decoder.run, lambda: limit))
     full = engine.Engine(decoder)
     full.ladder.patience = 3
     _, sizes = vectors_of(full, prepared([4] * 40), 40)
@@ -157,7 +156,7 @@ def test_a_text_that_does_not_fit_alone_is_named(monkeypatch, accelerator):
     _, decoder = models("llama", "bidirectional")
     full = engine.Engine(decoder, accelerator and accelerator())
     tries = []
-    monkeypatch.setattr(Decoder, "forward", full_above(Decoder.forward, lambda: tries.append(1) or 50))
+    monkeypatch.setattr(Decoder, "run", full_above(Decoder.run, lambda: tries.append(1) or 50))
     rows, done = prepared([64, 5]), []
     with pytest.raises(
         torch.OutOfMemoryError, match=r"a text of 64 tokens .* GiB are free.*give a max_length below 64"
@@ -172,19 +171,19 @@ def test_a_text_alone_runs_once_room_was_made(monkeypatch):
     _, decoder = models("llama", "bidirectional")
     full = engine.Engine(decoder, FakeAccelerator(), graphs=False)
     room = full.accelerator.events
-    monkeypatch.setattr(Decoder, "forward", full_above(Decoder.forward, lambda: 100 if "release" in room else 0))
+    monkeypatch.setattr(Decoder, "run", full_above(Decoder.run, lambda: 100 if "release" in room else 0))
     vectors, sizes = vectors_of(full, prepared([64]))
     assert sizes == [1] and vectors.isfinite().all() and full.ladder.limit is None
 
 
 def test_recordings_give_way_when_memory_runs_out(monkeypatch):
-    monkeypatch.setattr(decoder_module, "attention", attention_reference)
+    monkeypatch.setattr(decoder_module, "attention", attention_by_definition)
     _, decoder = models("llama", "bidirectional")
     full = engine.Engine(decoder, FakeAccelerator(), graphs=True)
     for _ in range(2):
         vectors_of(full, prepared([9, 5]))
     assert len(full.graphs) == 1
-    monkeypatch.setattr(Decoder, "forward", full_above(Decoder.forward, lambda: 70))
+    monkeypatch.setattr(Decoder, "run", full_above(Decoder.run, lambda: 70))
     vectors_of(full, prepared([64, 64, 5]), 200)
     assert full.graphs.take(64) and all(key[1] != 64 or key[2] != 2 for key in full.graphs._entries)
 
@@ -193,11 +192,11 @@ def test_other_errors_are_not_retried(monkeypatch):
     _, decoder = models("llama", "bidirectional")
     calls = []
 
-    def failing(*_):
+    def failing(*_, **__):
         calls.append(1)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Decoder, "forward", failing)
+    monkeypatch.setattr(Decoder, "run", failing)
     for accelerator in (None, FakeAccelerator()):
         with pytest.raises(RuntimeError, match="illegal memory access"):
             vectors_of(engine.Engine(decoder, accelerator), prepared(LENGTHS))
@@ -206,7 +205,7 @@ def test_other_errors_are_not_retried(monkeypatch):
 
 def test_threads_share_a_device(monkeypatch):
     """A graph's buffers are written just before it is replayed: another thread may not write in between."""
-    monkeypatch.setattr(decoder_module, "attention", attention_reference)
+    monkeypatch.setattr(decoder_module, "attention", attention_by_definition)
     _, decoder = models("llama", "bidirectional")
     shared = engine.Engine(decoder, FakeAccelerator(), graphs=True)
     batches = [prepared([n, 9, n]) for n in range(1, 9)]

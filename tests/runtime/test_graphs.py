@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fake_accelerator import FakeAccelerator
+from fake_accelerator import FakeAccelerator, attention_by_definition
 from family_models import models, texts_of
 
-from flashvec.kernels.attention import attention_reference
 from flashvec.runtime import decoder as decoder_module
 from flashvec.runtime import graphs as graphs_module
 from flashvec.runtime.batches import TokenRows
@@ -22,7 +21,7 @@ from flashvec.runtime.spec import ModelSpec
 @pytest.fixture(autouse=True)
 def _attention_that_reads_only_tensors(monkeypatch):
     """As a kernel does: what the host knew of the batch that was recorded is no use for the next one."""
-    monkeypatch.setattr(decoder_module, "attention", attention_reference)
+    monkeypatch.setattr(decoder_module, "attention", attention_by_definition)
 
 
 def rows_of(lengths, seed=0):
@@ -114,7 +113,7 @@ def test_tile_lists_that_kernels_ask_for_become_part_of_the_buffers(monkeypatch)
 
     def asking(q, k, v, schedule, **facts):
         seen.append([schedule.tiles(c)[:, 3].tolist() for c in (short, long)])
-        return attention_reference(q, k, v, schedule, **facts)
+        return attention_by_definition(q, k, v, schedule, **facts)
 
     monkeypatch.setattr(decoder_module, "attention", asking)
     _, spec, accelerator, graphs = setup()

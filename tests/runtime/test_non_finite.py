@@ -36,15 +36,15 @@ def overflowing(folder, monkeypatch, dtypes):
     enc.engine, enc.retry_non_finite = Engine(enc.decoder, FakeAccelerator(), graphs=False), True
     ids = [set(enc.tokenizer.encode([text], 64).ids.tolist()) for text in TEXTS]
     token = min(ids[BAD].difference(*ids[:BAD], *ids[BAD + 1 :]))
-    forward = Decoder.forward
+    run = Decoder.run
 
-    def overflow(self, ids_T, schedule, *rest):
-        hidden_TD = forward(self, ids_T, schedule, *rest).clone()
+    def overflow(self, ids_T, schedule, *rest, **selected):
+        stream = run(self, ids_T, schedule, *rest, **selected)
         if self.dtype in dtypes:
-            hidden_TD[: len(ids_T)][ids_T == token] = float("inf")
-        return hidden_TD
+            stream.hidden_TD[: len(ids_T)][ids_T == token] = float("inf")
+        return stream
 
-    monkeypatch.setattr(Decoder, "forward", overflow)
+    monkeypatch.setattr(Decoder, "run", overflow)
     return enc
 
 
