@@ -52,7 +52,7 @@ def overflowing(folder, monkeypatch, dtypes):
 def wide(folder):
     """The same weights, rounded to half precision, computing in fp32."""
     enc = Encoder.load(folder, dtype="float16", attention="bidirectional", pooling="mean")
-    enc.decoder = widened(enc.decoder)
+    enc.engine.decoder = widened(enc.decoder)
     return enc
 
 
