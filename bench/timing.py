@@ -23,21 +23,24 @@ from flashvec.kernels.backend import instruction_set
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def interleave(variants: dict[str, Callable[[int], Any]], repetitions: int) -> dict[str, list[float]]:
+def interleave(
+    variants: dict[str, Callable[[int], Any]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each variant in each repetition.
 
     Args:
         variants: name to a function of the repetition's number; all get the same inputs for the same number.
         repetitions: counted ones; the caller warms up.
+        clock: gives seconds; `time.thread_time` where one thread runs on a machine that others use too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for repetition in range(repetitions):
         shift = repetition % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            start = clock()
             variants[name](repetition)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -1,5 +1,7 @@
 """The benchmarks' own code: inputs, ceiling, peers, and the refusal to time a model that is another."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,15 @@ def test_fidelity_rows(folder, tmp_path, monkeypatch):
 
 def test_products_of_a_layer():
     assert measure_row_counts.products(576, 1536, 9, 3, 64) == [(960, 576), (576, 576), (3072, 576), (576, 1536)]
+
+
+def test_measured_row_counts_are_entered_beside_other_machines(tmp_path, monkeypatch):
+    table = tmp_path / "row_counts.json"
+    table.write_text(json.dumps({"about": "x", "disagree": {"elsewhere": {"float32": {"8x8": [16]}}}}))
+    monkeypatch.setattr(measure_row_counts, "TABLE", table)
+    monkeypatch.setattr(measure_row_counts, "machine_key", lambda: "here")
+    for shape, differing in (("1024x8", []), ("64x8", [32]), ("1024x8", [48])):
+        measure_row_counts.enter("bfloat16", shape, differing)
+    found = json.loads(table.read_text())["disagree"]
+    assert found == {"elsewhere": {"float32": {"8x8": [16]}}, "here": {"bfloat16": {"64x8": [32], "1024x8": [48]}}}
+    assert list(found["here"]["bfloat16"]) == ["64x8", "1024x8"]
