@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.bench.problems import Maker, Outputs, Problem, Tensors
+from flashvec.kernels.info_nce import info_nce, info_nce_reference
 from flashvec.kernels.mean_pool import mean_pool, mean_pool_reference
 from flashvec.kernels.rms_norm import rms_norm, rms_norm_reference
 from flashvec.kernels.rope import Rope, rope, rope_reference, rope_table
@@ -20,6 +21,7 @@ from flashvec.kernels.swiglu import swiglu, swiglu_reference
 
 EPS = 1e-6
 RANK = 16
+TEMPERATURE = 0.05
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,29 @@ def lora_problem(size: Size, maker: Maker) -> Problem:
     return Problem(**{**problem.__dict__, "torch_form": torch_form, "take": None})
 
 
+def info_nce_problem(size: Size, maker: Maker) -> Problem:
+    """A contrastive batch: a query for each sequence, its document, and seven negatives that stand before or behind."""
+    B, D = len(size.lengths), size.D
+    M = 8 * B
+    positives_B = maker.integers(np.arange(B) * 8 + 3)
+    tensors = {"queries": maker.randn(B, D), "documents": maker.randn(M, D)}
+
+    def torch_form(t: Tensors) -> Outputs:
+        scores = F.normalize(t["queries"], dim=-1) @ F.normalize(t["documents"], dim=-1).T / TEMPERATURE
+        return (F.cross_entropy(scores.float(), positives_B, reduction="none"),)
+
+    flops = 2.0 * B * M * D
+    return Problem(
+        "info_nce",
+        tensors,
+        lambda t: (info_nce(t["queries"], t["documents"], positives_B, TEMPERATURE),),
+        lambda t: (info_nce_reference(t["queries"], t["documents"], positives_B, TEMPERATURE),),
+        ("queries", "documents"),
+        torch_form=torch_form,
+        cost={"forward flops": flops, "backward flops": 4 * flops},
+    )
+
+
 OPS: dict[str, Callable[[Size, Maker], Problem]] = {
     "add_rms_norm": add_rms_norm_problem,
     "swiglu": swiglu_problem,
@@ -268,6 +293,7 @@ OPS: dict[str, Callable[[Size, Maker], Problem]] = {
     "rope": rope_problem,
     "norm_rope": norm_rope_problem,
     "lora": lora_problem,
+    "info_nce": info_nce_problem,
     "rms_norm": rms_norm_problem,
     "add_rms_norm, post norm": post_add_rms_norm_problem,
     "swiglu, gelu_tanh": geglu_problem,
