@@ -64,8 +64,8 @@ def measure_ceilings(session: Session, size: int = 8192, copied_bytes: int = 2**
     product_s, copy_s = (sorted(t.seconds() for _ in range(session.repetitions))[session.repetitions // 2]
                          for t in (product, copy))  # fmt: skip
     session.ceilings = {
-        "tflops": round(2 * size**3 / product_s / 1e12, 1),
-        "gb_per_s": round(2 * source.numel() * 4 / copy_s / 1e9, 1),
+        "tflops": float(f"{2 * size**3 / product_s / 1e12:.4g}"),
+        "gb_per_s": float(f"{2 * source.numel() * 4 / copy_s / 1e9:.4g}"),
     }
     session.keep([{"benchmark": "gpu ceiling", "product": size, "copied_bytes": copied_bytes, **session.ceilings}])
     session.settle()

@@ -240,15 +240,15 @@ def lora_problem(size: Size, maker: Maker) -> Problem:
     tensors = {
         "x": maker.randn(T, D),
         "weight": maker.randn(N, D, scale=D**-0.5),
-        "a": maker.randn(3, RANK, D, dtype=torch.float32, scale=D**-0.5),
-        "b": maker.randn(N, RANK, dtype=torch.float32),
+        "a": maker.randn(3, RANK, D, scale=D**-0.5),
+        "b": maker.randn(N, RANK, scale=RANK**-0.5),
     }
     scales = [2.0] * 3
 
     def torch_form(t: Tensors) -> Outputs:
         out = F.linear(t["x"], t["weight"]).split(splits, 1)
-        a, b = t["a"].to(t["x"].dtype), t["b"].to(t["x"].dtype).split(splits)
-        return (torch.cat([out[p] + (t["x"] @ a[p].T @ b[p].T) * scales[p] for p in range(3)], 1),)
+        b = t["b"].split(splits)
+        return (torch.cat([out[p] + (t["x"] @ t["a"][p].T @ b[p].T) * scales[p] for p in range(3)], 1),)
 
     base, update = 2.0 * T * N * D, 2.0 * T * RANK * (3 * D + N)
     problem = row_problem(
@@ -261,6 +261,33 @@ def lora_problem(size: Size, maker: Maker) -> Problem:
         cost={"forward flops": base + update, "backward flops": base + 2 * update},
     )
     return Problem(**{**problem.__dict__, "torch_form": torch_form, "take": None})
+
+
+def cross_entropy_problem(size: Size, maker: Maker) -> Problem:
+    """Masked language modelling with a frozen head: a fifth of the tokens is predicted."""
+    from flashvec.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+
+    T, D, V = size.T, size.D, size.V
+    generator = np.random.default_rng(maker.seed)
+    R = -(-T // 5)
+    rows_R = maker.integers(np.sort(generator.choice(T, R, replace=False)))
+    targets_R = maker.integers(generator.integers(0, V, R))
+    tensors = {"h": maker.randn(T, D), "weight": maker.randn(V, D, scale=D**-0.5)}
+
+    def torch_form(t: Tensors) -> Outputs:
+        logits = F.linear(t["h"][rows_R], t["weight"])
+        return (F.cross_entropy(logits.float(), targets_R, reduction="none"),)
+
+    flops = 2.0 * R * V * D
+    return Problem(
+        "cross_entropy",
+        tensors,
+        lambda t: (cross_entropy(t["h"], t["weight"], rows_R, targets_R, reduction="none"),),
+        lambda t: (cross_entropy_reference(t["h"], t["weight"], rows_R, targets_R),),
+        ("h",),
+        torch_form=torch_form,
+        cost={"forward flops": flops, "backward flops": 2 * flops},
+    )
 
 
 def info_nce_problem(size: Size, maker: Maker) -> Problem:
@@ -293,6 +320,7 @@ OPS: dict[str, Callable[[Size, Maker], Problem]] = {
     "rope": rope_problem,
     "norm_rope": norm_rope_problem,
     "lora": lora_problem,
+    "cross_entropy": cross_entropy_problem,
     "info_nce": info_nce_problem,
     "rms_norm": rms_norm_problem,
     "add_rms_norm, post norm": post_add_rms_norm_problem,

@@ -50,8 +50,10 @@ def rows_in(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_ops_references_pass_their_own_check(op):
+def test_kernels_of_ops_pass_their_check(op, interpreted):
+    before = backend.launches.total()
     assert gpu_checks.check(op, partial(OPS[op], TINY), CPU, torch.float16, 1).faults == []
+    assert backend.launches.total() > before
 
 
 @pytest.mark.parametrize(
@@ -337,21 +339,22 @@ def test_steps_stop_with_the_budget(tmp_path):
     assert any("1 steps found no time or memory: b" in line for line in gpu.summary(s))
 
 
-def test_a_whole_run(tmp_path, monkeypatch, capsys, interpreted):
+def test_a_whole_run(tmp_path, monkeypatch, capsys):
     """Yardsticks, checks, timing, the child's table, rows in $OUT and exit code 1 for the one check that fails."""
     shape = AttentionShape((20, 7), 2, 1, 16)
     bad = partial(gpu_checks.check, "bad", lambda maker: 1 / 0, CPU, torch.float16, 0)
     steps = [
-        *[(n, 0, r, f) for n, _, r, f in gpu.check_steps(torch.float16) if n == "check rope gemma-3-270m float16"],
+        ("good", 0.0, partial(gpu._check, "good", partial(OPS["rope"], TINY), torch.float16), None),
         ("bad", 0.0, lambda s: gpu._keep_verdict(s, bad()), None),
         ("attention", 0.0, partial(gpu._time_attention, gpu_attention.Group(shape, "short", "forward")), None),
         ("rope", 0.0, partial(gpu._time_op, gpu_ops.OpGroup("rope", "tiny", TINY, "forward")), None),
     ]
     every = gpu_attention.variants
-    monkeypatch.setattr(gpu_attention, "variants", lambda g: {name: every(g)[name] for name in FEW[:1]})
+    monkeypatch.setattr(gpu_attention, "variants", lambda g: {"flashvec": every(g)["flashvec"]})
     monkeypatch.setattr(gpu_attention.time_group, "__defaults__", (torch.float16, None))
     monkeypatch.setattr(gpu_ops, "forms", lambda problem, compiled: {"flashvec": problem.run})
     monkeypatch.setattr(gpu, "kernel_steps", lambda: steps)
+    monkeypatch.setattr(gpu_session.Session, "repetitions", 3)
     monkeypatch.setattr(gpu, "measure_ceilings", partial(gpu.measure_ceilings, size=32, copied_bytes=4096))
     child = types.SimpleNamespace(returncode=0, stdout="tma table\n", stderr="")
     real_run = subprocess.run
