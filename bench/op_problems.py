@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.bench.problems import Maker, Outputs, Problem, Tensors
+from flashvec.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from flashvec.kernels.info_nce import info_nce, info_nce_reference
+from flashvec.kernels.lora import lora, lora_reference
 from flashvec.kernels.mean_pool import mean_pool, mean_pool_reference
+from flashvec.kernels.norm_rope import norm_rope, norm_rope_reference
 from flashvec.kernels.rms_norm import rms_norm, rms_norm_reference
 from flashvec.kernels.rope import Rope, rope, rope_reference, rope_table
 from flashvec.kernels.swiglu import swiglu, swiglu_reference
@@ -93,8 +96,6 @@ def rms_norm_problem(size: Size, maker: Maker) -> Problem:
 
 def add_rms_norm_problem(size: Size, maker: Maker) -> Problem:
     """A layer's step: fp32 residual stream, what is added in halves."""
-    from flashvec.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
-
     T, D, half = size.T, size.D, maker.dtype.itemsize
     tensors = {
         "h": maker.randn(T, D, dtype=torch.float32),
@@ -118,8 +119,6 @@ def add_rms_norm_problem(size: Size, maker: Maker) -> Problem:
 
 def post_add_rms_norm_problem(size: Size, maker: Maker) -> Problem:
     """The step of Gemma 2 and 3, which norm what they add."""
-    from flashvec.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
-
     plain = add_rms_norm_problem(size, maker)
     tensors = plain.tensors | {"post_weight": maker.randn(size.D, dtype=torch.float32)}
     more = _bytes((size.T * size.D, maker.dtype.itemsize))  # backward reads y
@@ -166,8 +165,6 @@ def rope_problem(size: Size, maker: Maker) -> Problem:
 
 
 def norm_rope_problem(size: Size, maker: Maker) -> Problem:
-    from flashvec.kernels.norm_rope import norm_rope, norm_rope_reference
-
     tensors, cost = _heads(size, maker, norm=True)
     return row_problem(
         "norm_rope",
@@ -232,8 +229,6 @@ def weighted_pool_problem(size: Size, maker: Maker) -> Problem:
 
 def lora_problem(size: Size, maker: Maker) -> Problem:
     """Query, key and value products with their low-rank updates; the base's own product is most of the FLOPs."""
-    from flashvec.kernels.lora import lora, lora_reference
-
     D, T = size.D, size.T
     splits = [size.H * size.K, size.G * size.K, size.G * size.K]
     N = sum(splits)
