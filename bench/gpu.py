@@ -2,12 +2,13 @@
 
     python -m bench.gpu --part kernels --minutes 8      # every kernel: checks, then attention, then the ops around it
     python -m bench.gpu --part embed --minutes 8        # whole models, random weights at real shapes
+    python -m bench.gpu --part train --minutes 6        # a LoRA step, against transformers + PEFT
     python -m bench.gpu --part tma                      # the warp-specialised candidate, apart: it may hang
     python -m bench.gpu --part kernels --only "K 128"   # only steps whose name holds this
 
-Run from the repository's root; nothing needs to be installed but torch and triton, and transformers for `embed`. No
-network is used. `--minutes` is a budget: steps come most valuable first, each looks at what is left, and what found no
-time is named at the end. Kernels are compiled ahead on all cores (`bench/ahead.py`).
+Run from the repository's root; nothing needs to be installed but torch and triton, and transformers (and peft) for
+whole models. No network is used. `--minutes` is a budget: steps come most valuable first, each looks at what is left,
+and what found no time is named at the end. Kernels are compiled ahead on all cores (`bench/compile_ahead.py`).
 
 How to read it. Rows, with device, driver, versions, commit, date and clocks, are appended step by step to
 `<device>.jsonl` in bench/results, or in $OUT where that is set (or `--out`), so that they can be brought back. The
@@ -20,7 +21,7 @@ an 8192³ bf16 product (benchmark `gpu ceiling`) and GB/s of a copy, bytes read 
   see bench/gpu_attention.py), and peers. `missing` says why a peer has no figure, `wrong` what it computed instead.
 - `gpu op`: `gb_per_s` or `tflops`, `share` of the yardstick, beside torch's eager and compiled forms.
 - `gpu embed`: `tokens_per_s`, `share_of_989` TFLOP/s in useful FLOPs, `share_of_products`: of the rate that the model's
-  bare products reach here.
+  bare products reach here. `gpu train`: the same for forward and backward, with the step's own memory.
 
 `timing` says `graph` where a variant was replayed as a CUDA graph, so that no launch is in its time, else `eager`.
 
@@ -39,14 +40,15 @@ from typing import Any
 
 import torch
 
-from flashvec.bench import gpu_attention, gpu_checks, gpu_embed, gpu_ops, gpu_tma
-from flashvec.bench.ahead import Ahead
+from flashvec.bench import gpu_attention, gpu_checks, gpu_embed, gpu_ops, gpu_tma, gpu_train
+from flashvec.bench.compile_ahead import Ahead
 from flashvec.bench.device_time import DeviceStopwatch
 from flashvec.bench.gpu_session import Budget, DeviceLost, Row, Session
 from flashvec.bench.problems import Maker
 from flashvec.bench.timing import RESULTS, gpu_facts, machine
 from flashvec.kernels.backend import TARGETS, Target, has_triton
 
+PARTS = ("kernels", "embed", "train", "tma")
 GRACE_S = 60.0  # past the budget: then a step is taken not to come back
 LARGE_CHECK_BYTES = 60e9
 
@@ -169,7 +171,7 @@ def summary(session: Session) -> list[str]:
     lines = ["", ", ".join(f"{key} {facts[key]}" for key in SHOWN if facts.get(key))]
     if session.ceilings:
         lines.append(f"8192³ product {session.ceilings['tflops']} TFLOP/s, copy {session.ceilings['gb_per_s']} GB/s")
-    for part in (gpu_ops.summary, gpu_attention.summary, gpu_embed.summary):
+    for part in (gpu_ops.summary, gpu_attention.summary, gpu_embed.summary, gpu_train.summary):
         lines += part(session.rows)
     lines.append(f"{sum(row['passed'] for row in checks)} of {len(checks)} checks passed")
     if session.skipped:
@@ -200,6 +202,8 @@ def start_ahead(part: str, facts: Row, only: str, jobs: int | None) -> Any:
         steps = {name: record for name, _, _, record in kernel_steps() if record is not None and only in name}
     elif part == "embed":
         steps = {p.name: partial(gpu_embed.record, p) for p in gpu_embed.profiles() if only in p.name}
+    elif part == "train":
+        steps = {b.name: partial(gpu_train.record, b) for b in gpu_train.batches() if only in b.name}
     else:
         return None
     return Ahead(steps, target, jobs)
@@ -207,7 +211,7 @@ def start_ahead(part: str, facts: Row, only: str, jobs: int | None) -> Any:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--part", choices=("kernels", "embed", "tma"), required=True)
+    made.add_argument("--part", choices=PARTS, required=True)
     made.add_argument("--minutes", type=float, default=8.0, help="budget; default 8")
     made.add_argument("--only", default="", metavar="TEXT", help="steps whose name holds this")
     made.add_argument("--out", type=Path, help="folder for rows; default $OUT, else bench/results")
@@ -222,10 +226,8 @@ def run_part(session: Session, part: str, only: str) -> list[str]:
     if part == "kernels":
         run_steps(session, [step for step in kernel_steps() if only in step[0]])
         return tma_apart(session) if only in "attention tma" else []
-    if part == "embed":
-        gpu_embed.run(session, only)
-    else:
-        gpu_tma.run(session)
+    other = {"embed": gpu_embed.run, "train": gpu_train.run, "tma": gpu_tma.run}
+    other[part](session, only)
     return []
 
 

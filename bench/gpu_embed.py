@@ -30,8 +30,9 @@ from flashvec.bench.gpu_models import (
 from flashvec.bench.gpu_session import Row, Session, describe
 from flashvec.bench.peers_embed import HuggingFacePadded, Ours, SentenceTransformers, packs_of
 from flashvec.bench.timing import interleave, spread
-from flashvec.kernels.mean_pool import mean_pool
 from flashvec.kernels.schedule import build_schedule
+from flashvec.runtime.batches import Batch
+from flashvec.runtime.program import embedding_program
 from flashvec.runtime.verify import DTYPE_MARGIN
 
 DATASHEET_TFLOPS = 989.0  # bf16 products of an H100
@@ -191,7 +192,7 @@ def run(session: Session, only: str = "") -> None:
 
 
 def record(profile: Profile, config: dict[str, Any] | None = None) -> None:
-    """Run our decoder and the pooling on meta tensors, for the kernels' recording."""
+    """Run our decoder's program on meta tensors, for the kernels' recording."""
     config = config or CONFIGS[profile.model]
     decoder, spec, meta = meta_decoder(config, torch.bfloat16), model_spec(config), torch.device("meta")
     texts = draw_texts(profile.num_tokens, profile.mean_length, 0, VOCABULARY)
@@ -200,9 +201,8 @@ def record(profile: Profile, config: dict[str, Any] | None = None) -> None:
         plan = decoder.row_plan(sum(lengths))
         schedule = build_schedule(lengths, sum(plan), meta)
         ids = torch.empty(sum(lengths), dtype=torch.int32, device=meta)
-        hidden = decoder.forward(ids, schedule, plan, False)
-        spans = torch.empty(len(lengths), 2, dtype=torch.int64, device=meta)
-        mean_pool(hidden, spans, decoder.norm_D, spec.decoder.norm_eps, norm_offset=spec.decoder.norm_offset)
+        spans = torch.empty(len(lengths), 2, dtype=torch.int32, device=meta)
+        embedding_program(spec, []).run(decoder, Batch(ids, schedule, plan, spans))
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flashvec.bench.ahead import without_ahead
+from flashvec.bench.compile_ahead import without_ahead
 from flashvec.bench.device_time import REPETITIONS, Stopwatch
 from flashvec.bench.peers_gpu import Missing
 from flashvec.bench.timing import spread, take_turns, write_rows

@@ -62,13 +62,14 @@ def check(shape: AttentionShape, device: torch.device, dtype: torch.dtype, speci
     return verdict
 
 
-def run(session: Session) -> None:
+def run(session: Session, only: str = "") -> None:
     """Checks in the order of risk, then times of what passed."""
     passed: dict[tuple[int, bool], bool] = {}
     for specialize in (False, True):
         for K, (H, G) in HEADS.items():
             for dtype in (torch.bfloat16, torch.float16):
-                if not session.begin(f"check tma {K} {dtype} specialised {specialize}", 5):
+                step = f"check tma {K} {dtype} specialised {specialize}"
+                if only not in step or not session.begin(step, 5):
                     continue
                 verdict = check(AttentionShape(CHECKED, H, G, K), session.device, dtype, specialize)
                 session.keep([verdict.row()])
@@ -81,7 +82,7 @@ def run(session: Session) -> None:
             group = Group(
                 AttentionShape((length,) * (gpu_attention.TOKENS // length), *HEADS[K], K), str(length), "forward"
             )
-            if session.begin(f"tma: {group.name}", 10):
+            if only in group.name and session.begin(f"tma: {group.name}", 10):
                 gpu_attention.time_group(session, group, who=contenders(K, passed))
 
 

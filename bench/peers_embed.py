@@ -13,26 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.bench.gpu_models import RandomModel
-from flashvec.runtime import engine
+from flashvec.runtime.batches import TokenRows
+from flashvec.runtime.engine import Engine
 from flashvec.runtime.packing import pack
-from flashvec.runtime.pooling import finish, pool
+from flashvec.runtime.program import embedding_program
 
 
 class Ours:
-    """The packed decoder as `Encoder` runs it."""
+    """The packed decoder as `Encoder` runs it: its engine and its program, from tokens on."""
 
     def __init__(self, model: RandomModel, budget: int) -> None:
-        self.model, self.budget = model, budget
+        self.engine, self.budget = Engine(model.decoder), budget
+        self.program = embedding_program(model.spec, [])
 
     def embed(self, texts: Sequence[np.ndarray]) -> np.ndarray:
-        spec, decoder = self.model.spec, self.model.decoder
         lengths = np.array([len(t) for t in texts], np.int32)
-        vectors = np.zeros((len(texts), spec.decoder.hidden_size), np.float32)
-        for done in engine.run(decoder, np.concatenate(texts), lengths, self.budget, causal=False):
-            own = lengths[done.indices].astype(np.int64)
-            spans = torch.from_numpy(np.stack([np.zeros_like(own), own], 1)).to(decoder.device)
-            pooled = pool(spec, decoder, done, spans)
-            vectors[done.indices] = finish(spec, pooled, [], True, None).cpu().numpy()
+        spans = np.stack([np.zeros_like(lengths), lengths], 1).astype(np.int64)
+        rows = TokenRows(np.concatenate(texts), lengths, spans)
+        vectors = np.zeros((len(texts), self.engine.decoder.spec.hidden_size), np.float32)
+        for ran in self.engine.run(rows, self.budget, self.program):
+            vectors[ran.indices] = ran.outputs[0].numpy()
         return vectors
 
 

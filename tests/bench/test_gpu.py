@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flashvec.bench import (
-    ahead,
+    compile_ahead,
     criterion,
     device_time,
     gpu,
@@ -142,7 +142,7 @@ def test_every_step_is_recorded_at_its_real_size():
     for name, _, _, record in steps:
         if record is None or any(f" {op} " in f" {name} " for op in MISSING - set(available())):
             continue
-        with backend.recording(backend.TARGETS["sm_90"]) as recorder, ahead._Launchers():
+        with backend.recording(backend.TARGETS["sm_90"]) as recorder, compile_ahead._Launchers():
             record()
         assert recorder.launches or not name.startswith(("attention", "check attention")), name
 
@@ -161,7 +161,7 @@ def available() -> list[str]:
 COMPILE = """
 import os, sys
 import torch
-from flashvec.bench.ahead import Ahead, _NamedDriver
+from flashvec.bench.compile_ahead import Ahead, _NamedDriver
 from flashvec.bench import gpu_attention as g
 from flashvec.kernels import attention as module, backend
 from flashvec.kernels.backend import TARGETS, triton
