@@ -72,10 +72,20 @@ def groups(tokens: int = TOKENS) -> list[Group]:
 
 # --- ours, as tables choose and as they might ---------------------------------------------------------------
 
-FORWARD = {  # by the longest sequence: rows, keys, warps, stages of a tile
-    64: [(64, 64, 4, 1), (128, 64, 4, 1), (128, 64, 8, 1), (32, 64, 4, 1)],
-    128: [(128, 128, 8, 1), (64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2)],
-    None: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2)],
+# By head size and the longest sequence (None: any): rows, keys, warps, stages of a tile. None spills on sm_90.
+FORWARD: dict[int, dict[int | None, list[tuple[int, int, int, int]]]] = {
+    128: {
+        64: [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1)],
+        128: [(128, 128, 8, 1), (64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2)],
+        256: [(128, 64, 8, 2), (64, 256, 8, 1), (64, 64, 4, 2), (64, 128, 4, 2)],
+        None: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 1), (64, 128, 4, 2)],
+    },
+    64: {
+        64: [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1)],
+        128: [(128, 128, 8, 1), (64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2)],
+        256: [(128, 64, 8, 2), (64, 256, 8, 1), (128, 64, 4, 2), (64, 64, 4, 2), (64, 128, 4, 2)],
+        None: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2)],
+    },
 }
 
 
@@ -91,9 +101,10 @@ def chosen(forward: Sequence[TileConfig] | None) -> Iterator[None]:
 def forward_candidates(shape: AttentionShape) -> dict[str, TileConfig]:
     """Configs that could run all of a batch's sequences, by name."""
     longest, packed = max(shape.lengths), packed_heads(shape.H, shape.G)
-    bound = next((n for n in FORWARD if n is not None and longest <= n), None)
+    lists = FORWARD[min(FORWARD, key=lambda K: abs(K - shape.K))]
+    bound = next((n for n in lists if n is not None and longest <= n), None)
     found = {}
-    for rows, keys, num_warps, num_stages in FORWARD[bound]:
+    for rows, keys, num_warps, num_stages in lists[bound]:
         one_tile = keys >= longest
         name = f"{'one tile ' if one_tile else ''}{rows}x{keys}, {num_warps} warps, {num_stages} stages"
         found[name] = TileConfig(TileClass(rows // packed), rows, keys, num_warps, num_stages, one_tile)
