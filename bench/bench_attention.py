@@ -56,7 +56,8 @@ class Batch:
     schedule: Schedule
 
     def run(self, form: Form) -> Tensor:
-        return form(*(self.tensors[name] for name in "qkv"), self.schedule, self.shape.K**-0.5)
+        q, k, v = (self.tensors[name] for name in "qkv")
+        return form(q, k, v, self.schedule, self.shape.K**-0.5)
 
     def gradients(self, form: Form) -> Callable[[], Any]:
         """The backward of a forward that runs now."""
@@ -81,7 +82,8 @@ def batch(lengths: str, device: str, tokens: int | None = None) -> Batch:
 
 def check(b: Batch, form: Form) -> None:
     q, k, v = (b.tensors[name] for name in "qkv")
-    truth = reference(*(x.to(wider(x.dtype)) for x in (q, k, v)), b.schedule, b.shape.K**-0.5)
+    wide = wider(q.dtype)
+    truth = reference(q.to(wide), k.to(wide), v.to(wide), b.schedule, b.shape.K**-0.5)
     found = distance(b.run(form), b.run(reference), truth)
     assert found.passed, str(found)
 

@@ -140,8 +140,8 @@ def bench_ops(decoder: Decoder, repetitions: int, clock: Clock = time.perf_count
     for op, (eager, definition) in OPS.items():
         form = compiled(definition)
         same_bits = same_bits_at_every_count(form, decoder, op)
-        calls = (partial(_repeat, f, given[op]) for f in (eager, form))
-        rows.append(_compare(op, *calls, repetitions, clock))
+        own, other = (partial(_repeat, f, given[op]) for f in (eager, form))
+        rows.append(_compare(op, own, other, repetitions, clock))
         rows[-1] |= {"eager_ms": rows[-1]["eager_ms"] / REPEATS, "compiled_ms": rows[-1]["compiled_ms"] / REPEATS}
         rows[-1]["same_bits_at_every_row_count"] = same_bits
     return rows

@@ -161,7 +161,8 @@ class Sample:
         schedule = taken.schedule(device)
         self.dout = torch.randn(shape.K, device=device).to(t["q"].dtype)  # one row for all: it fits every layout
         q, k, v = (
-            t[name][self.rows][:, index] for name, index in zip("qkv", (self.heads, kv_heads, kv_heads), strict=True)
+            t[name][self.rows][:, torch.as_tensor(index)]
+            for name, index in zip("qkv", (self.heads, kv_heads, kv_heads), strict=True)
         )
         self.same, self.truth = (
             self._reference([x.to(dtype) for x in (q, k, v)], schedule, shape.K**-0.5, group.direction)
@@ -217,7 +218,7 @@ def time_group(session: Session, group: Group, dtype: torch.dtype = DTYPE, who: 
     moved = 2.0 * sum(shape.lengths) * shape.K * (2 * shape.H + 2 * shape.G)
     sets = [attention_tensors(shape, maker) for _ in range(num_sets(moved))]
     sample = Sample(group, sets[0])
-    builders = {
+    builders: dict[str, Any] = {
         name: partial(build, variant, group, sets, sample, is_ours(name), session)
         for name, variant in (variants(group) if who is None else who).items()
     }

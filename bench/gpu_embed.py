@@ -141,7 +141,7 @@ def time_profile(session: Session, profile: Profile, model: RandomModel, vocabul
     found = compared(session, model, made, texts[0][:COMPARED_TEXTS])
     rows += [{"variant": name, **cosine} for name, cosine in found.items() if "wrong" in cosine]
     made = {name: contender for name, contender in made.items() if "wrong" not in found[name]}
-    variants = {name: partial(_embed, contender, texts) for name, contender in made.items()}
+    variants: dict[str, Callable[[int], Any]] = {n: partial(_embed, made[n], texts) for n in made}
     seconds = interleave(variants, REPETITIONS) if variants else {}
     ceiling = product_rate(session, model, min(BUDGETS[0], profile.num_tokens))
     tokens = [sum(map(len, drawn)) for drawn in texts]

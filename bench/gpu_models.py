@@ -128,7 +128,7 @@ def hugging_face(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kept = {key: value for key, value in config.items() if key != "model_type"}
-    hf_config = CONFIG_MAPPING[config["model_type"]](**kept, is_causal=False)
+    hf_config = CONFIG_MAPPING[config["model_type"]](**(kept | {"is_causal": False}))
     torch.manual_seed(0)
     with device:
         return AutoModel.from_config(hf_config, attn_implementation="sdpa", dtype=dtype).eval().requires_grad_(False)

@@ -107,7 +107,7 @@ def time_group(session: Session, group: OpGroup, dtype: torch.dtype = DTYPE, com
     first = OPS[group.op](group.size, Maker(session.device, dtype, 0))
     count = num_sets(first.input_bytes, most=4)
     problems = [first, *(OPS[group.op](group.size, Maker(session.device, dtype, i)) for i in range(1, count))]
-    builders = {
+    builders: dict[str, Any] = {
         name: partial(build, form, problems, group.direction, session) for name, form in forms(first, compiled).items()
     }
     found = compare(session, builders, count)

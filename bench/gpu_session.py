@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -114,7 +115,8 @@ def compare(session: Session, builders: dict[str, Callable[[], Run]], num_sets: 
     Returns:
         By name `us`, `spread`, `timing` and `repetitions`; or `missing`, or `wrong`, with the reason.
     """
-    ready, found = {}, {}
+    ready: dict[str, Any] = {}
+    found: dict[str, Row] = {}
     for name, build in builders.items():
         try:
             ready[name] = session.watch.prepare(build(), num_sets)
@@ -125,7 +127,7 @@ def compare(session: Session, builders: dict[str, Callable[[], Run]], num_sets: 
         except Exception as error:  # a peer may fail in any way; it must not take the others' figures along
             session.settle()
             found[name] = {"missing": describe(error)}
-    seconds = take_turns({name: lambda _, t=t: t.seconds() for name, t in ready.items()}, session.repetitions)
+    seconds = take_turns({name: partial(_seconds, timer) for name, timer in ready.items()}, session.repetitions)
     for name, times in seconds.items():
         found[name] = {
             "us": round(median(times) * 1e6, 2),
@@ -134,6 +136,10 @@ def compare(session: Session, builders: dict[str, Callable[[], Run]], num_sets: 
             "repetitions": len(times),
         }
     return {name: found[name] for name in builders}
+
+
+def _seconds(timer: Any, _: int) -> float:
+    return timer.seconds()
 
 
 def describe(error: Exception) -> str:

@@ -47,7 +47,7 @@ def check(shape: AttentionShape, device: torch.device, dtype: torch.dtype, speci
         with poisoned():
             got, again = call.run(), call.run()
         same, truth = (
-            attention_reference(*(t[x].to(d) for x in "qkv"), schedule, scale=shape.K**-0.5)[0]
+            attention_reference(t["q"].to(d), t["k"].to(d), t["v"].to(d), schedule, scale=shape.K**-0.5)[0]
             for d in (dtype, torch.float32)
         )
         taken = torch.cat([torch.full((n,), n > SHORTER) for n in shape.lengths]).to(device)

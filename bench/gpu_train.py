@@ -7,7 +7,7 @@ optimiser: it costs both sides the same. `tflops` counts 4 FLOPs a weight and to
 product's input; the base has none of its own) and 3.5 times attention's forward.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -126,7 +126,7 @@ class Peft:
 class Ours:
     """The packed decoder with low-rank updates in fp32: one pass, the loss and its gradients."""
 
-    def __init__(self, decoder: Decoder, updates: dict[str, Tensor], dropout: float = 0.0) -> None:
+    def __init__(self, decoder: Decoder, updates: Mapping[str, Tensor], dropout: float = 0.0) -> None:
         self.decoder, self.dropout, self.steps = decoder, dropout, 0
         self.pairs: dict[tuple[int, str], LoraPair] = {}
         for layer in range(len(decoder.layers)):
@@ -146,7 +146,8 @@ class Ours:
 
     def gradients(self) -> dict[str, Tensor]:
         """By the names that PEFT gives its matrices."""
-        spec, found = self.decoder.spec, {}
+        spec = self.decoder.spec
+        found: dict[str, Tensor] = {}
         H, G, K = spec.num_heads, spec.num_kv_heads, spec.head_size
         splits = {"qkv": [H * K, G * K, G * K], "gate_up": [spec.mlp_size] * 2}
         for (layer, product), pair in self.pairs.items():
@@ -211,7 +212,9 @@ def sides(model: RandomModel) -> dict[str, Callable[[], Any]]:
 def time_batches(session: Session, wanted: Batches, model: RandomModel, vocabulary: int = VOCABULARY) -> None:
     """Rows of one length distribution."""
     texts = [pairs(wanted, seed, vocabulary) for seed in range(REPETITIONS)]
-    made, rows, found = {}, [], {}
+    made: dict[str, Any] = {}
+    rows: list[Row] = []
+    found: dict[str, Row] = {}
     for name, make in sides(model).items():
         try:
             side = make()
@@ -228,7 +231,7 @@ def time_batches(session: Session, wanted: Batches, model: RandomModel, vocabula
             rows.append({"variant": name, **wrong})
             session.fail(f"{wanted.name}: {name}: {wrong['wrong']}")
             del made[name]
-    variants = {name: partial(_step, session, side, texts) for name, side in made.items()}
+    variants: dict[str, Callable[[int], Any]] = {n: partial(_step, session, side, texts) for n, side in made.items()}
     seconds = interleave(variants, REPETITIONS) if variants else {}
     spec = model.spec.decoder
     for name, times in seconds.items():

@@ -6,6 +6,7 @@ Each has `embed(list of id arrays) -> fp32 [n, d]` unit vectors on the host: the
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,8 @@ class SentenceTransformers:
         words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         with tempfile.TemporaryDirectory() as folder:
-            module.save_pretrained(folder)
+            save: Any = module.save_pretrained
+            save(folder)
             PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", unk_token="t0").save_pretrained(folder)
             self.model = SentenceTransformer(
                 str(Path(folder)),

@@ -106,7 +106,7 @@ def sdpa_jagged(shape: AttentionShape, t: Tensors) -> Call:
     """Nested tensors; they have no grouped heads, so keys and values are expanded."""
     q, k, v = _leaves(t["q"], *_expanded(shape, t))
     offsets = _offsets(shape, q.device).long()
-    limits = {"min_seqlen": min(shape.lengths), "max_seqlen": max(shape.lengths)}
+    limits: dict[str, Any] = {"min_seqlen": min(shape.lengths), "max_seqlen": max(shape.lengths)}
 
     def nested(x: Tensor) -> Tensor:
         return torch.nested.nested_tensor_from_jagged(x, offsets, **limits).transpose(1, 2)
@@ -128,7 +128,8 @@ def torch_varlen(shape: AttentionShape, t: Tensors) -> Call:
         grouped = {"enable_gqa": True}
 
     def run() -> Tensor:
-        return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=shape.K**-0.5, **grouped)
+        out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=shape.K**-0.5, **grouped)
+        return out
 
     return Call(run, (q, k, v), _as_is)
 
@@ -162,7 +163,7 @@ def flex(shape: AttentionShape, t: Tensors) -> Call:
     index = np.repeat(np.arange(len(shape.lengths)), shape.lengths)
     _document_of(T, device).copy_(torch.as_tensor(index, dtype=torch.int32))
     block_mask = create_block_mask(_same_document(T, device), None, None, T, T, device=str(device))
-    attend = flex_attention if device.type == "cpu" else _compiled_flex()
+    attend: Any = flex_attention if device.type == "cpu" else _compiled_flex()
     q, k, v = _leaves(*(t[name].transpose(0, 1)[None] for name in "qkv"))
 
     def run() -> Tensor:

@@ -10,7 +10,8 @@ from flashvec.bench import bench_attention as bench
 
 class Benchmark:
     def __init__(self) -> None:
-        self.calls, self.extra_info = 0, {}
+        self.calls = 0
+        self.extra_info: dict[str, float] = {}
         self.stats = SimpleNamespace(stats=SimpleNamespace(median=0.5))
 
     def __call__(self, run) -> None:
