@@ -135,6 +135,7 @@ def backward_configs(
     first, second = head_chunks(head_size)
     width, small_shared = first + second, target.shared_bytes < 128 * 1024
     short: list[Shape] = []
+    stages = 1 if extras == 3 else 2
     if dtype == torch.float32:
         keys = 32 if width <= 64 else 16
         short, dq, dkv = [(32, 16, 4, 1)], (keys, 32, 4, 1), (32, 16, 4, 1)
@@ -142,23 +143,22 @@ def backward_configs(
         short = [(64, 16, 4, 1), (128, 16, 4, 1)]
         dq, dkv = (64 if width <= 128 else 32, 64, 4, 1), (64, 32 if width <= 128 else 16, 4, 1)
     elif target.name in WARPGROUPS:
-        stages = 1 if extras == 3 else 2
         if width <= 64:
             short = [(64, 32, 4, 2), (128, 32, 8, 2), *([(256, 16, 8, 2)] if plain else [])]
             dq, dkv = (64, 128, 8, 2), (128, 64, 8, 2)
         elif width <= 128:
-            short = [(64, 16, 4 if plain else 8, 2), (128, 16, 8, stages)]
+            short = [(64, 16, 4 if plain else 8, 2), (128, 16, 8, 2)]
             dq, dkv = (64, 128, 8, stages), (128, 32, 8, stages)
         else:
             dq, dkv = (32, 64, 8, 2), (64, 16, 8, 2)
     else:  # operands lie in registers, too
         if width <= 64:
-            short = [(64, 16, 4, 2), *([(128, 16, 8, 2)] if plain else [])]
+            short = [(64, 16, 4, 2), (128, 16, 8, 2)]
             dq, dkv = (64, 64, 4, 2), (64, 32, 8, 2)
         elif width <= 128:
-            dq, dkv = (32, 64, 4, 2), (64, 32, 8, 1 if rotate and small_shared else 2)
+            dq, dkv = (64, 64, 8, 2), (64, 32, 8, 1 if rotate and small_shared else stages)
         else:
-            dq, dkv = (32, 32, 8, 1), (32, 16, 8, 1)
+            dq, dkv = (32, 64, 8, 1), (64, 16, 8, 1)
 
     configs, shorter = [], 0
     for keys, rows, num_warps, num_stages in short if second == 0 and width <= 128 else []:

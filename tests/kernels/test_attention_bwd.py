@@ -7,12 +7,13 @@ from compare import assert_as_close_as_torch, wider
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flashvec.kernels import attention_bwd as bwd
 from flashvec.kernels import backend
 from flashvec.kernels.attention import Rotation, _attention, attention, attention_reference, rotate
 from flashvec.kernels.attention_bwd import attention_bwd, backward_tiles
-from flashvec.kernels.attention_tiles import backward_configs, forward_configs
+from flashvec.kernels.attention_tiles import BackwardConfig, backward_configs, forward_configs
 from flashvec.kernels.dropout import Dropout
-from flashvec.kernels.schedule import build_schedule, select_queries
+from flashvec.kernels.schedule import TileClass, build_schedule, select_queries
 
 HALVES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 MASKS = {
@@ -61,82 +62,84 @@ def assert_matches_reference(merged, parts, schedule, kernels=None, **options):
     assert ran and (kernels is None or ran == kernels)
     same = reference_gradient(merged, parts, schedule, dout, merged.dtype, **options)
     truth = reference_gradient(merged, parts, schedule, dout, wider(merged.dtype), **options)
-    for part, want_same, want in zip(*(x.split(parts, 1) for x in (got, same, truth)), strict=True):
-        assert_as_close_as_torch(part, want_same, want)
+    assert_as_close_as_torch(got, same, truth)
+    if merged.dtype != torch.float32:  # there a part's few roundings differ too much by chance to be compared alone
+        for part, want_same, want in zip(*(x.split(parts, 1) for x in (got, same, truth)), strict=True):
+            assert_as_close_as_torch(part, want_same, want)
     assert not got[schedule.num_tokens :].any()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch, interpreted):
+    """Tiles of 16 and 32 instead of the table's: short sequences reach every path, which spares the interpreter."""
+
+    def configs(target, dtype, head_size, packed, *options):
+        one_tile = [BackwardConfig("one tile", TileClass(32, 0, 32), 16, 32, 4, 1)] if head_size in (8, 16, 32) else []
+        shorter = 32 if one_tile else 0
+        dq = BackwardConfig("dq", TileClass(32 // packed, shorter), 32, 16, 4, 1)
+        return *one_tile, dq, BackwardConfig("dkv", TileClass(16, shorter), 16, 16, 4, 1)
+
+    monkeypatch.setattr(bwd, "backward_configs", configs)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("mask", MASKS)
-def test_masks(mask, dtype, device, interpreted):
-    assert_matches_reference(*merged_heads([5, 30, 0], 4, 2, 16, dtype, device), ONE_TILE, **MASKS[mask])
-    long = 90 if dtype == torch.float32 else 150
-    assert_matches_reference(*merged_heads([long], 4, 2, 16, dtype, device), SPLIT, **MASKS[mask])
+def test_masks(mask, dtype, device, small_tiles):
+    assert_matches_reference(*merged_heads([5, 0, 30], 4, 2, 16, dtype, device), ONE_TILE, **MASKS[mask])
+    assert_matches_reference(*merged_heads([50], 4, 2, 16, dtype, device), SPLIT, **MASKS[mask])
 
 
-@pytest.mark.parametrize("window", [40, (0, 90), (100, 10)], ids=str)
-def test_windows_wider_than_a_tile(window, device, interpreted):
-    assert_matches_reference(*merged_heads([300], 2, 1, 16, torch.float32, device), SPLIT, window=window)
+@pytest.mark.parametrize("window", [20, (0, 40), (40, 10)], ids=str)
+def test_windows_wider_than_a_tile(window, device, small_tiles):
+    assert_matches_reference(*merged_heads([70], 2, 1, 16, torch.float32, device), SPLIT, window=window)
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 8), (3, 1, 64), (4, 1, 80), (7, 1, 96), (2, 1, 128), (2, 2, 256), (6, 2, 20), (40, 2, 16)],
-    ids=str,
+    "shape", [(1, 1, 8), (3, 1, 64), (4, 1, 80), (7, 1, 96), (6, 2, 20), (20, 1, 16), (2, 2, 256)], ids=str
 )
-def test_head_counts_and_sizes(shape, device, interpreted):
-    assert_matches_reference(*merged_heads([1, 40, 17], *shape, torch.float16, device))
+def test_head_counts_and_sizes(shape, device, small_tiles):
+    assert_matches_reference(*merged_heads([1, 40], *shape, torch.float16, device))
 
 
-@pytest.mark.parametrize("K", [80, 256])
-def test_head_sizes_in_full_precision(K, device, interpreted):
-    assert_matches_reference(*merged_heads([40], 2, 1, K, torch.float32, device))
+@pytest.mark.parametrize("K", [64, 80, 256])
+def test_head_sizes_in_full_precision(K, device, small_tiles):
+    assert_matches_reference(*merged_heads([1, 40], 2, 1, K, torch.float32, device))
 
 
-def edges(dtype, head_size, packed):
-    """Lengths around the largest of each class and around tiles of queries and keys."""
-    tiles = backward_configs(backend.TARGETS["sm_90"], dtype, head_size, packed, False, False, False)
-    around = {n for c in tiles for n in (c.keys, c.tile_class.longest or c.tile_class.tokens)}
-    return [0, 1, 2, *sorted(n + off for n in around for off in (-1, 0, 1))]
+@pytest.mark.parametrize(("K", "dtype"), [(16, torch.float16), (128, torch.float16), (64, torch.float32)], ids=str)
+def test_lengths_at_edges_of_classes_and_tiles(K, dtype, device, interpreted):
+    """With the table's own tiles."""
+    table = backward_configs(backend.target(torch.empty(0, device=device)), dtype, K, 2, False, False, False)
+    edges = {c.tile_class.longest or c.tile_class.shorter + c.keys for c in table}
+    lengths = [0, 1, 2, *(n + 1 for n in sorted(edges)), max(edges)]
+    assert_matches_reference(*merged_heads(lengths, 2, 1, K, dtype, device), SPLIT)
 
 
-def test_lengths_at_tile_edges(device, interpreted):
-    lengths = edges(torch.float16, 16, 2)
-    assert {63, 64, 65, 129} < set(lengths)
-    assert_matches_reference(*merged_heads(lengths, 2, 1, 16, torch.float16, device), SPLIT)
-    assert_matches_reference(*merged_heads([1, 31, 32, 33], 2, 1, 16, torch.float32, device))
-
-
-def test_one_long_among_many_short(device, interpreted):
-    assert_matches_reference(*merged_heads([3] * 12 + [300] + [2] * 12, 2, 1, 16, torch.float16, device), SPLIT)
+def test_one_long_among_many_short(device, small_tiles):
+    assert_matches_reference(*merged_heads([3] * 12 + [150] + [2] * 12, 2, 1, 16, torch.float32, device), SPLIT)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("K", [8, 16, 24, 80, 128])
-def test_rotates_back(K, dtype, device, interpreted):
+@pytest.mark.parametrize("K", [8, 16, 24, 80, 256])
+def test_rotates_back(K, dtype, device, small_tiles):
     """In registers where the head is one power of two, else by a pass of its own."""
-    merged, parts, schedule = merged_heads([1, 20, 70], 4, 2, K, dtype, device)
+    merged, parts, schedule = merged_heads([1, 20, 50], 4, 2, K, dtype, device)
     assert_matches_reference(merged, parts, schedule, rotation=rotation_for(schedule, K, device))
 
 
-def test_rotates_back_gradients_of_long_sequences(device, interpreted):
-    merged, parts, schedule = merged_heads([150], 4, 2, 16, torch.float16, device)
-    assert_matches_reference(merged, parts, schedule, SPLIT, rotation=rotation_for(schedule, 16, device), causal=True)
-
-
-def test_differentiates_head_norms_outside(device, interpreted):
+def test_differentiates_head_norms_outside(device, small_tiles):
     merged, parts, schedule = merged_heads([1, 20], 4, 2, 16, torch.float32, device)
     assert_matches_reference(merged, parts, schedule, rotation=rotation_for(schedule, 16, device, norm=True))
 
 
-@pytest.mark.parametrize("lengths", [[1, 40, 70], [150]], ids=str)
+@pytest.mark.parametrize("lengths", [[1, 30], [50]], ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 0.7, "window": 30}], ids=str)
-def test_drops_what_the_forward_dropped(options, lengths, device, interpreted):
+def test_drops_what_the_forward_dropped(options, lengths, device, small_tiles):
     assert_matches_reference(*merged_heads(lengths, 4, 2, 16, torch.float32, device), dropout=DROPOUT, **options)
 
 
-def test_gives_a_sequence_the_same_bits_again_and_in_any_batch(device, interpreted):
-    lengths, options = [3, 150, 64, 65, 1], {"window": 50, "dropout": DROPOUT}
+def test_gives_a_sequence_the_same_bits_again_and_in_any_batch(device, small_tiles):
+    lengths, options = [3, 50, 32, 33, 1], {"window": 20, "dropout": DROPOUT}
     merged, parts, schedule = merged_heads(lengths, 4, 2, 16, torch.float16, device, filling=0)
     dout = torch.randn(len(merged), 4, 16, dtype=torch.float16, device=device)
     together = gradient(merged, parts, schedule, dout, **options)
@@ -147,22 +150,22 @@ def test_gives_a_sequence_the_same_bits_again_and_in_any_batch(device, interpret
         assert torch.equal(gradient(own, parts, apart, own_dout, **options), want)
 
 
-def test_does_not_read_neighbours_or_filling_rows(device, interpreted):
-    merged, parts, schedule = merged_heads([5, 70, 3, 140, 2], 2, 1, 16, torch.float16, device, filling=9)
+def test_does_not_read_neighbours_or_filling_rows(device, small_tiles):
+    merged, parts, schedule = merged_heads([5, 20, 3, 50, 2], 2, 1, 16, torch.float16, device, filling=9)
     rotation = rotation_for(schedule, 16, device)
     dout = torch.randn(len(merged), 2, 16, dtype=torch.float16, device=device)
     want = gradient(merged, parts, schedule, dout, rotation=rotation)
     own = torch.zeros(len(merged), dtype=torch.bool, device=device)
-    own[5:75] = own[78:218] = True
+    own[5:25] = own[28:78] = True
     merged, dout = merged.detach().clone(), dout.clone()
     merged[~own] = dout[~own] = math.nan
     got = gradient(merged.requires_grad_(), parts, schedule, dout, rotation=rotation)
-    assert torch.equal(got[own], want[own]) and not got[220:].any()
+    assert torch.equal(got[own], want[own]) and not got[80:].any()
 
 
-def test_keys_that_do_not_exist_stay_out_where_all_scores_are_low(device, interpreted):
+def test_keys_that_do_not_exist_stay_out_where_all_scores_are_low(device, small_tiles):
     """A row's log-sum-exp is so low here that exp(0 - lse) overflows for them."""
-    merged, parts, schedule = merged_heads([3, 30], 2, 1, 16, torch.float32, device)
+    merged, parts, schedule = merged_heads([3, 50], 2, 1, 16, torch.float32, device)
     with torch.no_grad():
         merged[:, :2] += 6.0
         merged[:, 2:3] -= 6.0
@@ -171,27 +174,29 @@ def test_keys_that_do_not_exist_stay_out_where_all_scores_are_low(device, interp
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1), (4, 1), (6, 2)]),
     K=st.integers(1, 20),
-    left=st.none() | st.integers(0, 70),
-    right=st.none() | st.integers(0, 70),
+    left=st.none() | st.integers(0, 50),
+    right=st.none() | st.integers(0, 50),
 )
-def test_shapes(lengths, heads, K, left, right, device, interpreted):
+def test_shapes(lengths, heads, K, left, right, device, small_tiles):
     if sum(lengths):
         assert_matches_reference(*merged_heads(lengths, *heads, K, torch.float16, device), window=(left, right))
 
 
 def test_one_launch_for_each_class_in_the_batch(device, interpreted):
-    merged, parts, schedule = merged_heads([3, 60, 100, 300, 270], 2, 1, 16, torch.float16, device)
-    backend.launches.clear()
-    gradient(merged, parts, schedule, torch.ones(len(merged), 2, 16, dtype=torch.float16, device=device))
-    assert backend.launches["_attention_bwd_dq_kernel"] == 1
-    assert backend.launches["_attention_bwd_dkv_kernel"] == 3  # up to 64 tokens, up to 128, and the long ones
+    merged, parts, schedule = merged_heads([3, 60, 100, 300], 2, 1, 16, torch.float16, device)
+    dout = torch.ones(len(merged), 2, 16, dtype=torch.float16, device=device)
+    before = backend.launches.copy()
+    gradient(merged, parts, schedule, dout, dropout=DROPOUT)
+    ran = backend.launches - before
+    assert ran["_attention_bwd_dq_kernel"] == 1
+    assert ran["_attention_bwd_dkv_kernel"] == 3  # up to 64 tokens, up to 128, longer
 
 
 @pytest.mark.parametrize("rotate_", [False, True])
-def test_is_a_well_behaved_torch_op(rotate_, device, interpreted):
+def test_is_a_well_behaved_torch_op(rotate_, device, small_tiles):
     merged, parts, schedule = merged_heads([2, 20], 2, 1, 16, torch.float32, device)
     q, k, v = (x.detach().clone().requires_grad_() for x in merged.split(parts, 1))
     configs = forward_configs(backend.target(q), q.dtype, 16, 2)
@@ -210,7 +215,7 @@ def test_is_a_well_behaved_torch_op(rotate_, device, interpreted):
     )
 
 
-def test_refuses_a_gradient_it_would_get_wrong(device, interpreted):
+def test_refuses_a_gradient_it_would_get_wrong(device, small_tiles):
     merged, parts, schedule = merged_heads([2], 2, 1, 16, torch.float32, device)
     q, k, v = merged.split(parts, 1)
     table = torch.ones(7, 8, device=device)
@@ -223,7 +228,7 @@ def test_refuses_a_gradient_it_would_get_wrong(device, interpreted):
         _attention(q, k, v, None, tiles, [], 2, table, table, None, 0.0, 0.0, None, None, *numbers)
 
 
-def test_selected_queries(device, interpreted):
+def test_selected_queries(device, small_tiles):
     """The gradient of their rows alone, whichever token the filling rows repeat."""
     merged, parts, schedule = merged_heads([5, 40], 4, 2, 16, torch.float32, device)
     queries = select_queries(schedule, np.array([[0, 2], [37, 40]]), 8)
