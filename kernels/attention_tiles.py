@@ -82,10 +82,10 @@ def forward_configs(target: Target, dtype: torch.dtype, head_size: int, packed: 
     if dtype == torch.float32:  # three matrix products for one: a path for checks, not for speed
         rows, keys = (64, 32) if width <= 64 else (32 if width <= 128 else 16, 16)
         return (_config(rows, keys, 4, 1, packed),)
-    if width > 128:
+    if width > 128:  # 64 keys instead of 32 spill with a window
         return (
             _config(64, 64, 8, 1, packed, longest=64, one_tile=True),
-            _config(64, 32 if target.shared_bytes < 128 * 1024 else 64, 8, 1, packed, shorter=64),
+            _config(64, 32, 8, 1, packed, shorter=64),
         )
     stages = 1 if target.backend == "hip" else 2
     short = _config(64, 64, 4, 1, packed, longest=64, one_tile=True)
@@ -148,7 +148,7 @@ def backward_configs(
             dq, dkv = (64, 128, 8, 2), (128, 64, 8, 2)
         elif width <= 128:
             short = [(64, 16, 4 if plain else 8, 2), (128, 16, 8, 2)]
-            dq, dkv = (64, 128, 8, stages), (128, 32, 8, stages)
+            dq, dkv = (32, 128, 8, stages), (128, 32, 8, stages)
         else:
             dq, dkv = (32, 64, 8, 2), (64, 16, 8, 2)
     else:  # operands lie in registers, too
