@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class Report:
 
     case: str
     kernel: str
+    place: int  # among the case's launches of this kernel: one for each class of lengths
     target: str
     triton: str
     num_warps: int
@@ -53,8 +55,8 @@ class Report:
     barriers: int
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.target, self.case, self.kernel
+    def key(self) -> tuple[str, str, str, int]:
+        return self.target, self.case, self.kernel, self.place
 
 
 # --- compiling ----------------------------------------------------------------------------------------
@@ -110,12 +112,12 @@ def compile_launch(launched: Launch, target: Target) -> Any:
     return triton.compile(source, target=gpu, options=dict(launched.options))
 
 
-def report(case: Case, launched: Launch, target: Target, dump: Path | None = None) -> Report:
+def report(case: Case, launched: Launch, place: int, target: Target, dump: Path | None = None) -> Report:
     """Compile one launch and count what is in its machine code."""
     compiled = compile_launch(launched, target)
     name = launched.kernel.__name__
     if dump is not None and "cubin" in compiled.asm:
-        file = f"{target.name}-{name}-{case.name}".replace(" ", "_").replace("/", "-")
+        file = f"{target.name}-{name}-{case.name}-{place}".replace(" ", "_").replace("/", "-")
         (dump / f"{file}.cubin").write_bytes(compiled.asm["cubin"])
     num_warps = compiled.metadata.num_warps
     if target.backend == "hip":
@@ -128,6 +130,7 @@ def report(case: Case, launched: Launch, target: Target, dump: Path | None = Non
     return Report(
         case.name,
         name,
+        place,
         target.name,
         triton.__version__,
         num_warps,
@@ -196,7 +199,7 @@ def faults(found: Report, multiplies: bool, committed: Report | None) -> list[st
     return wrong
 
 
-def committed_reports() -> dict[tuple[str, str, str], Report]:
+def committed_reports() -> dict[tuple[str, str, str, int], Report]:
     """The committed rows of this triton version, by target, case and kernel."""
     path = rows_path()
     if not path.exists():
@@ -212,7 +215,7 @@ def rows_path() -> Path:
 # --- the command ------------------------------------------------------------------------------------------
 
 
-def recorded(target: Target, only: str, every: bool) -> Iterator[tuple[Case, Launch]]:
+def recorded(target: Target, only: str, every: bool) -> Iterator[tuple[Case, Launch, int]]:
     """Each case's launches for a target; equal ones, which another case has too, once."""
     seen = set()
     for case in cases(target):
@@ -220,22 +223,25 @@ def recorded(target: Target, only: str, every: bool) -> Iterator[tuple[Case, Lau
             continue
         with recording(target) as recorder:
             case.run()
+        counts: Counter[str] = Counter()
         for launched in recorder.launches:
+            place = counts[launched.kernel.__name__]
+            counts[launched.kernel.__name__] += 1
             signature, constants, attributes = specialise(launched)
             same = (launched.kernel.__name__, *map(str, (signature, constants, attributes, launched.options)))
             if same not in seen:
                 seen.add(same)
-                yield case, launched
+                yield case, launched, place
 
 
 def _work(job: tuple[str, int, str, bool, str | None]) -> tuple[Report | None, str, bool]:
     """One compilation in a worker: a launch holds closures, so it is recorded again there rather than sent."""
     name, index, only, every, dump = job
     target = TARGETS[name]
-    case, launched = _recorded_once(name, only, every)[index]
+    case, launched, place = _recorded_once(name, only, every)[index]
     multiplies = launched.kernel.__name__ in case.multiplies
     try:
-        return report(case, launched, target, Path(dump) if dump else None), case.name, multiplies
+        return report(case, launched, place, target, Path(dump) if dump else None), case.name, multiplies
     except Exception as error:  # a compiler's faults have no common type; each is reported, none is fatal to the rest
         return (
             None,
@@ -244,10 +250,10 @@ def _work(job: tuple[str, int, str, bool, str | None]) -> tuple[Report | None, s
         )
 
 
-_memo: dict[tuple[str, str, bool], list[tuple[Case, Launch]]] = {}
+_memo: dict[tuple[str, str, bool], list[tuple[Case, Launch, int]]] = {}
 
 
-def _recorded_once(name: str, only: str, every: bool) -> list[tuple[Case, Launch]]:
+def _recorded_once(name: str, only: str, every: bool) -> list[tuple[Case, Launch, int]]:
     if (name, only, every) not in _memo:
         _memo[name, only, every] = list(recorded(TARGETS[name], only, every))
     return _memo[name, only, every]

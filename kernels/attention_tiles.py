@@ -88,7 +88,8 @@ def forward_configs(target: Target, dtype: torch.dtype, head_size: int, packed: 
             _config(64, 32, 8, 1, packed, shorter=64),
         )
     stages = 1 if target.backend == "hip" else 2
-    short = _config(64, 64, 4, 1, packed, longest=64, one_tile=True)
+    wide = target.name in WARPGROUPS and width > 64  # four warps spill there once the query is normalised, too
+    short = _config(64, 64, 8 if wide else 4, 1, packed, longest=64, one_tile=True)
     if target.name in WARPGROUPS:
         middle = _config(128, 128, 8, 1, packed, shorter=64, longest=128, one_tile=True)
         return short, middle, _config(128, 64, 8, stages, packed, shorter=128)

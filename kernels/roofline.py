@@ -167,5 +167,5 @@ def committed_blocks(K: int) -> dict[int, int]:
     """Blocks per multiprocessor of the forward's configs on sm_90, from the committed rows of `kernels/aot.py`."""
     from flashvec.kernels.aot import committed_reports
 
-    rows = [r for key, r in committed_reports().items() if key[0] == "sm_90" and key[1] == f"attention {K} plain"]
-    return {place: row.blocks_per_sm for place, row in enumerate(rows)}
+    rows = (r for key, r in committed_reports().items() if key[:2] == ("sm_90", f"attention {K} plain"))
+    return {row.place: row.blocks_per_sm for row in rows}

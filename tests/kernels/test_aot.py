@@ -12,7 +12,9 @@ from flashvec.kernels import aot, aot_cases, roofline
 from flashvec.kernels.backend import TARGETS, recording
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-GOOD = aot.Report("attention 64 plain", "_attention_fwd_kernel", "sm_90", "3.9.0", 8, 125, 0, 48_000, 2, 16, 68, 16, 11)
+GOOD = aot.Report(
+    "attention 64 plain", "_attention_fwd_kernel", 0, "sm_90", "3.9.0", 8, 125, 0, 48_000, 2, 16, 68, 16, 11
+)
 
 
 def run(*arguments: str, environment: dict[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
