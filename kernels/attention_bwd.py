@@ -7,15 +7,16 @@
 `attention_reference`.
 
 Short sequences, whose keys fit one tile, take one program per kv head: it holds dk and dv, walks the rows of the
-group's query heads, and finishes dq as it goes, so each tensor is read or written once. Longer ones take two kernels:
+group's query heads, and finishes dq as it goes, so each tensor is read or written once. With all keys at hand it finds
+`delta` as the sum of p * dp, closer than from a rounded `out`, and never reads `out`. Longer ones take two kernels:
 dq by tiles of queries, which leaves `delta` behind, then dk and dv by tiles of keys. Nothing is added atomically.
 
 In the kernel of dk and dv the rows of every product lie along keys or along the head (sᵀ = k qᵀ, dqᵀ = kᵀ dsᵀ), never
 along queries: a step takes 16 or 32 query rows and dk and dv alone stay in registers, so that nothing spills.
 
 Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size, n = a sequence's tokens.
-Cost 10*n²*K FLOPs a head in one kernel, 14*n²*K in two; 2*(4 + 4*G/H)*n*K bytes in 16 bits: bound by memory below
-some 300 tokens on an H100. Sources: Dao et al. 2022; Dao 2023 (delta); the transposed products are our own measurement.
+Cost 10*n²*K FLOPs a head in one kernel, 14*n²*K in two; 2*(3 + 4*G/H)*n*K bytes in 16 bits in one: bound by memory
+below some 250 tokens on an H100. Sources: Dao et al. 2022; Dao 2023 (delta); the transposed products are our own.
 """
 
 from typing import Any

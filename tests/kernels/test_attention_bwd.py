@@ -103,7 +103,8 @@ def test_head_counts_and_sizes(shape, device, small_tiles):
 
 @pytest.mark.parametrize("K", [64, 80, 256])
 def test_head_sizes_in_full_precision(K, device, small_tiles):
-    assert_matches_reference(*merged_heads([1, 40], 2, 1, K, torch.float32, device))
+    # No sequence of one token: its gradient in q and k is zero, and the rounding of dp - delta would be judged by that.
+    assert_matches_reference(*merged_heads([40], 2, 1, K, torch.float32, device))
 
 
 @pytest.mark.parametrize(("K", "dtype"), [(16, torch.float16), (128, torch.float16), (64, torch.float32)], ids=str)
