@@ -149,6 +149,8 @@ def drop_cpu(
     """
     outs = [torch.empty_like(x) for x in sources] if outs is None else outs
     R, C = sources[0].shape
+    if R == 0:
+        return outs
     whole = -(-C // 64) * 64
     if whole != C:
         padded = drop_cpu(key, threshold, [F.pad(x, (0, whole - C)) for x in sources])
