@@ -17,9 +17,10 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest
 
-# 200 random batches of up to 300 texts of 1 to 600 tokens, each text also alone: an hour on two cores.
+# 200 random batches of up to 300 texts of 1 to 600 tokens, each text also alone, and this machine's row counts anew.
 soak: $(VENV)/.dev
-	FLASHVEC_SOAK_BATCHES=200 $(VENV)/bin/python -m pytest tests/runtime/test_determinism.py
+	FLASHVEC_SOAK_BATCHES=200 $(VENV)/bin/python -u -m pytest --capture=no --verbose \
+		tests/runtime/test_determinism.py tests/runtime/test_row_counts.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

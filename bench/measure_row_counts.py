@@ -1,15 +1,18 @@
 """Measure which row counts give equal bits on this machine and write them into `runtime/row_counts.json`.
 
-    python -m flashvec.bench.measure_row_counts
+    python -m flashvec.bench.measure_row_counts [--dtypes float32 bfloat16]
 
-Run it on a machine whose instruction set the table lacks, or with a new torch; other machines' entries stay.
+Run it on a machine whose instruction set the table lacks, or with a new torch; other machines' entries stay. The table
+is written shape by shape: what an interrupted run has measured is kept. bf16 takes an hour where the processor has
+no instructions for it.
 """
 
+import argparse
 import json
 
 import torch
 
-from flashvec.runtime.row_counts import TABLE, machine_key, measure
+from flashvec.runtime.row_counts import TABLE, TABLED_THREADS, machine_key, measure
 
 # (hidden, mlp, query heads, kv heads, head size) of models that people embed with, and how products come of them.
 MODELS = {
@@ -32,19 +35,26 @@ def products(hidden: int, mlp: int, heads: int, kv_heads: int, head_size: int) -
 
 
 def main() -> None:
-    table = json.loads(TABLE.read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
+    options = parser.parse_args()
     shapes = sorted({shape for model in MODELS.values() for shape in products(*model)})
-    found: dict[str, dict[str, list[int]]] = {}
     generator = torch.Generator().manual_seed(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        found[name] = {}
+    for name in options.dtypes:
         for rows, columns in shapes:
-            weight = torch.randn(rows, columns, generator=generator).to(dtype)
-            differing = sorted({r for threads in (1, 2) for r in _measure(weight, threads)})
-            found[name][f"{rows}x{columns}"] = differing
+            weight = torch.randn(rows, columns, generator=generator).to(getattr(torch, name))
+            differing = sorted({r for threads in TABLED_THREADS for r in _measure(weight, threads)})
+            enter(name, f"{rows}x{columns}", differing)
             print(f"{name:10} {rows:6} x {columns:5}  {differing or 'all agree'}", flush=True)
-    table["disagree"][machine_key()] = found
+
+
+def enter(dtype: str, shape: str, differing: list[int]) -> None:
+    """Write one measured shape of this machine into the table."""
+    table = json.loads(TABLE.read_text())
+    entries = table["disagree"].setdefault(machine_key(), {}).setdefault(dtype, {})
+    entries[shape] = differing
+    ordered = sorted(entries.items(), key=lambda entry: tuple(map(int, entry[0].split("x"))))
+    table["disagree"][machine_key()][dtype] = dict(ordered)
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -3,7 +3,8 @@
     python -m flashvec.bench.report            # rewrite them
     python -m flashvec.bench.report --check    # exit 1 if README and rows disagree
 
-Each table stands between `<!-- rows: NAME -->` and `<!-- end -->`; the newest row of each variant counts.
+Tables stand between `<!-- rows: NAME -->` and `<!-- end -->`. Each holds rows of one machine and one torch only: the
+newest row of each variant, measured with the newest torch on that machine.
 """
 
 import argparse
@@ -17,48 +18,79 @@ from flashvec.bench.timing import RESULTS
 README = RESULTS.parents[1] / "README.md"
 MARKED = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end -->)", re.S)
 PROFILE_ORDER = ("queries", "sentences", "passages", "pages", "long tail")
+MACHINE = ("cpu", "instructions", "cores", "threads")
+
+Row = dict[str, Any]
 
 
-def read_rows(benchmark: str) -> list[dict[str, Any]]:
+def read_rows(benchmark: str) -> list[Row]:
     """All rows of one benchmark, oldest first."""
     rows = [json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
     return [row for row in rows if row["benchmark"] == benchmark]
 
 
-def embed_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Tokens per second by length profile, with the share of the ceiling; one machine and one run a line group."""
-    newest = {(row["profile"], row["variant"]): row for row in rows}
-    variants = list(dict.fromkeys(row["variant"] for row in newest.values()))
-    profiles = [p for p in PROFILE_ORDER if any(profile == p for profile, _ in newest)]
-    header = [f"{p} ({next(r['mean_tokens'] for (q, _), r in newest.items() if q == p):.0f})" for p in profiles]
-    lines = ["| tokens/s (share of ceiling) | " + " | ".join(header) + " |", "|---" * (len(profiles) + 1) + "|"]
-    for variant in variants:
-        cells = [newest.get((p, variant)) for p in profiles]
-        shown = [f"{c['tokens_per_s']:,} ({c['share_of_ceiling']:.0%})" if c else "" for c in cells]
-        lines.append(f"| {variant} | " + " | ".join(shown) + " |")
+def groups(rows: list[Row], *keys: str) -> list[list[Row]]:
+    """Rows that agree in `keys`, in the order in which each group first appears."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(found.values())
+
+
+def comparable(rows: list[Row], *keys: str) -> list[list[Row]]:
+    """Rows that may share a table: of one machine, agreeing in `keys`, and of the torch last used there."""
+    return [[row for row in group if row["torch"] == group[-1]["torch"]] for group in groups(rows, *MACHINE, *keys)]
+
+
+def where(rows: list[Row]) -> str:
+    """The machine, the torch, the commits and the newest day of rows that share a table."""
     last = rows[-1]
-    lines.append("")
-    lines.append(
-        f"{last['model']} on {last['cores']} cores of {last['cpu']} ({last['instructions']}), torch {last['torch']},"
+    threads = "" if last["threads"] == last["cores"] else f", {last['threads']} threads"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return (
+        f"{last['cores']} cores of {last['cpu']} ({last['instructions']}{threads}), torch {last['torch']},\n"
+        f"commits {commits}, {max(row['date'] for row in rows)}"
     )
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in newest.values()))
-    lines.append(f"commits {commits}, {last['date']}; medians of {last['repetitions']} interleaved repetitions.")
-    return lines
 
 
-def verify_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Cosine of ours and of Hugging Face's vectors in the same dtype to Hugging Face in fp32."""
-    lines = [
-        "| model | dtype | whose | minimum | 1 % | median | top-10 | sign flips |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in {(r["model"], r["dtype"], r["variant"]): r for r in rows}.values():
-        cosine = row["cosine"]
-        lines.append(
-            f"| {row['model']} | {row['dtype']} | {row['variant']} | {cosine['minimum']:.5f} | {cosine['1 %']:.5f} | "
-            f"{cosine['median']:.5f} | {row['top10_overlap']:.1%} | {row['sign_flips']:.2%} |"
+def embed_table(rows: list[Row]) -> list[str]:
+    """Tokens per second by length profile, with the share of the ceiling; a table for each model and machine."""
+    lines: list[str] = []
+    for group in comparable(rows, "model"):
+        newest = {(row["profile"], row["variant"]): row for row in group}
+        variants = list(dict.fromkeys(row["variant"] for row in newest.values()))
+        profiles = [p for p in PROFILE_ORDER if any(profile == p for profile, _ in newest)]
+        header = [f"{p} ({next(r['mean_tokens'] for (q, _), r in newest.items() if q == p):.0f})" for p in profiles]
+        lines += ["| tokens/s (share of ceiling) | " + " | ".join(header) + " |", "|---" * (len(profiles) + 1) + "|"]
+        for variant in variants:
+            cells = [newest.get((p, variant)) for p in profiles]
+            shown = [f"{c['tokens_per_s']:,} ({c['share_of_ceiling']:.0%})" if c else "" for c in cells]
+            lines.append(f"| {variant} | " + " | ".join(shown) + " |")
+        repetitions = " or ".join(str(n) for n in sorted({row["repetitions"] for row in newest.values()}))
+        last = (
+            f"{group[-1]['model']} on {where(list(newest.values()))}; medians of {repetitions} interleaved repetitions."
         )
-    return lines
+        lines += ["", *last.splitlines(), ""]
+    return lines[:-1]
+
+
+def verify_table(rows: list[Row]) -> list[str]:
+    """Cosine of ours and of Hugging Face's vectors in the same dtype to Hugging Face in fp32; a table a machine."""
+    lines: list[str] = []
+    for group in comparable(rows):
+        lines += [
+            "| model | dtype | whose | minimum | 1 % | median | top-10 | sign flips |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        newest = {(r["model"], r["dtype"], r["variant"]): r for r in group}
+        for row in newest.values():
+            cosine = row["cosine"]
+            lines.append(
+                f"| {row['model']} | {row['dtype']} | {row['variant']} | {cosine['minimum']:.5f} | "
+                f"{cosine['1 %']:.5f} | {cosine['median']:.5f} | {row['top10_overlap']:.1%} | {row['sign_flips']:.2%} |"
+            )
+        lines += ["", *f"On {where(list(newest.values()))}.".splitlines(), ""]
+    return lines[:-1]
 
 
 TABLES = {"embed": embed_table, "verify": verify_table}

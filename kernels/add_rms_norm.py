@@ -13,7 +13,7 @@ Source: see `rms_norm`; post-norms Gemma 2 (2024).
 import torch
 from torch import Tensor
 
-from flashvec.kernels.backend import define_op, implementation, launch, tl, triton
+from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, tl, triton
 from flashvec.kernels.precision import widen
 from flashvec.kernels.rms_norm import (
     PER_THREAD,
@@ -24,6 +24,7 @@ from flashvec.kernels.rms_norm import (
     load_weight,
     norm_grad,
     register_limit,
+    rms_norm_cpu,
     rms_norm_reference,
     row_tile,
     summed,
@@ -45,6 +46,22 @@ def add_rms_norm_reference(
         y_TD = rms_norm_reference(y_TD, post_weight_D, eps, offset, h.dtype)
     sum_TD = h + y_TD
     return sum_TD, rms_norm_reference(sum_TD, weight_D, eps, offset, dtype)
+
+
+def _add_rms_norm_cpu(
+    h_TD: Tensor,
+    y_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    offset: float,
+    dtype: torch.dtype,
+    post_weight_D: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The reference's arithmetic, bit for bit, its norms in one buffer each."""
+    h = widen(h_TD)
+    added = y_TD if post_weight_D is None else rms_norm_cpu(y_TD, post_weight_D, eps, offset, h.dtype)
+    sum_TD = h + added
+    return sum_TD, rms_norm_cpu(sum_TD, weight_D, eps, offset, dtype)
 
 
 # --- kernels: one program per row, or per few short rows ------------------------------------------------
@@ -328,6 +345,9 @@ def add_rms_norm(
     check_weight("weight_D", weight_D, h_TD)
     if post_weight_D is not None:
         check_weight("post_weight_D", post_weight_D, h_TD)
-    if implementation(h_TD) != "triton" or torch.float64 in (h_TD.dtype, y_TD.dtype):
+    run = implementation(h_TD)
+    if run == "cpu" and not needs_gradient(h_TD, y_TD, weight_D, post_weight_D):
+        return _add_rms_norm_cpu(h_TD, y_TD, weight_D, eps, offset, dtype or y_TD.dtype, post_weight_D)
+    if run != "triton" or torch.float64 in (h_TD.dtype, y_TD.dtype):
         return add_rms_norm_reference(h_TD, y_TD, weight_D, eps, offset, dtype, post_weight_D=post_weight_D)
     return _add_rms_norm(h_TD, y_TD, weight_D, post_weight_D, eps, offset, dtype or y_TD.dtype)

@@ -2,25 +2,69 @@
 
     out = softmax(cap(q kᵀ * scale) + mask) v        cap(s) = softcap * tanh(s / softcap), when set
 
-`q` has H heads, `k` and `v` have G (H a multiple of G): query head h reads key head h // (H / G).
-Mask: full or causal, and optionally a window: key j is seen from query i if i - j <= window and j - i <= window.
+`q` has H heads, `k` and `v` have G (H a multiple of G): query head h reads key head h // (H / G). Query i sees the keys
+from i - left to i + right: everything by default, nothing to the right when causal, a window where one is given.
+
+On a GPU one program owns a tile: some tokens of one sequence, times the query heads that share a kv head, read from the
+batch's tile list (`kernels/schedule.py`). It walks the sequence's keys once with a running maximum (FlashAttention);
+sequences of up to 128 tokens fit one tile of keys and need no walk. Queries can be normalised and rotated as they are
+loaded; keys, which every tile of a sequence reads again, are rotated once by a pass of their own.
 
 Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size, n = a sequence's tokens.
-Cost 4*n²*K FLOPs a head. Source: Vaswani et al. 2017; grouped heads Ainslie et al. 2023; soft-cap Gemma 2.
+Cost 4*n²*K FLOPs a head, 2*(2 + 2*G/H)*n*K bytes in 16 bits: bound by memory below some 300 tokens on an H100.
+Sources: Vaswani et al. 2017; grouped heads Ainslie et al. 2023; soft-cap Gemma 2; the running maximum Milakov and
+Gimelshein 2018, Dao et al. 2022.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashvec.kernels.backend import implementation
+from flashvec.kernels.attention_bwd import backward_tiles, gradients, save_for_backward
+from flashvec.kernels.attention_cpu import Reach, attention_cpu, visible
+from flashvec.kernels.attention_tiles import (
+    forward_configs,
+    fp32_precision,
+    head_chunks,
+    head_reciprocal_rms,
+    kept,
+    key_ranges,
+    load_chunk,
+    load_rotated_chunk,
+    packed_heads,
+    row_key,
+    seen,
+    softcapped,
+)
+from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, target, tl, triton
+from flashvec.kernels.dropout import Dropout, fold_reference, keep_reference
+from flashvec.kernels.norm_rope import norm_rope
 from flashvec.kernels.precision import widen
-from flashvec.kernels.schedule import Group, Schedule
+from flashvec.kernels.rope import rope
+from flashvec.kernels.schedule import Queries, Schedule
 
-QUERY_BLOCK = 1024  # rows of queries per call where scores or masks are held in memory: bounds them to 1024 * n
-MIN_HEAD_SIZE = 16  # below it the library's small products depend on how a thread's buffer happens to be aligned
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the last by the reference alone
+MAX_HEAD_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """RoPE of queries and keys inside attention, with the head norms of Qwen3 and Gemma 3 before it where given.
+
+    `cos_TK`, `sin_TK`: fp32 [T, K / 2], one row per row of the batch. `query_norm_K`, `key_norm_K`: [K] or both None.
+    """
+
+    cos_TK: Tensor
+    sin_TK: Tensor
+    query_norm_K: Tensor | None = None
+    key_norm_K: Tensor | None = None
+    norm_eps: float = 0.0
+    norm_offset: float = 0.0
+
+
+# --- reference: the definition, one sequence after the other, scores written out -------------------------
 
 
 def attention_reference(
@@ -31,126 +75,270 @@ def attention_reference(
     *,
     scale: float,
     causal: bool = False,
-    window: int | None = None,
+    window: int | tuple[int, int] | None = None,
     softcap: float | None = None,
-) -> Tensor:
-    """One sequence after the other, in fp32 or wider, scores written out."""
-    out_THK = torch.zeros_like(q_THK)
-    heads_per_group = q_THK.shape[1] // k_TGK.shape[1]
-    offsets = schedule.cu_seqlens.tolist()
-    for start, stop in pairwise(offsets):
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output [T, H, K] in the dtype of `q_THK` and log-sum-exp of the scores [H, T]; fp32 or wider inside."""
+    num_heads, reach = q_THK.shape[1], _reach(causal, window)
+    outs, lses = [], []
+    for sequence, (start, stop) in enumerate(pairwise(schedule.cu_seqlens.tolist())):
         q, k, v = (widen(x[start:stop]).transpose(0, 1) for x in (q_THK, k_TGK, v_TGK))
-        k, v = (x.repeat_interleave(heads_per_group, 0) for x in (k, v))
+        k, v = (x.repeat_interleave(num_heads // k_TGK.shape[1], 0) for x in (k, v))
         scores = q @ k.transpose(1, 2) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        visible = _visible(0, stop - start, 0, stop - start, causal, window, q.device)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, float("-inf"))
-        out_THK[start:stop] = (scores.softmax(-1) @ v).transpose(0, 1).to(out_THK.dtype)
-    return out_THK
+        see = visible(0, stop - start, 0, stop - start, reach, q.device)
+        if see is not None:
+            scores = scores.masked_fill(~see, float("-inf"))
+        probabilities = scores.softmax(-1)
+        if dropout is not None and dropout.p:
+            keep = _keep_reference(dropout, schedule, sequence, stop - start, num_heads)
+            probabilities = probabilities * keep * dropout.scale
+        outs.append((probabilities @ v).transpose(0, 1))
+        lses.append(scores.logsumexp(-1))
+    filling = len(q_THK) - sum(len(o) for o in outs)
+    wide = widen(q_THK[:0])
+    out_THK = torch.cat([*outs, wide.new_zeros(filling, *q_THK.shape[1:])]).to(q_THK.dtype)
+    return out_THK, torch.cat([*lses, wide.new_zeros(num_heads, filling)], 1)
 
 
-def _visible(
-    q_start: int, q_stop: int, k_start: int, k_stop: int, causal: bool, window: int | None, device: torch.device
-) -> Tensor | None:
-    """Which keys each query sees: bool [queries, keys], or None where every query sees every key."""
-    reach = max(q_stop - 1 - k_start, k_stop - 1 - q_start)
-    if not causal and (window is None or reach <= window):
-        return None
-    query = torch.arange(q_start, q_stop, device=device)[:, None]
-    key = torch.arange(k_start, k_stop, device=device)
-    visible = query >= key if causal else torch.ones_like(query >= key)
-    if window is not None:
-        visible &= (query - key).abs() <= window
-    return visible
+def _keep_reference(dropout: Dropout, schedule: Schedule, sequence: int, length: int, num_heads: int) -> Tensor:
+    assert schedule.identities is not None
+    device = schedule.identities.device
+    key = fold_reference(dropout.key(), schedule.identities[sequence])
+    key = fold_reference(key, torch.arange(num_heads, dtype=torch.int32, device=device)[:, None])
+    key = fold_reference(key, torch.arange(length, dtype=torch.int32, device=device))
+    return keep_reference(key, length, dropout.threshold)
 
 
-def _attention_grouped(
+# --- kernel: one program per tile and group of packed heads -----------------------------------------------
+
+
+@triton.jit
+def _attend(
+    q0, q1, acc0, acc1, running_max, running_sum, k_ptr, v_ptr, k_stride, v_stride, start, first_key, length,
+    token, drop_a, drop_b, scale, softcap, left, right, threshold, drop_scale,
+    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, KEYS: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold one tile of keys into the running maximum, sum and output of each query row."""
+    key = first_key + tl.arange(0, KEYS)
+    exists = key < length
+    k_row, v_row = start + key.to(tl.int64), start + key.to(tl.int64)
+    s = tl.dot(q0, load_chunk(k_ptr, k_row, k_stride, exists, 0, K0, K).T, input_precision=PRECISION)
+    if K1 > 0:
+        k1 = load_chunk(k_ptr, k_row, k_stride, exists, K0, K1, K)
+        s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
+    s = softcapped(s * scale, softcap) * 1.4426950408889634 if HAS_SOFTCAP else s * (scale * 1.4426950408889634)
+    if MASKED:
+        visible = seen(token[:, None], key[None, :], length, left, right, HAS_LEFT, HAS_RIGHT)
+        s = tl.where(visible, s, float("-inf"))
+    new_max = tl.maximum(running_max, tl.max(s, 1))
+    if MASKED and (HAS_LEFT or HAS_RIGHT):  # a row may see nothing of this tile, or of any so far
+        p = tl.exp2(s - tl.where(new_max == float("-inf"), 0.0, new_max)[:, None])
+        rescale = tl.exp2(running_max - tl.where(new_max == float("-inf"), 0.0, new_max))
+    else:
+        p = tl.exp2(s - new_max[:, None])
+        rescale = tl.exp2(running_max - new_max)
+    running_sum = running_sum * rescale + tl.sum(p, 1)  # before dropout: it thins the products, not the weights
+    if HAS_DROPOUT:
+        p = tl.where(kept(drop_a[:, None], drop_b[:, None], key[None, :], threshold), p * drop_scale, 0.0)
+    v0 = load_chunk(v_ptr, v_row, v_stride, exists, 0, K0, K)
+    p = p.to(v0.dtype)
+    if not ONE_TILE:
+        acc0 = acc0 * rescale[:, None]
+    acc0 = tl.dot(p, v0, acc0, input_precision=PRECISION)
+    if K1 > 0:
+        v1 = load_chunk(v_ptr, v_row, v_stride, exists, K0, K1, K)
+        acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
+    return acc0, acc1, new_max, running_sum
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tile_ptr, cos_ptr, sin_ptr, norm_ptr, identity_ptr, shift_stop_ptr,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, T, H,
+    scale, softcap, left, right, norm_eps, norm_offset, key_a, key_b, threshold, drop_scale,
+    TOKENS: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, ONE_TILE: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, ROTATE: tl.constexpr,
+    NORM: tl.constexpr, SUBSET: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile_ptr += tl.program_id(0) * 4
+    sequence = tl.load(tile_ptr + 3)
+    if sequence < 0:
+        return
+    start, length, first = tl.load(tile_ptr).to(tl.int64), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
+    first_head = tl.program_id(1) * PACKED
+    kv_head = first_head // GROUP
+
+    shift, stop = start, length
+    if SUBSET:
+        shift = tl.load(shift_stop_ptr + sequence * 2).to(tl.int64)
+        stop = tl.load(shift_stop_ptr + sequence * 2 + 1)
+
+    row = tl.arange(0, ROWS)
+    token, head = first + row // PACKED, first_head + row % PACKED
+    row_exists = (row < TOKENS * PACKED) & (token < stop)
+    q_row = shift + token.to(tl.int64)
+    q_ptr += head[:, None] * q_head_stride
+    if ROTATE:
+        reciprocal_rms = tl.zeros([ROWS], tl.float32)
+        if NORM:
+            reciprocal_rms = head_reciprocal_rms(q_ptr, q_row, q_stride, row_exists, norm_eps, K, K0, K1)
+        q0 = load_rotated_chunk(
+            q_ptr, cos_ptr, sin_ptr, norm_ptr, q_row, q_stride, q_row, row_exists, reciprocal_rms, norm_offset,
+            0, K0, K, NORM,
+        )  # fmt: skip
+    else:
+        q0 = load_chunk(q_ptr, q_row, q_stride, row_exists, 0, K0, K)
+    q1 = q0
+    if K1 > 0:
+        if ROTATE:
+            q1 = load_rotated_chunk(
+                q_ptr, cos_ptr, sin_ptr, norm_ptr, q_row, q_stride, q_row, row_exists, reciprocal_rms, norm_offset,
+                K0, K1, K, NORM,
+            )  # fmt: skip
+        else:
+            q1 = load_chunk(q_ptr, q_row, q_stride, row_exists, K0, K1, K)
+    drop_a, drop_b = row, row
+    if HAS_DROPOUT:
+        drop_a, drop_b = row_key(key_a, key_b, tl.load(identity_ptr + sequence), head, token)
+
+    k_ptr += kv_head.to(tl.int64) * k_head_stride
+    v_ptr += kv_head.to(tl.int64) * v_head_stride
+    acc0 = tl.zeros([ROWS, K0], tl.float32)
+    acc1 = tl.zeros([ROWS, K1 if K1 > 0 else 1], tl.float32)
+    running_max = tl.full([ROWS], float("-inf"), tl.float32)
+    running_sum = tl.zeros([ROWS], tl.float32)
+    if ONE_TILE:
+        acc0, acc1, running_max, running_sum = _attend(
+            q0, q1, acc0, acc1, running_max, running_sum, k_ptr, v_ptr, k_stride, v_stride, start, 0, length,
+            token, drop_a, drop_b, scale, softcap, left, right, threshold, drop_scale, K, K0, K1, KEYS, HAS_LEFT,
+            HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, True, True, PRECISION,
+        )  # fmt: skip
+    else:
+        low, full_low, full_high, high = key_ranges(first, stop, length, left, right, TOKENS, KEYS, HAS_LEFT, HAS_RIGHT)
+        if HAS_LEFT:
+            for key in tl.range(low, full_low, KEYS):
+                acc0, acc1, running_max, running_sum = _attend(
+                    q0, q1, acc0, acc1, running_max, running_sum, k_ptr, v_ptr, k_stride, v_stride, start, key, length,
+                    token, drop_a, drop_b, scale, softcap, left, right, threshold, drop_scale, K, K0, K1, KEYS,
+                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, True, False, PRECISION,
+                )  # fmt: skip
+        for key in tl.range(full_low, full_high, KEYS):
+            acc0, acc1, running_max, running_sum = _attend(
+                q0, q1, acc0, acc1, running_max, running_sum, k_ptr, v_ptr, k_stride, v_stride, start, key, length,
+                token, drop_a, drop_b, scale, softcap, left, right, threshold, drop_scale, K, K0, K1, KEYS,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, False, False, PRECISION,
+            )  # fmt: skip
+        for key in tl.range(full_high, high, KEYS):
+            acc0, acc1, running_max, running_sum = _attend(
+                q0, q1, acc0, acc1, running_max, running_sum, k_ptr, v_ptr, k_stride, v_stride, start, key, length,
+                token, drop_a, drop_b, scale, softcap, left, right, threshold, drop_scale, K, K0, K1, KEYS,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, True, False, PRECISION,
+            )  # fmt: skip
+
+    running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)  # rows that do not exist
+    out_ptr += (q_row * H + head)[:, None] * K
+    column = tl.arange(0, K0)
+    out0 = (acc0 / running_sum[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + column[None, :], out0, mask=row_exists[:, None] & (column < K)[None, :])
+    if K1 > 0:
+        column = K0 + tl.arange(0, K1)
+        out1 = (acc1 / running_sum[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + column[None, :], out1, mask=row_exists[:, None] & (column < K)[None, :])
+    lse = running_max + tl.log2(running_sum)  # to base 2, as the backward wants it: two roundings less
+    tl.store(lse_ptr + head.to(tl.int64) * T + q_row, lse, mask=row_exists)
+
+
+# --- op -----------------------------------------------------------------------------------------------
+
+
+def _attention_fwd(
     q_THK: Tensor,
     k_TGK: Tensor,
     v_TGK: Tensor,
-    schedule: Schedule,
-    *,
+    rotated_TGK: Tensor | None,
+    tiles: list[Tensor],
+    later_tiles: list[Tensor],
+    num_tokens: int,
+    cos_TK: Tensor | None,
+    sin_TK: Tensor | None,
+    query_norm_K: Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    identities: Tensor | None,
+    shift_stop: Tensor | None,
     scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Sequences of equal length in one call each, unpadded: a view in, a view out, no mask where none is needed.
-
-    Every shape that reaches the library depends on the length of a sequence alone, apart from the batch dimension,
-    over which the library only distributes work. Soft-capped scores go through plain products, whose batch form
-    is not free of that dependence: they run one sequence at a time.
-    """
-    T, H, K = q_THK.shape
-    G = k_TGK.shape[1]
-    if K < MIN_HEAD_SIZE:  # zero columns change no score and no sum
-        q_THK, k_TGK, v_TGK = (F.pad(x, (0, MIN_HEAD_SIZE - K)) for x in (q_THK, k_TGK, v_TGK))
-        padded = _attention_grouped(
-            q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap
-        )
-        return padded[..., :K].contiguous()
-    out_THK = q_THK.new_empty(T, H, K)
-    out_THK[schedule.num_tokens :] = 0
-    for group in schedule.groups:
-        rows = slice(group.start, group.stop)
-        q, k, v = (x[rows].unflatten(0, (group.count, group.length)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
-        out = out_THK[rows].view(group.count, group.length, H, K)
-        if softcap is not None:
-            for i in range(group.count):
-                _softcapped(q[i], k[i], v[i], out[i], scale, causal, window, softcap)
-        elif window is None or group.length <= window + 1:
-            result = F.scaled_dot_product_attention(
-                q, k, v, is_causal=causal and group.length > 1, scale=scale, enable_gqa=H != G
-            )
-            out.copy_(result.transpose(1, 2))
-        else:
-            _windowed(q, k, v, out, group, scale, causal, window)
-    return out_THK
-
-
-def _windowed(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, group: Group, scale: float, causal: bool, window: int
-) -> None:
-    """Blocks of queries against the keys within their reach: work and mask grow with n * window, not n²."""
-    n = group.length
-    for start in range(0, n, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n)
-        first, last = max(0, start - window), stop if causal else min(n, stop + window)
-        result = F.scaled_dot_product_attention(
-            q[:, :, start:stop],
-            k[:, :, first:last],
-            v[:, :, first:last],
-            attn_mask=_visible(start, stop, first, last, causal, window, q.device),
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        out[:, start:stop] = result.transpose(1, 2)
-
-
-def _softcapped(
-    q_HnK: Tensor,
-    k_GnK: Tensor,
-    v_GnK: Tensor,
-    out_nHK: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
+    left: int,
+    right: int,
     softcap: float,
-) -> None:
-    """One sequence with tanh on its scores, fp32, a block of queries at a time."""
-    heads_per_group = q_HnK.shape[0] // k_GnK.shape[0]
-    k_HnK, v_HnK = (x.float().repeat_interleave(heads_per_group, 0) for x in (k_GnK, v_GnK))
-    n = q_HnK.shape[1]
-    for start in range(0, n, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n)
-        scores = q_HnK[:, start:stop].float() @ k_HnK.transpose(1, 2)
-        scores = scores.mul_(scale / softcap).tanh_().mul_(softcap)
-        visible = _visible(start, stop, 0, n, causal, window, q_HnK.device)
-        if visible is not None:
-            scores.masked_fill_(~visible, float("-inf"))
-        out_nHK[start:stop] = (scores.softmax(-1) @ v_HnK).transpose(0, 1)
+    threshold: int,
+    key_a: int,
+    key_b: int,
+) -> tuple[Tensor, Tensor]:
+    (T, H, K), G = q_THK.shape, k_TGK.shape[1]  # with queries selected, T counts their rows
+    if rotated_TGK is not None:
+        k_TGK = rotated_TGK
+    out_THK, lse_HT = q_THK.new_empty(T, H, K), q_THK.new_empty(H, T, dtype=torch.float32)
+    out_THK[num_tokens:] = 0
+    lse_HT[:, num_tokens:] = 0
+    packed = packed_heads(H, G)
+    K0, K1 = head_chunks(K)
+    for config, tile_list in zip(forward_configs(target(q_THK), q_THK.dtype, K, packed), tiles, strict=True):
+        launch(
+            _attention_fwd_kernel,
+            (len(tile_list), H // packed),
+            *(q_THK, k_TGK, v_TGK, out_THK, lse_HT, tile_list, cos_TK, sin_TK, query_norm_K, identities),
+            shift_stop,
+            *(q_THK.stride(0), q_THK.stride(1), k_TGK.stride(0), k_TGK.stride(1), v_TGK.stride(0), v_TGK.stride(1)),
+            *(T, H, scale, softcap, left, right, norm_eps, norm_offset, key_a, key_b, threshold),
+            256 / (256 - threshold),
+            TOKENS=config.tile_class.tokens,
+            PACKED=packed,
+            GROUP=H // G,
+            ROWS=config.rows,
+            KEYS=config.keys,
+            K=K,
+            K0=K0,
+            K1=K1,
+            ONE_TILE=config.one_tile,
+            HAS_LEFT=left >= 0,
+            HAS_RIGHT=right >= 0,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_DROPOUT=threshold > 0,
+            ROTATE=cos_TK is not None,
+            NORM=query_norm_K is not None,
+            SUBSET=shift_stop is not None,
+            PRECISION=fp32_precision(target(q_THK)),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            maxnreg=config.maxnreg,
+        )
+    return out_THK, lse_HT
+
+
+def _attention_fake(q_THK: Tensor, k_TGK: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    T, H, K = q_THK.shape
+    return q_THK.new_empty(T, H, K), q_THK.new_empty(H, T, dtype=torch.float32)
+
+
+_attention = define_op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? rotated_k, Tensor[] tiles, Tensor[] backward_tiles, "
+    "SymInt num_tokens, Tensor? cos, Tensor? sin, Tensor? query_norm, float norm_eps, float norm_offset, "
+    "Tensor? identities, Tensor? shift_stop, float scale, SymInt left, SymInt right, float softcap, SymInt threshold, "
+    "SymInt key_a, SymInt key_b) -> (Tensor out, Tensor lse)",
+    _attention_fwd,
+    _attention_fake,
+    setup_context=save_for_backward,
+    backward=gradients,
+)
+
+
+# --- public -----------------------------------------------------------------------------------------------
 
 
 def attention(
@@ -161,32 +349,187 @@ def attention(
     *,
     scale: float,
     causal: bool = False,
-    window: int | None = None,
+    window: int | tuple[int, int] | None = None,
     softcap: float | None = None,
+    rotation: Rotation | None = None,
+    dropout: Dropout | None = None,
+    queries: Queries | None = None,
 ) -> Tensor:
     """Attend within each packed sequence.
 
     Args:
-        q_THK: [T, H, K] fp32, bf16 or fp16; any row stride.
+        q_THK: [T, H, K] fp32, bf16 or fp16; any row stride (a slice of a merged product is fine), K at most 256.
         k_TGK, v_TGK: [T, G, K], same dtype.
         schedule: of this batch; rows past its tokens are filling and come back as zeros.
-        scale: multiplies the scores.
+        scale: multiplies the scores; positive.
         causal: hide later tokens.
-        window: farthest visible distance in tokens, on each allowed side; None sees all.
+        window: farthest visible distance in tokens to each side, or (left, right); None sees all.
         softcap: bound on the absolute scores; None leaves them.
+        rotation: normalise and rotate queries and keys first; None takes them as they are.
+        dropout: of the attention probabilities, keyed by the schedule's identities, head and positions.
+        queries: only these tokens of the sequences attend, to all the keys they see; `q_THK` then holds their R rows.
 
     Returns:
-        [T, H, K], dtype of `q_THK`, contiguous. Scores and sums are fp32.
+        [T, H, K] ([R, H, K] with `queries`), dtype of `q_THK`, contiguous. Scores and sums are fp32. Differentiable in
+        q, k and v; with head norms in `rotation` in their weights too.
 
     Raises:
-        ValueError: head counts or shapes that do not fit together, a negative window.
+        ValueError: shapes, dtypes or devices that do not fit together, a head size over 256, a negative window, a
+            window that looks right of a causal mask, a scale or softcap that is not positive, dropout without
+            identities.
 
-    Error: a sequence's result does not depend on what else is in the batch.
+    Error: a sequence's result does not depend on what else is in the batch; repeated runs agree bit for bit.
     """
-    if q_THK.shape[1] % k_TGK.shape[1] or k_TGK.shape != v_TGK.shape or q_THK.shape[::2] != k_TGK.shape[::2]:
-        raise ValueError(f"q {tuple(q_THK.shape)}, k {tuple(k_TGK.shape)} and v {tuple(v_TGK.shape)} do not fit")
-    if window is not None and window < 0:
+    reach = _reach(causal, window)
+    _check(q_THK, k_TGK, v_TGK, schedule, scale, softcap, queries)
+    if dropout is not None and dropout.p and schedule.identities is None:
+        raise ValueError("dropout needs build_schedule(..., identities=...): its masks are keyed by them")
+    run = "torch" if q_THK.dtype == torch.float64 else implementation(q_THK)
+    if rotation is not None and (run != "triton" or _needs_norm_gradient(q_THK, k_TGK, rotation)):
+        q_THK, k_TGK = rotate(q_THK, k_TGK, rotation, queries)
+        rotation = None
+    if queries is not None and run == "triton" and needs_gradient(q_THK, k_TGK, v_TGK):  # given for whole sequences
+        out_THK = attention(
+            _whole(q_THK, k_TGK, queries),
+            k_TGK,
+            v_TGK,
+            schedule,
+            scale=scale,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            rotation=rotation,
+            dropout=dropout,
+        )
+        return _asked_for(out_THK, queries)
+    if run == "triton":
+        return _attention_triton(q_THK, k_TGK, v_TGK, schedule, scale, reach, softcap, rotation, dropout, queries)
+    if queries is not None:  # a row's result does not depend on other rows: attend with all, keep the asked-for
+        q_THK = _whole(q_THK, k_TGK, queries)
+    if run == "cpu" and not needs_gradient(q_THK, k_TGK, v_TGK) and not (dropout and dropout.p):
+        out_THK = attention_cpu(q_THK, k_TGK, v_TGK, schedule, scale=scale, reach=reach, softcap=softcap)
+    else:
+        out_THK, _ = attention_reference(
+            q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout
+        )
+    return out_THK if queries is None else _asked_for(out_THK, queries)
+
+
+def _whole(q_RHK: Tensor, k_TGK: Tensor, queries: Queries) -> Tensor:
+    """Selected queries among the rows of the batch, zeros elsewhere."""
+    asked = slice(queries.num_tokens)  # the rows past it are filling: they name a row that may be asked for, too
+    whole_THK = q_RHK.new_zeros(len(k_TGK), *q_RHK.shape[1:])
+    return whole_THK.index_copy(0, queries.rows[asked], q_RHK[asked])
+
+
+def _asked_for(out_THK: Tensor, queries: Queries) -> Tensor:
+    out_RHK = out_THK[queries.rows]
+    out_RHK[queries.num_tokens :] = 0
+    return out_RHK
+
+
+def rotate(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation, queries: Queries | None = None) -> tuple[Tensor, Tensor]:
+    """Queries and keys normalised and rotated, in passes of their own."""
+    q_THK = _rotate(q_THK, rotation.query_norm_K, _query_tables(rotation, queries), rotation)
+    return q_THK, _rotate(k_TGK, rotation.key_norm_K, (rotation.cos_TK, rotation.sin_TK), rotation)
+
+
+def _rotate(x: Tensor, weight_K: Tensor | None, tables: tuple[Tensor, Tensor], rotation: Rotation) -> Tensor:
+    if weight_K is None:
+        return rope(x, *tables)
+    return norm_rope(x, *tables, weight_K, rotation.norm_eps, rotation.norm_offset)
+
+
+def _query_tables(rotation: Rotation, queries: Queries | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the query rows."""
+    if queries is None:
+        return rotation.cos_TK, rotation.sin_TK
+    return rotation.cos_TK[queries.rows], rotation.sin_TK[queries.rows]
+
+
+def _needs_norm_gradient(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation) -> bool:
+    """Head norms are differentiated by their own pass: inside attention their gradient would cost it registers."""
+    norms = rotation.query_norm_K, rotation.key_norm_K
+    return norms[0] is not None and needs_gradient(q_THK, k_TGK, *norms)
+
+
+def _reach(causal: bool, window: int | tuple[int, int] | None) -> Reach:
+    left, right = window if isinstance(window, tuple) else (window, window)
+    if any(side is not None and side < 0 for side in (left, right)):
         raise ValueError(f"window counts tokens to each side, got {window}")
-    # Equal-length groups serve every device until the Triton kernels take over on CUDA.
-    implementation(q_THK)
-    return _attention_grouped(q_THK, k_TGK, v_TGK, schedule, scale=scale, causal=causal, window=window, softcap=softcap)
+    if causal and isinstance(window, tuple) and window[1] > 0:
+        raise ValueError(f"causal attention sees nothing to the right, but window is {window}; use ({window[0]}, 0)")
+    return left, 0 if causal else right
+
+
+def _check(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    schedule: Schedule,
+    scale: float,
+    softcap: float | None,
+    queries: Queries | None,
+) -> None:
+    tensors = {"q_THK": q_THK, "k_TGK": k_TGK, "v_TGK": v_TGK}
+    for name, x in tensors.items():
+        rows = len(schedule.positions) if queries is None or name != "q_THK" else len(queries.rows)
+        if x.ndim != 3 or x.shape[2] != q_THK.shape[-1] or len(x) != rows:
+            shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
+            raise ValueError(f"{name} does not fit a batch of {rows} rows: {shapes}")
+        if x.dtype not in DTYPES or x.dtype != q_THK.dtype:
+            raise ValueError(f"{name} is {x.dtype}, expected one of {DTYPES}, the same for all; q_THK is {q_THK.dtype}")
+        if x.device != schedule.cu_seqlens.device:
+            raise ValueError(f"{name} is on {x.device}, the schedule on {schedule.cu_seqlens.device}")
+        if x.stride(2) != 1:
+            raise ValueError(f"{name}'s heads must be contiguous, its strides are {x.stride()}")
+    H, G = q_THK.shape[1], k_TGK.shape[1]
+    if k_TGK.shape != v_TGK.shape or G == 0 or H % G:
+        raise ValueError(f"q {tuple(q_THK.shape)}, k {tuple(k_TGK.shape)} and v {tuple(v_TGK.shape)} do not fit")
+    if q_THK.shape[2] > MAX_HEAD_SIZE:
+        raise ValueError(f"head size is {q_THK.shape[2]}, at most {MAX_HEAD_SIZE} is supported")
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}, expected a positive number")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, expected a positive number or None")
+
+
+def _attention_triton(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    schedule: Schedule,
+    scale: float,
+    reach: Reach,
+    softcap: float | None,
+    rotation: Rotation | None,
+    dropout: Dropout | None,
+    queries: Queries | None,
+) -> Tensor:
+    packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
+    configs = forward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed)
+    tiles = [(schedule if queries is None else queries).tiles(config.tile_class) for config in configs]
+    num_tokens = schedule.num_tokens if queries is None else queries.num_tokens
+    cos_TK = sin_TK = query_norm_K = rotated_TGK = None
+    norm_eps = norm_offset = 0.0
+    if rotation is not None:
+        cos_TK, sin_TK = _query_tables(rotation, queries)
+        query_norm_K, norm_eps, norm_offset = rotation.query_norm_K, rotation.norm_eps, rotation.norm_offset
+        # The op turns the gradient of these keys back itself: no pass, and no node, of its own.
+        tables = rotation.cos_TK, rotation.sin_TK
+        rotated_TGK = _rotate(k_TGK.detach(), rotation.key_norm_K, tables, rotation)
+    left, right = (-1 if side is None else side for side in reach)
+    threshold, key, identities = 0, (0, 0), None
+    if dropout is not None and dropout.p:
+        threshold, key, identities = dropout.threshold, dropout.key(), schedule.identities
+    later_tiles: list[Tensor] = []  # the backward has no schedule at hand
+    if needs_gradient(q_THK, k_TGK, v_TGK):
+        later_tiles = backward_tiles(q_THK, k_TGK, schedule, rotation is not None, threshold > 0, softcap is not None)
+    out_THK, _ = _attention(
+        *(q_THK, k_TGK, v_TGK, rotated_TGK, tiles, later_tiles),
+        0 if schedule.is_static else num_tokens,  # a captured batch zeroes all: the next one may be shorter
+        *(cos_TK, sin_TK, query_norm_K, norm_eps, norm_offset),
+        *(identities, None if queries is None else queries.shift_stop),
+        *(scale, left, right, softcap or 0.0, threshold, *key),
+    )
+    return out_THK

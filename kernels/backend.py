@@ -77,6 +77,11 @@ def implementation(x: Tensor) -> Implementation:
     return "triton" if runs_triton(x.device) else "torch"
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """True if autograd will ask for the gradient of any of these: forms that overwrite buffers must not run."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Run kernels on CPU tensors in Triton's interpreter, for tests; slow.
@@ -101,8 +106,8 @@ def interpreted() -> Iterator[None]:
 class Target:
     """A GPU architecture that kernels are tuned and compiled for.
 
-    `arch` is NVIDIA's compute capability times ten, or AMD's name; sizes are what one block (`shared_bytes`) and one
-    multiprocessor may use.
+    `arch` is NVIDIA's compute capability times ten, or AMD's name. A block may use `shared_bytes`; a multiprocessor
+    holds `threads` threads and `registers` registers of 32 bits.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Target:
     arch: int | str
     warp_size: int
     shared_bytes: int
+    threads: int = 2048
     registers: int = 65_536
 
 
@@ -117,11 +123,11 @@ TARGETS = {
     t.name: t
     for t in (
         Target("sm_80", "cuda", 80, 32, 163 * 1024),
-        Target("sm_89", "cuda", 89, 32, 99 * 1024),
+        Target("sm_89", "cuda", 89, 32, 99 * 1024, 1536),
         Target("sm_90", "cuda", 90, 32, 227 * 1024),
         Target("sm_100", "cuda", 100, 32, 227 * 1024),
-        Target("sm_120", "cuda", 120, 32, 99 * 1024),
-        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 131_072),
+        Target("sm_120", "cuda", 120, 32, 99 * 1024, 1536),
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 2048, 131_072),
     )
 }
 

@@ -12,7 +12,7 @@ Source: Zhang and Sennrich 2019; `offset` 1 is Gemma's form, whose weights are s
 import torch
 from torch import Tensor
 
-from flashvec.kernels.backend import define_op, implementation, launch, target, tl, triton
+from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, target, tl, triton
 from flashvec.kernels.precision import widen
 
 TILE = 2048  # elements of a program, at least: below it, rows share one, or its 4 warps had too little to load
@@ -20,9 +20,7 @@ MAX_ROWS = 32  # of a program: rows of under 64 elements are a test model's
 PER_THREAD = 16  # elements: 64 bytes of a fp32 row in flight a thread, and the arrays of a backward fit its registers
 MAX_WARPS = 16  # 1,024 threads where a warp has 64
 MAX_REGISTERS = 128  # of a thread, what 16 warps may have; left alone, ptxas spills a few to fit more programs
-PARTIALS = (
-    512  # programs that a weight's gradient is summed over: they fill any GPU, and their sums are 1 % of the bytes
-)
+PARTIALS = 512  # programs that a weight's gradient is summed over: they fill any GPU, their sums are 1 % of the bytes
 
 
 def rms_norm_reference(
@@ -31,6 +29,14 @@ def rms_norm_reference(
     x = widen(x_TD)
     scale_D = weight_D.to(x.dtype) + offset
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale_D).to(dtype or x_TD.dtype)
+
+
+def rms_norm_cpu(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float, dtype: torch.dtype | None) -> Tensor:
+    """The reference's arithmetic, bit for bit, in one buffer: its steps are small, allocating is what costs."""
+    x = widen(x_TD)
+    out = x.square()
+    scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return torch.mul(x, scale, out=out).mul_(weight_D.to(x.dtype) + offset).to(dtype or x_TD.dtype)
 
 
 # --- kernels: one program per row, or per few short rows ------------------------------------------------
@@ -252,7 +258,10 @@ def rms_norm(
     """
     check_rows("x_TD", x_TD)
     check_weight("weight_D", weight_D, x_TD)
-    if implementation(x_TD) != "triton" or x_TD.dtype == torch.float64:
-        return rms_norm_reference(x_TD, weight_D, eps, offset, dtype)
+    run = implementation(x_TD)
+    if run != "triton" or x_TD.dtype == torch.float64:
+        # Training differentiates through the reference; the CPU form overwrites what its gradient would need.
+        in_place = run == "cpu" and not needs_gradient(x_TD, weight_D)
+        return (rms_norm_cpu if in_place else rms_norm_reference)(x_TD, weight_D, eps, offset, dtype)
     x_RD = x_TD.flatten(0, -2) if x_TD.ndim != 1 else x_TD[None]
     return _rms_norm(x_RD, weight_D, eps, offset, dtype or x_TD.dtype).view(x_TD.shape)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flashvec.kernels.backend import define_op, implementation, launch, tl, triton
+from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, tl, triton
 from flashvec.kernels.precision import widen
 from flashvec.kernels.rms_norm import MAX_ROWS, check_rows
 
@@ -104,13 +104,13 @@ def rope_reference(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 
 def _rope_cpu(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """The reference in half its passes over memory: two products a half, each rounded straight into the result."""
+    """The reference in half its passes over memory: two products a half, the second straight into the result."""
     out_THK = torch.empty(x_THK.shape, dtype=x_THK.dtype)
     x0, x1 = widen(x_THK).chunk(2, -1)
     out0, out1 = out_THK.chunk(2, -1)
     cos, sin = cos_TK[:, None], sin_TK[:, None]
-    out0.copy_((x0 * cos).addcmul_(x1, sin, value=-1))
-    out1.copy_((x1 * cos).addcmul_(x0, sin))
+    torch.addcmul(x0 * cos, x1, sin, value=-1, out=out0)
+    torch.addcmul(x1 * cos, x0, sin, out=out1)
     return out_THK
 
 
@@ -251,5 +251,5 @@ def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     if implementation(x_THK) == "triton" and x_THK.dtype != torch.float64:
         return _rope(x_THK, cos_TK, sin_TK, False)
     # Training differentiates through the reference; the CPU form writes into its result.
-    in_place = implementation(x_THK) == "cpu" and not (torch.is_grad_enabled() and x_THK.requires_grad)
+    in_place = implementation(x_THK) == "cpu" and not needs_gradient(x_THK)
     return (_rope_cpu if in_place else rope_reference)(x_THK, cos_TK, sin_TK)

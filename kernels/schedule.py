@@ -14,6 +14,7 @@ start first. How a sequence is cut depends on its own length alone, so its bits 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +36,7 @@ class Group:
         return self.start + self.count * self.length
 
 
-@dataclass(frozen=True)
-class TileClass:
+class TileClass(NamedTuple):
     """Which sequences a kernel takes and how it cuts them.
 
     Sequences of more than `shorter` and at most `longest` tokens (None: any), in tiles of `tokens` tokens.
@@ -77,14 +77,15 @@ class Schedule:
             int32 [tiles, 4] on the schedule's device: first row of the sequence, its length, first token of the tile
             (counted from the sequence's own), index of the sequence (`NO_SEQUENCE`: nothing to do).
         """
-        if tile_class not in self.tile_lists:
-            tiles = build_tiles(self.lengths, tile_class)
+        found = self.tile_lists.get(tile_class)
+        if found is None:
             if self.is_static:
-                most = -(-len(self.positions) // tile_class.tokens) + self.num_sequences
-                filling = np.full((most - len(tiles), 4), (0, 0, 0, NO_SEQUENCE), np.int32)
-                tiles = np.concatenate([tiles, filling])
-            self.tile_lists[tile_class] = torch.from_numpy(tiles).to(self.cu_seqlens.device, non_blocking=True)
-        return self.tile_lists[tile_class]
+                tiles = build_static_tiles(self.lengths, tile_class, len(self.positions))
+            else:
+                tiles = build_tiles(self.lengths, tile_class)
+            found = torch.from_numpy(tiles).to(self.cu_seqlens.device, non_blocking=True)
+            self.tile_lists[tile_class] = found
+        return found
 
     def identity_of_rows(self) -> Tensor:
         """int32 [T]: the identity of each row's sequence, 0 on filling rows."""
@@ -96,17 +97,110 @@ class Schedule:
         return rows
 
 
-def build_tiles(lengths: Sequence[int], tile_class: TileClass) -> np.ndarray:
-    """The tiles of one class, longest sequences first, a sequence's own tiles side by side: int32 [tiles, 4]."""
+@dataclass(frozen=True)
+class Queries:
+    """Some tokens of each sequence, one span of it, laid end to end: the rows whose output a last layer needs.
+
+    `rows` is int64 [R]: where these tokens lie among the batch's rows. `shift_stop` is int32 [B, 2]: what is added to a
+    token's number to give its row among the R, and the first token past the span.
+    """
+
+    rows: Tensor
+    shift_stop: Tensor
+    spans: np.ndarray
+    num_tokens: int
+    lengths: tuple[int, ...]  # of the whole sequences
+    tile_lists: dict[TileClass, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def tiles(self, tile_class: TileClass) -> Tensor:
+        """As `Schedule.tiles`, over the spans' tokens; a class still means the whole sequence's length."""
+        found = self.tile_lists.get(tile_class)
+        if found is None:
+            tiles = build_tiles(self.lengths, tile_class, self.spans)
+            found = torch.from_numpy(tiles).to(self.rows.device, non_blocking=True)
+            self.tile_lists[tile_class] = found
+        return found
+
+
+def select_queries(schedule: Schedule, spans: np.ndarray, num_rows: int | None = None) -> Queries:
+    """Keep one span of tokens of each sequence.
+
+    Args:
+        schedule: of the batch.
+        spans: integers [B, 2]: first token and one past the last, counted from the sequence's own first token.
+        num_rows: rows of the result, at least the spans' tokens; the rest repeat the batch's first row.
+
+    Raises:
+        ValueError: a span outside its sequence, or too few rows.
+    """
+    spans = np.asarray(spans, dtype=np.int64)
+    length = np.asarray(schedule.lengths, dtype=np.int64)
+    if spans.shape != (len(length), 2) or (spans[:, 0] < 0).any() or (spans[:, 1] > length).any():
+        raise ValueError(f"spans {spans.tolist()} do not lie in sequences of {length.tolist()} tokens")
+    count = np.maximum(spans[:, 1] - spans[:, 0], 0)
+    total = int(count.sum())
+    num_rows = total if num_rows is None else num_rows
+    if num_rows < total:
+        raise ValueError(f"num_rows is {num_rows}, the spans hold {total} tokens")
+    own_start, batch_start = np.cumsum(count) - count, np.cumsum(length) - length
+    rows = np.zeros(num_rows, dtype=np.int64)
+    rows[:total] = np.arange(total) + np.repeat(batch_start + spans[:, 0] - own_start, count)
+    shift_stop = np.stack([own_start - spans[:, 0], spans[:, 1]], 1).astype(np.int32)
+    device = schedule.cu_seqlens.device
+    return Queries(
+        rows=torch.from_numpy(rows).to(device, non_blocking=True),
+        shift_stop=torch.from_numpy(shift_stop).to(device, non_blocking=True),
+        spans=spans,
+        num_tokens=total,
+        lengths=schedule.lengths,
+    )
+
+
+def build_tiles(lengths: Sequence[int], tile_class: TileClass, spans: np.ndarray | None = None) -> np.ndarray:
+    """The tiles of one class, longest sequences first, a sequence's own tiles side by side: int32 [tiles, 4].
+
+    With `spans`, tiles cover these tokens of each sequence alone.
+    """
     length = np.asarray(lengths, dtype=np.int64)
+    begin, stop = (np.zeros_like(length), length) if spans is None else (spans[:, 0], spans[:, 1])
     longest = length.max(initial=0) if tile_class.longest is None else tile_class.longest
     sequence = np.flatnonzero((length > tile_class.shorter) & (length <= longest))
     sequence = sequence[np.argsort(-length[sequence], kind="stable")]
-    count = -(-length[sequence] // tile_class.tokens)
+    count = np.maximum(-(-(stop - begin)[sequence] // tile_class.tokens), 0)
     owner = np.repeat(sequence, count)
     tile = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
     start = np.cumsum(length) - length
-    return np.stack([start[owner], length[owner], tile * tile_class.tokens, owner], 1).astype(np.int32)
+    first = begin[owner] + tile * tile_class.tokens
+    return np.stack([start[owner], length[owner], first, owner], 1).astype(np.int32)
+
+
+def build_static_tiles(lengths: Sequence[int], tile_class: TileClass, num_rows: int) -> np.ndarray:
+    """`build_tiles`, filled up to as many tiles as any batch of these rows and this many sequences could need."""
+    tiles = build_tiles(lengths, tile_class)
+    most = -(-num_rows // tile_class.tokens) + len(lengths)
+    filling = np.full((most - len(tiles), 4), (0, 0, 0, NO_SEQUENCE), np.int32)
+    return np.concatenate([tiles, filling])
+
+
+def build_groups(lengths: Sequence[int]) -> tuple[Group, ...]:
+    """Neighbours of equal length, for the forms that run on plain views."""
+    groups, start = [], 0
+    for n, same in groupby(lengths):
+        group = Group(start, len(list(same)), n)
+        if n:
+            groups.append(group)
+        start = group.stop
+    return tuple(groups)
+
+
+def build_places(lengths: Sequence[int] | np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """`cu_seqlens` (int32 [B + 1]) and `positions` (int64 [num_rows]) of a batch, on the host."""
+    length = np.asarray(lengths, dtype=np.int64)
+    stops = np.cumsum(length)
+    num_tokens = int(stops[-1]) if len(stops) else 0
+    positions = np.zeros(num_rows, dtype=np.int64)
+    positions[:num_tokens] = np.arange(num_tokens) - np.repeat(stops - length, length)
+    return np.concatenate([[0], stops]).astype(np.int32), positions
 
 
 def build_schedule(
@@ -141,21 +235,11 @@ def build_schedule(
             raise ValueError(f"identities has shape {tuple(identities.shape)}, there are {len(lengths)} sequences")
         identities = identities.to(device)
 
-    groups, start = [], 0
-    for n, same in groupby(lengths):
-        group = Group(start, len(list(same)), n)
-        if n:
-            groups.append(group)
-        start = group.stop
-    length = np.asarray(lengths, dtype=np.int64)
-    stops = np.cumsum(length)
-    positions = np.zeros(num_rows, dtype=np.int64)
-    positions[:num_tokens] = np.arange(num_tokens) - np.repeat(stops - length, length)
-    cu_seqlens = torch.from_numpy(np.concatenate([[0], stops]).astype(np.int32))
+    cu_seqlens, positions = build_places(lengths, num_rows)
     return Schedule(
-        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+        cu_seqlens=torch.from_numpy(cu_seqlens).to(device, non_blocking=True),
         positions=torch.from_numpy(positions).to(device, non_blocking=True),
-        groups=tuple(groups),
+        groups=build_groups(lengths),
         num_tokens=num_tokens,
         max_length=max(lengths, default=0),
         lengths=tuple(lengths),

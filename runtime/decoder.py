@@ -5,26 +5,36 @@
 
 Every family runs through these lines; what differs is a fact in `DecoderSpec`. All tensors are packed: T rows, the
 tokens of all sequences end to end, no padding between them. The residual stream is fp32 whatever the weights are: a
-bf16 stream loses far more of the vector than bf16 products do.
+bf16 stream loses far more of the vector than bf16 products do. What a block adds to it is added by the norm that
+follows, in one pass.
 
 Shape letters: T = packed tokens, D = hidden size, H = query heads, G = kv heads, K = head size, F = MLP width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashvec.kernels.attention import attention
+from flashvec.kernels.add_rms_norm import add_rms_norm
+from flashvec.kernels.attention import Rotation, attention, rotate
+from flashvec.kernels.backend import implementation
+from flashvec.kernels.dropout import Dropout
 from flashvec.kernels.linear import linear
+from flashvec.kernels.lora import lora
 from flashvec.kernels.rms_norm import rms_norm
-from flashvec.kernels.rope import rope, rope_table
-from flashvec.kernels.schedule import Schedule
+from flashvec.kernels.rope import rope_table
+from flashvec.kernels.schedule import Queries, Schedule
 from flashvec.kernels.swiglu import swiglu
+from flashvec.runtime.buckets import token_bucket
 from flashvec.runtime.checkpoint.source import CheckpointError, TensorSource
 from flashvec.runtime.row_counts import RowCounts
 from flashvec.runtime.spec import DecoderSpec
+
+SITES_PER_LAYER = 8  # of dropout: attention, then the inputs of the updates of q, k, v, out, gate, up, down
+ATTENTION_SITE, QKV_SITE, OUT_SITE, GATE_UP_SITE, DOWN_SITE = 0, 1, 4, 5, 7
 
 
 @dataclass
@@ -45,6 +55,69 @@ class Layer:
     down: Tensor  # [D, F]
     down_bias: Tensor | None
     mlp_post_norm: Tensor | None  # [D]
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """A low-rank update of one merged product, see `kernels/lora.py`; `scales` has one factor for each projection."""
+
+    a_PRC: Tensor
+    b_NR: Tensor
+    scales: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerLora:
+    """The updates of one layer's products; None leaves a product as it is."""
+
+    qkv: LoraPair | None = None
+    out: LoraPair | None = None
+    gate_up: LoraPair | None = None
+    down: LoraPair | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training pass adds to the forward: updates of the products, and what is dropped."""
+
+    lora: Sequence[LayerLora] = ()
+    attention_dropout: Dropout | None = None
+    lora_dropout: Dropout | None = None
+
+
+class Stream(NamedTuple):
+    """The residual stream after the last layer, its last addition still to be made: h + delta, or h + norm(delta)."""
+
+    hidden_TD: Tensor  # fp32
+    delta_TD: Tensor
+    post_norm_D: Tensor | None
+
+
+class Rows(NamedTuple):
+    """The rows that products run over: all of a batch, or those that a last layer needs."""
+
+    plan: Sequence[int]
+    positions_T: Tensor
+    identities_T: Tensor | None  # for dropout
+
+
+class Turn(NamedTuple):
+    """The layer whose turn it is: read once a pass, because a decoder may make its layers as they are read."""
+
+    number: int
+    layer: Layer
+    updates: LayerLora
+
+
+class Batch(NamedTuple):
+    """What every layer of a pass reads."""
+
+    schedule: Schedule
+    rows: Rows
+    causal: bool
+    tables: list[tuple[Tensor, Tensor]]
+    query_scale_T: Tensor | None
+    training: Training
 
 
 class Decoder:
@@ -69,14 +142,14 @@ class Decoder:
 
     def row_plan(self, num_tokens: int) -> tuple[int, ...]:
         """Row counts the products of a batch of `num_tokens` tokens run at; their sum is the batch's `T`."""
-        return self.row_counts.plan(num_tokens) if self.device.type == "cpu" else (num_tokens,)
+        return self.row_counts.plan(num_tokens) if self.device.type == "cpu" else (token_bucket(num_tokens),)
 
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, schedule: Schedule, row_plan: Sequence[int], causal: bool) -> Tensor:
         """The residual stream after the last layer, before the final norm.
 
         Args:
-            ids_T: int [num_tokens] token ids, sequences end to end.
+            ids_T: int [num_tokens] token ids, sequences end to end; for a static schedule [T], negative where filling.
             schedule: of the batch, with as many rows as `row_plan` sums to.
             row_plan: see `row_plan`.
             causal: hide later tokens.
@@ -84,66 +157,139 @@ class Decoder:
         Returns:
             fp32 [T, D]; rows past the tokens are filling.
         """
-        h_TD = self._embed(ids_T, len(schedule.positions))
-        tables = self._rope_rows(schedule)
-        query_scale_T = self._query_scale(schedule)
-        for index, layer in enumerate(self.layers):
-            cos_sin = tables[self.spec.layer_ropes[index]]
-            window = self.spec.layer_windows[index]
-            h_TD += self._attend(layer, h_TD, schedule, row_plan, causal, window, cos_sin, query_scale_T)
-            h_TD += self._mlp(layer, h_TD, row_plan)
-        return h_TD
+        h_TD, y_TD, post_norm_D = self.run(ids_T, schedule, row_plan, causal)
+        return h_TD + (y_TD if post_norm_D is None else self._norm(y_TD, post_norm_D, torch.float32))
 
-    def _embed(self, ids_T: Tensor, num_rows: int) -> Tensor:
-        h_TD = torch.zeros(num_rows, self.spec.hidden_size, dtype=torch.float32, device=self.device)
-        h_TD[: len(ids_T)] = self.embedding_VD[ids_T]
-        return h_TD.mul_(self.spec.embedding_scale) if self.spec.embedding_scale != 1.0 else h_TD
-
-    def _attend(
+    def run(
         self,
-        layer: Layer,
-        h_TD: Tensor,
+        ids_T: Tensor,
         schedule: Schedule,
         row_plan: Sequence[int],
         causal: bool,
-        window: int | None,
-        cos_sin: tuple[Tensor, Tensor],
-        query_scale_T: Tensor | None,
-    ) -> Tensor:
-        spec = self.spec
-        H, G = spec.num_heads, spec.num_kv_heads
-        x_TD = self._norm(h_TD, layer.attention_norm, self.dtype)
-        qkv = linear(x_TD, layer.qkv, layer.qkv_bias, row_plan).unflatten(1, (H + 2 * G, spec.head_size))
-        if layer.query_norm is None or layer.key_norm is None:
-            q_THK, k_TGK = rope(qkv[:, : H + G], *cos_sin).split([H, G], 1)
+        *,
+        queries: Queries | None = None,
+        training: Training | None = None,
+    ) -> Stream:
+        """All layers; differentiable where gradients are enabled (with a row plan of one count).
+
+        Args:
+            ids_T, schedule, row_plan, causal: see `forward`.
+            queries: tokens whose output is wanted. The last layer then computes its output product and MLP, and on a
+                GPU its queries, for these rows alone; the result has `len(queries.rows)` rows.
+            training: low-rank updates and dropout.
+
+        Returns:
+            The residual stream and what the last block adds to it, for `mean_pool` to add.
+        """
+        training = training or Training()
+        drops_inputs = training.lora_dropout is not None and training.lora_dropout.p > 0
+        rows = Rows(row_plan, schedule.positions, schedule.identity_of_rows() if drops_inputs else None)
+        tables, query_scale_T = self._rope_rows(schedule), self._query_scale(schedule)
+        batch = Batch(schedule, rows, causal, tables, query_scale_T, training)
+        h_TD, y_TD, post_norm_D = self._embed(ids_T, schedule), None, None
+        for index, layer in enumerate(self.layers):
+            turn = Turn(index, layer, training.lora[index] if training.lora else LayerLora())
+            h_TD, x_TD = self._add_norm(h_TD, y_TD, post_norm_D, layer.attention_norm)
+            if queries is not None and index == len(self.layers) - 1:
+                h_TD, rows = h_TD[queries.rows], self._select(rows, queries)
+                y_TD = self._attend(turn, x_TD, batch, rows, queries)
+            else:
+                y_TD = self._attend(turn, x_TD, batch, rows, None)
+            h_TD, x_TD = self._add_norm(h_TD, y_TD, layer.attention_post_norm, layer.mlp_norm)
+            y_TD = self._mlp(turn, x_TD, rows, training)
+            post_norm_D = layer.mlp_post_norm
+        assert y_TD is not None  # a decoder has layers
+        return Stream(h_TD, y_TD, post_norm_D)
+
+    def _select(self, rows: Rows, queries: Queries) -> Rows:
+        identities = None if rows.identities_T is None else rows.identities_T[queries.rows]
+        return Rows(self.row_plan(len(queries.rows)), rows.positions_T[queries.rows], identities)
+
+    def _embed(self, ids_T: Tensor, schedule: Schedule) -> Tensor:
+        if schedule.is_static:  # only the ids say which rows are filling: those stay zero
+            h_TD = self.embedding_VD[ids_T.clamp(min=0)].float().masked_fill_(ids_T[:, None] < 0, 0.0)
         else:
-            q_THK = self._norm(qkv[:, :H], layer.query_norm, torch.float32)
-            k_TGK = self._norm(qkv[:, H : H + G], layer.key_norm, torch.float32)
-            q_THK, k_TGK = (rope(x, *cos_sin).to(self.dtype) for x in (q_THK, k_TGK))
-        if query_scale_T is not None:
-            q_THK = (q_THK * query_scale_T[:, None, None]).to(self.dtype)
+            h_TD = torch.zeros(len(schedule.positions), self.spec.hidden_size, dtype=torch.float32, device=self.device)
+            h_TD[: len(ids_T)] = self.embedding_VD[ids_T]
+        return h_TD.mul_(self.spec.embedding_scale) if self.spec.embedding_scale != 1.0 else h_TD
+
+    def _add_norm(
+        self, h_TD: Tensor, y_TD: Tensor | None, post_norm_D: Tensor | None, weight_D: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with a block's output added, and its norm in the compute dtype."""
+        eps, offset = self.spec.norm_eps, self.spec.norm_offset
+        if y_TD is None:
+            return h_TD, rms_norm(h_TD, weight_D, eps, offset, self.dtype)
+        return add_rms_norm(h_TD, y_TD, weight_D, eps, offset, self.dtype, post_weight_D=post_norm_D)
+
+    def _attend(self, turn: Turn, x_TD: Tensor, batch: Batch, rows: Rows, queries: Queries | None) -> Tensor:
+        """A layer's attention block; its result has the rows of `rows`."""
+        spec = self.spec
+        q_THK, k_TGK, v_TGK = self._queries_keys_values(turn, x_TD, batch, queries)
+        cos_TK, sin_TK = batch.tables[spec.layer_ropes[turn.number]]
+        norms = turn.layer.query_norm, turn.layer.key_norm
+        rotation: Rotation | None = Rotation(cos_TK, sin_TK, *norms, spec.norm_eps, spec.norm_offset)
+        if rotation is not None and batch.query_scale_T is not None:
+            q_THK, k_TGK = rotate(q_THK, k_TGK, rotation, queries)
+            scale_T = batch.query_scale_T if queries is None else batch.query_scale_T[queries.rows]
+            q_THK, rotation = (q_THK * scale_T[:, None, None]).to(self.dtype), None
         mixed_THK = attention(
             q_THK,
             k_TGK,
-            qkv[:, H + G :],
-            schedule,
+            v_TGK,
+            batch.schedule,
             scale=spec.attention_scale,
-            causal=causal,
-            window=window,
+            causal=batch.causal,
+            window=spec.layer_windows[turn.number],
             softcap=spec.softcap,
+            rotation=rotation,
+            dropout=_at(batch.training.attention_dropout, turn.number, ATTENTION_SITE),
+            queries=queries,
         )
-        y_TD = linear(mixed_THK.flatten(1), layer.out, layer.out_bias, row_plan)
-        if layer.attention_post_norm is not None:
-            y_TD = self._norm(y_TD, layer.attention_post_norm, torch.float32)
-        return y_TD
+        return self._product(turn, "out", mixed_THK.flatten(1), [spec.hidden_size], OUT_SITE, rows, batch.training)
 
-    def _mlp(self, layer: Layer, h_TD: Tensor, row_plan: Sequence[int]) -> Tensor:
-        x_TD = self._norm(h_TD, layer.mlp_norm, self.dtype)
-        gate_up = linear(x_TD, layer.gate_up, layer.gate_up_bias, row_plan)
-        y_TD = linear(swiglu(gate_up, self.spec.activation), layer.down, layer.down_bias, row_plan)
-        if layer.mlp_post_norm is not None:
-            y_TD = self._norm(y_TD, layer.mlp_post_norm, torch.float32)
-        return y_TD
+    def _queries_keys_values(
+        self, turn: Turn, x_TD: Tensor, batch: Batch, queries: Queries | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all rows, or queries of the selected ones."""
+        H, G, K = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_size
+        layer = turn.layer
+        # On the CPU the merged product stays whole: another shape would have other safe row counts.
+        if queries is not None and implementation(x_TD) != "cpu" and turn.updates.qkv is None:
+            biases = (None, None) if layer.qkv_bias is None else layer.qkv_bias.split([H * K, 2 * G * K])
+            q_THK = linear(x_TD[queries.rows], layer.qkv[: H * K], biases[0]).unflatten(1, (H, K))
+            k_TGK, v_TGK = linear(x_TD, layer.qkv[H * K :], biases[1]).unflatten(1, (2 * G, K)).split(G, 1)
+            return q_THK, k_TGK, v_TGK
+        qkv = self._product(turn, "qkv", x_TD, [H * K, G * K, G * K], QKV_SITE, batch.rows, batch.training)
+        q_THK, k_TGK, v_TGK = qkv.unflatten(1, (H + 2 * G, K)).split([H, G, G], 1)
+        return q_THK if queries is None else q_THK[queries.rows], k_TGK, v_TGK
+
+    def _mlp(self, turn: Turn, x_TD: Tensor, rows: Rows, training: Training) -> Tensor:
+        F, D = self.spec.mlp_size, self.spec.hidden_size
+        gate_up = self._product(turn, "gate_up", x_TD, [F, F], GATE_UP_SITE, rows, training)
+        activated = swiglu(gate_up, self.spec.activation)
+        return self._product(turn, "down", activated, [D], DOWN_SITE, rows, training)
+
+    def _product(
+        self, turn: Turn, name: str, x: Tensor, splits: list[int], site: int, rows: Rows, training: Training
+    ) -> Tensor:
+        """One of a layer's merged products, with its low-rank update where a training pass has one."""
+        weight, bias = getattr(turn.layer, name), getattr(turn.layer, f"{name}_bias")
+        pair = getattr(turn.updates, name)
+        if pair is None:
+            return linear(x, weight, bias, rows.plan)
+        return lora(
+            x,
+            weight,
+            pair.a_PRC,
+            pair.b_NR,
+            scales=pair.scales,
+            splits=splits,
+            bias_N=bias,
+            dropout=_at(training.lora_dropout, turn.number, site),
+            identities_T=rows.identities_T,
+            positions_T=rows.positions_T,
+        )
 
     def _norm(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return rms_norm(x, weight, self.spec.norm_eps, self.spec.norm_offset, dtype)
@@ -164,6 +310,11 @@ class Decoder:
             return None
         steps = torch.floor(schedule.positions.double() / self.spec.query_scale_positions)
         return (1 + self.spec.query_scale_beta * torch.log1p(steps)).float()
+
+
+def _at(dropout: Dropout | None, index: int, site: int) -> Dropout | None:
+    """A pass's dropout at one place of one layer."""
+    return None if dropout is None else dropout.at(index * SITES_PER_LAYER + site)
 
 
 class DecoderLoader:

@@ -16,21 +16,31 @@ from flashvec.runtime import engine, prepare
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.decoder import Decoder, DecoderLoader
 from flashvec.runtime.drop_in import SentenceTransformerNames
-from flashvec.runtime.engine import Done, RunSettings
+from flashvec.runtime.engine import Engine
+from flashvec.runtime.non_finite import NonFiniteRows, report
 from flashvec.runtime.parts import Instruction, PartVectors
-from flashvec.runtime.pooling import DenseHead, finish, pool, quantize
+from flashvec.runtime.placement import choose_devices, choose_dtype
+from flashvec.runtime.pooling import DenseHead, quantize
+from flashvec.runtime.program import Program, embedding_program
 from flashvec.runtime.progress import Progress
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import as_instructions, as_texts
+from flashvec.runtime.wide import widened
+from flashvec.runtime.windows import WINDOW, Call, Done, RunSettings, run_call
 
 logger = logging.getLogger("flashvec")
 
-WINDOW = 8192  # texts tokenised, sorted and packed together: bounds memory, long enough to fill packs evenly
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class TruncationWarning(UserWarning):
-    """Texts were longer than `max_length`; the message says how many."""
+    """Texts were longer than `max_length`; the message says how many, and so does `num_texts`."""
+
+    num_texts = 0
+
+    @classmethod
+    def of(cls, num_texts: int, num_all: int, limit: int) -> "TruncationWarning":
+        warning = cls(f"{num_texts} of {num_all} texts were longer than max_length={limit} tokens and were cut")
+        warning.num_texts = num_texts
+        return warning
 
 
 class Encoder(PartVectors, SentenceTransformerNames):
@@ -42,10 +52,12 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
     def __init__(self, spec: ModelSpec, decoder: Decoder, tokenizer: Any, heads: Sequence[DenseHead] = ()) -> None:
         self.spec = spec
-        self.decoder = decoder
+        self.engine = Engine(decoder)
         self.tokenizer = tokenizer
         self.heads = list(heads)
-        self.workers = 1  # packs at the same time, one thread each (see `engine.run`); more was slower where measured
+        self.workers = 1  # packs at the same time, one thread each (see `Engine.run`); more was slower where measured
+        # A text whose vector overflows is run again in fp32; only half precision on a GPU is known to need it.
+        self.retry_non_finite = decoder.device.type == "cuda" and decoder.dtype != torch.float32
 
     @classmethod
     def load(
@@ -54,7 +66,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         *,
         revision: str | None = None,
         adapters: str | Path | Sequence[str | Path] = (),
-        device: str | torch.device | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
         dtype: str | torch.dtype | None = None,
         attention: Literal["bidirectional", "causal"] | None = None,
         pooling: str | Sequence[str] | None = None,
@@ -72,7 +84,8 @@ class Encoder(PartVectors, SentenceTransformerNames):
                 or GGUF only; no code from a model is ever run.
             revision: branch, tag or commit of a hub id.
             adapters: PEFT adapters to merge, in this order.
-            device: where to run; default CUDA if there is one, else the CPU.
+            device: where to run; default CUDA if there is one, else the CPU. "all" (every GPU) or a list of devices
+                gives a `SpreadEncoder`, one process for each: close it, or use it as a context manager.
             dtype: float32, bfloat16 or float16; default bfloat16 where the processor has it in hardware, else float32.
             attention, pooling: override what the layout says. `pooling` is one of mean, weighted_mean,
                 mean_sqrt_len, max, last, cls, or several to concatenate.
@@ -89,7 +102,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         """
         if compat not in (None, "llm2vec"):
             raise ValueError(f"compat is {compat!r}; the only one is 'llm2vec'")
-        device, torch_dtype = _choose_device(device), None if dtype is None else _choose_dtype(dtype)
+        devices, torch_dtype = choose_devices(device), None if dtype is None else choose_dtype(dtype)
         modes = pooling if pooling is None or isinstance(pooling, str) else tuple(pooling)
         overrides = Overrides(attention, modes, max_length, truncate_dim, compat)
         adapter_list = [adapters] if isinstance(adapters, str | Path) else list(adapters)
@@ -97,24 +110,35 @@ class Encoder(PartVectors, SentenceTransformerNames):
         checkpoint = open_checkpoint(path, overrides, tuple(str(a) for a in adapter_list), local_files_only)
         for notice in checkpoint.notices:
             logger.warning("%s: %s", path.name, notice)
-        return cls._from_checkpoint(checkpoint, device, torch_dtype, layers)
+        if len(devices) == 1:
+            return cls._from_checkpoint(checkpoint, devices[0], torch_dtype, layers)
+        from flashvec.runtime.devices import SpreadEncoder
+
+        checkpoint.source.close()
+        spec = _checked(checkpoint.spec, layers)
+        arguments: dict[str, Any] = {
+            "model": str(path),
+            "adapters": [str(a) for a in adapter_list],
+            "dtype": None if torch_dtype is None else str(torch_dtype),
+            "attention": attention,
+            "pooling": modes,
+            "max_length": max_length,
+            "truncate_dim": truncate_dim,
+            "compat": compat,
+            "layers": layers,
+            "local_files_only": local_files_only,
+        }
+        return SpreadEncoder(spec, checkpoint.tokenizer, devices, arguments)
 
     @classmethod
     def _from_checkpoint(
         cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, layers: int | None
     ) -> "Encoder":
-        spec = checkpoint.spec
-        if layers is not None and not 1 <= layers <= spec.decoder.num_layers:
-            raise ValueError(f"layers is {layers}, the model has {spec.decoder.num_layers}")
-        width = spec.dense[-1].out_features if spec.dense else spec.decoder.hidden_size * len(spec.pooling)
-        if spec.truncate_dim is not None and not 1 <= spec.truncate_dim <= width:
-            raise ValueError(f"truncate_dim is {spec.truncate_dim}, the model's vectors have {width} dimensions")
+        spec = _checked(checkpoint.spec, layers)
         if dtype is None:
             dtype = torch.bfloat16 if has_hardware_bf16(device) else torch.float32
-        decoder = DecoderLoader(spec.decoder, checkpoint.source, dtype, device).load(layers)
-        if layers is not None:
-            decoder.spec = replace(spec.decoder, num_layers=layers)
-            spec = replace(spec, decoder=decoder.spec)
+        decoder = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device).load(layers)
+        decoder.spec = spec.decoder
         heads = [
             DenseHead(weight.to(device), None if bias is None else bias.to(device), dense.activation)
             for (weight, bias), dense in zip(checkpoint.dense, spec.dense, strict=True)
@@ -139,6 +163,10 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
         for notice in save(self, folder, overwrite=overwrite):
             logger.warning("%s: %s", folder, notice)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.engine.decoder
 
     @property
     def device(self) -> torch.device:
@@ -228,13 +256,11 @@ class Encoder(PartVectors, SentenceTransformerNames):
             raise ValueError(f"output='torch' gives float32 or float16, precision is {precision!r}")
         quantize(np.zeros((0, dim), np.float32), precision, self.spec.int8_ranges)  # refuse before working
         instructions = self._instructions(instruction, prompt_name, len(rows))
-        vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device)
-        for done in self._run(rows, instructions, run):
-            vectors[self._on_device(done.rows)] = self._vectors(done, normalize, truncate_dim)
+        vectors = self._embed_rows(rows, instructions, run, normalize, truncate_dim, output == "torch")
         if output == "torch":
             result: Any = vectors.to(torch.float16) if precision == "float16" else vectors
         else:
-            result = quantize(vectors.cpu().numpy(), precision, self.spec.int8_ranges)
+            result = quantize(vectors.numpy(), precision, self.spec.int8_ranges)
         if out is not None:
             if output == "torch" or out.shape != result.shape:
                 raise ValueError(f"out has shape {out.shape}, the vectors are {tuple(result.shape)} (output='numpy')")
@@ -282,6 +308,23 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
     # --- the way of a text ------------------------------------------------------------------------------
 
+    def _embed_rows(
+        self,
+        rows: list[str],
+        instructions: list[str] | None,
+        run: RunSettings,
+        normalize: bool | None,
+        truncate_dim: int | None,
+        on_device: bool,
+    ) -> Tensor:
+        """fp32 [n, d], on the device or on the host."""
+        dim = truncate_dim or self.spec.embedding_size
+        vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device if on_device else None)
+        program = embedding_program(self.spec, self.heads, normalize=normalize, truncate_dim=truncate_dim)
+        for done in self._run(rows, instructions, run, program, on_device=on_device):
+            vectors[self._beside(vectors, done.rows)] = done.ran.outputs[0]
+        return vectors
+
     def _check_dim(self, truncate_dim: int | None) -> int:
         if truncate_dim is not None and not 1 <= truncate_dim <= self.spec.embedding_size:
             raise ValueError(f"truncate_dim is {truncate_dim}, the vectors have {self.spec.embedding_size} dimensions")
@@ -302,55 +345,56 @@ class Encoder(PartVectors, SentenceTransformerNames):
         return None if found is None or not any(found) else found
 
     def _run(
-        self, rows: list[str], instructions: list[str] | None, run: RunSettings, offsets: bool = False
+        self,
+        texts: list[str],
+        instructions: list[str] | None,
+        settings: RunSettings,
+        program: Program,
+        *,
+        offsets: bool = False,
+        on_device: bool = False,
     ) -> Iterator[Done]:
-        """Run texts in windows and packs; warns once if some were cut."""
-        limit = self.spec.max_length if run.max_length is None else run.max_length
+        """Run texts in windows and packs; warns once if some were cut.
+
+        Yields:
+            Packs as they are done. A text that comes again was not finite the first time: the last one counts.
+        """
+        limit = self.spec.max_length if settings.max_length is None else settings.max_length
         if not 1 <= limit <= self.spec.decoder.max_positions:
             raise ValueError(f"max_length is {limit}, the model has {self.spec.decoder.max_positions} positions")
-        budget = self._budget(run.batch_tokens)
-        causal = self.spec.attention == "causal"
-        offsets |= self.spec.span == "template" or (self.spec.span == "offsets" and instructions is not None)
-        num_truncated = 0
-        with Progress(len(rows), run.show_progress) as progress:
-            for at in range(0, len(rows), WINDOW):
-                own = None if instructions is None else instructions[at : at + WINDOW]
-                prepared = prepare.prepare(self.spec, rows[at : at + WINDOW], own, self.tokenizer)
-                tokens = prepare.tokenise(
-                    self.tokenizer, prepared, limit, offsets=offsets, split_special=run.split_special
-                )
-                num_truncated += int(tokens.truncated.sum())
-                self._check_ids(tokens.ids)
-                spans = prepare.pooled_spans(self.spec, tokens, prepared, own, self.tokenizer)
-                starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
-                text_starts = [len(before) for before in prepared.before]
-                for pack in engine.run(self.decoder, tokens.ids, tokens.lengths, budget, causal, self.workers):
-                    pooled = self._on_device(spans[pack.indices])
-                    yield Done(pack.indices + at, pack, pooled, tokens, starts, text_starts)
-                    progress.advance(len(pack.indices), pack.schedule.num_tokens)
+        call = Call(texts, instructions, limit, settings.split_special, program, offsets, on_device)
+        budget = self._budget(settings.batch_tokens)
+        overflown, num_truncated = NonFiniteRows(program.counts), 0
+        with Progress(len(texts), settings.show_progress) as progress:
+            for done in run_call(call, self.spec, self.tokenizer, self.engine, budget, self.workers):
+                num_truncated += int(done.window.tokens.truncated[done.ran.indices].sum())
+                if self.retry_non_finite:
+                    overflown.look_at(done)
+                yield done
+                progress.advance(len(done.rows), done.ran.num_tokens)
+        yield from self._run_again(call, overflown.rows())
         if num_truncated:
             warnings.warn(
-                f"{num_truncated} of {len(rows)} texts were longer than max_length={limit} tokens and were cut",
-                TruncationWarning,
-                stacklevel=3,
+                TruncationWarning.of(num_truncated, len(texts), limit),
+                stacklevel=4,  # whoever called `embed`
             )
 
-    def _check_ids(self, ids: np.ndarray) -> None:
-        size = self.spec.decoder.vocab_size
-        if len(ids) and ids.max() >= size:
-            token = self.tokenizer.backend.id_to_token(int(ids.max()))
-            raise ValueError(
-                f"the tokenizer gives {token!r} the id {ids.max()}, the model's embedding has {size} rows: "
-                "tokenizer.json belongs to another model"
-            )
+    def _run_again(self, call: Call, rows: np.ndarray) -> Iterator[Done]:
+        """Texts whose results were not finite, one at a time in fp32."""
+        if not len(rows):
+            return
+        still = NonFiniteRows(call.program.counts)
+        wide = Engine(widened(self.decoder), self.engine.accelerator, graphs=False)
+        for done in run_call(call.take(rows), self.spec, self.tokenizer, wide, 1):
+            done = done._replace(rows=rows[done.rows])
+            still.look_at(done)
+            yield done
+        report(rows, still.rows(), len(call.texts), self.dtype)
 
-    def _vectors(self, done: Done, normalize: bool | None, truncate_dim: int | None) -> Tensor:
-        """Finished fp32 vectors [B, d] of a pack's texts."""
-        pooled = pool(self.spec, self.decoder, done.pack, done.spans_B2)
-        return finish(self.spec, pooled, self.heads, normalize, truncate_dim)
-
-    def _on_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+    def _beside(self, vectors: Tensor, rows: np.ndarray) -> Tensor:
+        """Row numbers as an index into `vectors`, on its device."""
+        accelerator = self.engine.accelerator
+        return torch.from_numpy(rows) if accelerator is None or vectors.device.type == "cpu" else accelerator.send(rows)
 
     def _budget(self, batch_tokens: int | None) -> int:
         if batch_tokens is not None and batch_tokens < 1:
@@ -358,16 +402,11 @@ class Encoder(PartVectors, SentenceTransformerNames):
         return batch_tokens or engine.default_budget(self.device)
 
 
-def _choose_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "all":
-        raise ValueError("device='all' spreads texts over CUDA GPUs and this version runs one device: name it")
-    return torch.device(device)
-
-
-def _choose_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
-    return found
+def _checked(spec: ModelSpec, layers: int | None) -> ModelSpec:
+    """The spec of the first `layers` layers."""
+    if layers is not None and not 1 <= layers <= spec.decoder.num_layers:
+        raise ValueError(f"layers is {layers}, the model has {spec.decoder.num_layers}")
+    width = spec.dense[-1].out_features if spec.dense else spec.decoder.hidden_size * len(spec.pooling)
+    if spec.truncate_dim is not None and not 1 <= spec.truncate_dim <= width:
+        raise ValueError(f"truncate_dim is {spec.truncate_dim}, the model's vectors have {width} dimensions")
+    return spec if layers is None else replace(spec, decoder=replace(spec.decoder, num_layers=layers))

@@ -19,10 +19,19 @@ def pack(lengths: Sequence[int] | np.ndarray, budget: int) -> Iterator[np.ndarra
         Index arrays into `lengths`; together they hold each index once.
     """
     lengths = np.asarray(lengths)
-    order = np.argsort(-lengths, kind="stable")
+    order = longest_first(lengths)
     start = 0
     while start < len(order):
-        totals = np.cumsum(lengths[order[start : start + budget]])  # a text has at least one token
-        count = max(1, int(np.searchsorted(totals, budget, side="right")))
+        count = fitting(lengths[order[start : start + budget]], budget)
         yield order[start : start + count]
         start += count
+
+
+def longest_first(lengths: np.ndarray) -> np.ndarray:
+    """int64 [n]: the texts by falling length, equal ones in the order they came."""
+    return np.argsort(-lengths, kind="stable")
+
+
+def fitting(lengths: np.ndarray, budget: int) -> int:
+    """How many of the first of these texts (at least one token each) a pack of `budget` tokens takes; at least one."""
+    return max(1, int(np.searchsorted(np.cumsum(lengths[:budget]), budget, side="right")))

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flashvec.kernels.rms_norm import rms_norm
 from flashvec.runtime import prepare
-from flashvec.runtime.decoder import Decoder
-from flashvec.runtime.engine import Done, RunSettings
+from flashvec.runtime.pooling import DenseHead
+from flashvec.runtime.program import embedding_program
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import as_texts
+from flashvec.runtime.windows import Done, RunSettings
 
 Instruction = str | Sequence[str] | None
 
@@ -37,10 +37,9 @@ class PartVectors:
     """`Encoder`'s methods that look inside a text."""
 
     spec: ModelSpec
-    decoder: Decoder
+    heads: list[DenseHead]
     _instructions: Callable[..., list[str] | None]
     _run: Callable[..., Iterator[Done]]
-    _vectors: Callable[..., torch.Tensor]
 
     def embed_tokens(
         self,
@@ -63,14 +62,9 @@ class PartVectors:
             One `TokenVectors` per text: vectors fp32 [len, D], offsets int32 [len, 2], ids int32 [len].
         """
         rows, _ = as_texts(texts)
-        instructions = self._instructions(instruction, None, len(rows))
-        result: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
-        for done in self._run(rows, instructions, RunSettings(**run), offsets=True):
-            for row, vectors in zip(done.rows, self._token_vectors(done), strict=True):
-                if normalize:
-                    vectors = vectors._replace(vectors=F.normalize(torch.from_numpy(vectors.vectors)).numpy())
-                result[row] = vectors
-        return result
+        return self._tokens_of_rows(
+            rows, self._instructions(instruction, None, len(rows)), RunSettings(**run), normalize
+        )
 
     def embed_words(self, words: Iterable[Sequence[str]], **run: Any) -> list[np.ndarray]:
         """One vector per word of texts that are already split: the mean of the word's token states.
@@ -130,18 +124,42 @@ class PartVectors:
                 if not 0 <= start <= stop <= len(rows[row]):
                     size = len(rows[row])
                     raise ValueError(f"spans[{row}] has ({start}, {stop}); text {row} has {size} characters")
+        instructions = self._instructions(instruction, prompt_name, len(rows))
+        return self._spans_of_rows(rows, instructions, RunSettings(**run), normalize, spans)
+
+    def _tokens_of_rows(
+        self, rows: list[str], instructions: list[str] | None, run: RunSettings, normalize: bool
+    ) -> list[TokenVectors]:
+        result: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
+        program = embedding_program(self.spec, self.heads, vectors=False, states=True)
+        for done in self._run(rows, instructions, run, program, offsets=True):
+            for row, vectors in zip(done.rows, _token_vectors(done), strict=True):
+                if normalize:
+                    vectors = vectors._replace(vectors=F.normalize(torch.from_numpy(vectors.vectors)).numpy())
+                result[row] = vectors
+        return result
+
+    def _spans_of_rows(
+        self,
+        rows: list[str],
+        instructions: list[str] | None,
+        run: RunSettings,
+        normalize: bool | None,
+        spans: Sequence[Sequence[tuple[int, int]]],
+    ) -> SpanVectors:
         wanted = self.spec.normalize if normalize is None else normalize
         documents = np.zeros((len(rows), self.spec.embedding_size), np.float32)
-        parts = [np.zeros((len(ranges), self.decoder.spec.hidden_size), np.float32) for ranges in spans]
+        parts = [np.zeros((len(ranges), self.spec.decoder.hidden_size), np.float32) for ranges in spans]
         tokens: list[TokenVectors] = [None] * len(rows)  # type: ignore[list-item]
-        instructions = self._instructions(instruction, prompt_name, len(rows))
-        for done in self._run(rows, instructions, RunSettings(**run), offsets=True):
-            documents[done.rows] = self._vectors(done, normalize, None).cpu().numpy()
-            for row, local, own in zip(done.rows, done.pack.indices, self._token_vectors(done), strict=True):
+        program = embedding_program(self.spec, self.heads, states=True, normalize=normalize)
+        for done in self._run(rows, instructions, run, program, offsets=True):
+            window = done.window
+            documents[done.rows] = done.ran.outputs[0].numpy()
+            for row, local, own in zip(done.rows, done.ran.indices, _token_vectors(done), strict=True):
                 tokens[row] = own
-                assert done.tokens.special is not None
-                special = done.tokens.special[done.own(local)]
-                before = done.text_starts[local]
+                assert window.tokens.special is not None
+                special = window.tokens.special[window.own(local)]
+                before = window.text_starts[local]
                 for i, (start, stop) in enumerate(spans[row]):
                     first, last = prepare.char_span_to_tokens(own.offsets, special, before + start, before + stop)
                     if last > first:
@@ -149,14 +167,16 @@ class PartVectors:
                         parts[row][i] = part / max(float(np.linalg.norm(part)), 1e-12) if wanted else part
         return SpanVectors(documents, parts, tokens)
 
-    def _token_vectors(self, done: Done) -> list[TokenVectors]:
-        """Final states of a pack's tokens, one entry per text."""
-        spec, tokens = self.decoder.spec, done.tokens
-        h_TD = done.pack.hidden_TD[: done.pack.schedule.num_tokens]
-        x_TD = rms_norm(h_TD, self.decoder.norm_D, spec.norm_eps, spec.norm_offset).cpu()
-        assert tokens.offsets is not None
-        result = []
-        for local, state in zip(done.pack.indices, x_TD.split(tokens.lengths[done.pack.indices].tolist()), strict=True):
-            own = done.own(local)
-            result.append(TokenVectors(state.numpy(), tokens.offsets[own], tokens.ids[own]))
-        return result
+
+def _token_vectors(done: Done) -> list[TokenVectors]:
+    """Final states of a pack's tokens, one entry per text."""
+    tokens, indices = done.window.tokens, done.ran.indices
+    states_TD = done.ran.outputs[-1].numpy()
+    if done.ran.outputs[-1].is_pinned():
+        states_TD = states_TD.copy()  # page-locked memory is scarce, and a caller may keep what it gets
+    assert tokens.offsets is not None
+    result = []
+    for local, state in zip(indices, np.split(states_TD, np.cumsum(tokens.lengths[indices])[:-1]), strict=True):
+        own = done.window.own(local)
+        result.append(TokenVectors(state, tokens.offsets[own], tokens.ids[own]))
+    return result

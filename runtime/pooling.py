@@ -1,6 +1,7 @@
 """From token states to finished vectors: pool, dense heads, cut, normalise, number format."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from flashvec.kernels.linear import linear
 from flashvec.kernels.mean_pool import mean_pool
+from flashvec.kernels.schedule import Queries, Schedule
 from flashvec.runtime.decoder import Decoder
-from flashvec.runtime.engine import Pack
 from flashvec.runtime.row_counts import RowCounts
 from flashvec.runtime.spec import ModelSpec
 
@@ -43,7 +44,18 @@ class DenseHead:
         return DENSE_FUNCTIONS[self.activation](linear(x_BD, self.weight, self.bias, plan))[:rows]
 
 
-def pool(spec: ModelSpec, decoder: Decoder, pack: Pack, spans_B2: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class States:
+    """A batch after the last layer: all rows, or those of `queries`."""
+
+    hidden_TD: Tensor  # fp32 residual stream, before the final norm
+    schedule: Schedule
+    delta_TD: Tensor | None = None  # still to be added to it
+    post_norm_D: Tensor | None = None  # norm of `delta_TD` before that
+    queries: Queries | None = None
+
+
+def pool(spec: ModelSpec, decoder: Decoder, pack: States, spans_B2: Tensor) -> Tensor:
     """Pool each of a pack's texts over its span of tokens.
 
     Args:
@@ -53,6 +65,8 @@ def pool(spec: ModelSpec, decoder: Decoder, pack: Pack, spans_B2: Tensor) -> Ten
         fp32 [B, D * modes], before heads and normalisation.
     """
     starts_B = pack.schedule.cu_seqlens[:-1].to(torch.int64)
+    if pack.queries is not None:
+        starts_B = pack.queries.shift_stop[:, 0].to(torch.int64)
     lengths_B = pack.schedule.cu_seqlens.diff().to(torch.int64)
     pooled = []
     for mode in spec.pooling:
@@ -60,20 +74,43 @@ def pool(spec: ModelSpec, decoder: Decoder, pack: Pack, spans_B2: Tensor) -> Ten
         # The text's own last and first token, whatever the instruction; in a sentence-transformers folder that
         # leaves prompts out, the first is the one after the prompt.
         if mode == "last" or (mode == "cls" and spec.span != "prompt_tokens"):
-            spans = torch.stack([torch.zeros_like(lengths_B), lengths_B], 1)
+            edge_B = lengths_B - 1 if mode == "last" else torch.zeros_like(lengths_B)
+            spans = torch.stack([edge_B, edge_B + 1], 1)
         first = spans[:, 0] + 1 if spec.span == "prompt_tokens" else None
+        rows_B2 = spans + starts_B[:, None]
+        if pack.schedule.is_static:  # a filling sequence has no rows: it reads row 0, and nobody reads its vector
+            rows_B2 = rows_B2 * (lengths_B > 0)[:, None]
+            rows_B2[:, 1].clamp_(min=1)
         pooled.append(
             mean_pool(
                 pack.hidden_TD,
-                spans + starts_B[:, None],
+                rows_B2,
                 decoder.norm_D,
                 decoder.spec.norm_eps,
                 norm_offset=decoder.spec.norm_offset,
                 mode=mode,
                 first_weights_S=first,
+                delta_TD=pack.delta_TD,
+                post_norm_weight_D=pack.post_norm_D,
             )
         )
     return torch.cat(pooled, 1)
+
+
+def pooled_tokens(spec: ModelSpec, lengths: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """The tokens of each text that `pool` reads, all modes together: int64 [B, 2], first and one past the last."""
+    firsts, stops = [], []
+    for mode in spec.pooling:
+        if mode == "last":
+            first, stop = lengths - 1, lengths
+        elif mode == "cls":
+            first = spans[:, 0] if spec.span == "prompt_tokens" else np.zeros_like(lengths)
+            stop = first + 1
+        else:
+            first, stop = spans[:, 0], spans[:, 1]
+        firsts.append(first)
+        stops.append(stop)
+    return np.stack([np.min(firsts, 0), np.max(stops, 0)], 1)
 
 
 def finish(

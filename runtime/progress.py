@@ -43,7 +43,8 @@ class Progress:
         if self.bar is not None:
             self.num_tokens += num_tokens
             elapsed = self.bar.tasks[0].elapsed or 1e-9
-            self.bar.update(self.task, advance=num_texts, rate=f"{self.num_tokens / elapsed:,.0f} tokens/s")
+            rate = f"{self.num_tokens / elapsed:,.0f} tokens/s" if self.num_tokens else ""  # not always counted
+            self.bar.update(self.task, advance=num_texts, rate=rate)
 
     def __exit__(self, *error: object) -> None:
         if self.bar is not None:

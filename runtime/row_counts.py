@@ -3,7 +3,8 @@
 A text's vector must not depend on what else is in its batch, but a matrix library picks its blocking, and so the
 order of its sums, by the number of rows. So products run only at row counts from `LADDER` that were measured to give
 every row the bits it has in the largest one. `row_counts.json` holds what was measured, by instruction set and
-shape; a shape or machine it does not know is measured when a count is first needed (one layer's products, once).
+shape; a shape, machine or thread count it does not know is measured when a row count is first needed (one layer's
+products, once).
 """
 
 import json
@@ -20,6 +21,7 @@ from flashvec.kernels.backend import instruction_set
 LADDER = (*range(16, 128, 16), *range(128, 512, 32), *range(512, 2049, 128))
 LARGEST = LADDER[-1]
 PADDING_WORTH = 1.25  # up to this factor of extra zero rows beat several smaller products
+TABLED_THREADS = (1, 2)  # the table was measured with these; a library may share rows out otherwise among more
 TABLE = Path(__file__).parent / "row_counts.json"
 
 
@@ -77,7 +79,7 @@ class RowCounts:
 
     def _agrees(self, shape: str, weight: Tensor, rows: int) -> bool:
         tabled = _table().get(machine_key(), {}).get(str(weight.dtype).removeprefix("torch."), {})
-        if shape in tabled:
+        if shape in tabled and torch.get_num_threads() in TABLED_THREADS:
             return rows not in tabled[shape]
         return not measure(weight, (rows,))
 

@@ -20,9 +20,10 @@ from flashvec.runtime import prepare
 from flashvec.runtime.checkpoint.hf import read_config
 from flashvec.runtime.checkpoint.hf_config import hf_config
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
-from flashvec.runtime.encoder import DTYPES, Encoder
+from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.families import standard_config, stated_attention
 from flashvec.runtime.packing import pack
+from flashvec.runtime.placement import DTYPES
 from flashvec.runtime.pooling import finish
 from flashvec.runtime.spec import ModelSpec
 

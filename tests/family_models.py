@@ -1,10 +1,14 @@
 """One random model of every family: Hugging Face's own, and our decoder with the same weights.
 
-Weights and norms are drawn wide (std 0.25), eps is 1e-2, theta small, the soft-cap near 1, lengths lie at a window's
-edge and far past it: a fact of a family's row that is wrong shows at once.
+Weights and norms are drawn wide (std 0.2), eps is 1e-2, theta small, the soft-cap near 1, lengths lie at a window's
+edge and far past it: a fact of a family's row that is wrong shows at once. Wider weights would make attention so sharp
+that fp32 itself loses the digits the comparison needs: `in_fp64` shows how many are left.
 """
 
+from copy import deepcopy
 from functools import cache
+from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +22,8 @@ from flashvec.runtime.decoder import Decoder, DecoderLoader
 from flashvec.runtime.families import FAMILIES, decoder_spec, stated_attention
 
 WINDOW = 9
+STD = 0.2
+LONGEST = 4000  # tokens of the longest text compared
 VOCABULARY = 300
 BASE = {
     "vocab_size": VOCABULARY,
@@ -62,12 +68,14 @@ CONFIGS: dict[str, dict] = {
     "llama linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
     "mistral": {"sliding_window": WINDOW},
     "ministral": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "ministral3": {"sliding_window": None, "rope_parameters": YARN},
+    # Narrower: YaRN and the query scale together multiply scores by 1.6 at position 4,000.
+    "ministral3": {"sliding_window": None, "rope_parameters": YARN, "hidden_size": 32},
     "qwen2": {
         "use_sliding_window": True,
         "sliding_window": WINDOW,
         "max_window_layers": 2,
-        "hidden_size": 96,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
         "head_dim": None,
     },
     "qwen3": {"attention_bias": True},
@@ -122,7 +130,7 @@ def models(name: str, attention: str) -> tuple[torch.nn.Module, Decoder]:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            parameter.normal_(0, 0.25, generator=generator)
+            parameter.normal_(0, STD, generator=generator)
             if "norm" in key and not FAMILIES[config["model_type"]].norm_offset:
                 parameter.add_(1.0)  # around one, where a norm's effective weight lies in every family
     assert stated_attention(config) == ("bidirectional" if attention == "bidirectional" else None)
@@ -139,6 +147,31 @@ def texts_of(lengths: list[int]) -> list[np.ndarray]:
 def hugging_face_states(model: torch.nn.Module, texts: list[np.ndarray]) -> list[Tensor]:
     with torch.inference_mode():
         return [model(torch.from_numpy(t.astype(np.int64))[None]).last_hidden_state[0] for t in texts]
+
+
+@cache
+def oracle(name: str, attention: str) -> tuple[list[np.ndarray], list[Tensor]]:
+    """The texts a family is compared on, and its states by Hugging Face in fp32."""
+    texts = texts_of([*LENGTHS, LONGEST] if attention == "bidirectional" else LENGTHS)
+    return texts, hugging_face_states(models(name, attention)[0], texts)
+
+
+def in_fp64(model: torch.nn.Module) -> torch.nn.Module:
+    """Hugging Face's model in fp64; its norms too, which by themselves compute in fp32 whatever the model's dtype.
+
+    The rotary tables stay what they are, fp32: models are trained with them.
+    """
+
+    def forward(norm: Any, x: Tensor) -> Tensor:
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        weight = norm.weight + (1 if type(norm).__name__.startswith("Gemma") else 0)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+    wide = deepcopy(model).double()
+    for module in wide.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(forward, module)
+    return wide
 
 
 def run_packs(decoder: Decoder, texts: list[np.ndarray], causal: bool) -> list[engine.Pack]:

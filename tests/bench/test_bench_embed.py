@@ -1,11 +1,13 @@
 """The benchmarks' own code: inputs, ceiling, peers, and the refusal to time a model that is another."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
-from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, report
+from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, report, timing
 from flashvec.bench.bench_embed import PROFILES, Ceiling, Texts, bench_profile
 from flashvec.bench.peers import HuggingFace, SentenceTransformers
 from flashvec.runtime.encoder import Encoder
@@ -49,8 +51,8 @@ def test_rows_of_a_profile(folder, monkeypatch):
     rows = bench_profile("queries", Texts(None, 3.0), encoders, peers, ceilings, 2)
     assert [row["variant"] for row in rows] == ["flashvec float32", "hugging face float32"]
     assert all(row["tokens_per_s"] > 0 and row["ceiling_tokens_per_s"] > 0 for row in rows)
-    table = report.embed_table([{**r, "model": "m", "cores": 2, "cpu": "c", "instructions": "i", "torch": "t",
-                                 "commit": "x", "date": "d"} for r in rows])  # fmt: skip
+    table = report.embed_table([{**r, "model": "m", "cores": 2, "threads": 2, "cpu": "c", "instructions": "i",
+                                 "torch": "t", "commit": "x", "date": "d"} for r in rows])  # fmt: skip
     assert table[0].startswith("| tokens/s") and "flashvec float32" in table[2]
 
     class Other:
@@ -69,8 +71,22 @@ def test_fidelity_rows(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", arguments)
     bench_fidelity.main()
     assert kept[0]["passed"] and kept[0]["benchmark"] == "verify"
-    assert report.verify_table(kept)[2].startswith("| converted | float32 | flashvec | 1.00000")
+    assert report.verify_table([{**row, **timing.machine()} for row in kept])[2].startswith(
+        "| converted | float32 | flashvec | 1.00000"
+    )
 
 
 def test_products_of_a_layer():
     assert measure_row_counts.products(576, 1536, 9, 3, 64) == [(960, 576), (576, 576), (3072, 576), (576, 1536)]
+
+
+def test_measured_row_counts_are_entered_beside_other_machines(tmp_path, monkeypatch):
+    table = tmp_path / "row_counts.json"
+    table.write_text(json.dumps({"about": "x", "disagree": {"elsewhere": {"float32": {"8x8": [16]}}}}))
+    monkeypatch.setattr(measure_row_counts, "TABLE", table)
+    monkeypatch.setattr(measure_row_counts, "machine_key", lambda: "here")
+    for shape, differing in (("1024x8", []), ("64x8", [32]), ("1024x8", [48])):
+        measure_row_counts.enter("bfloat16", shape, differing)
+    found = json.loads(table.read_text())["disagree"]
+    assert found == {"elsewhere": {"float32": {"8x8": [16]}}, "here": {"bfloat16": {"64x8": [32], "1024x8": [48]}}}
+    assert list(found["here"]["bfloat16"]) == ["64x8", "1024x8"]

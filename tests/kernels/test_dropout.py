@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from flashvec.kernels import dropout
 from flashvec.kernels.backend import launch, tl, triton
-from flashvec.kernels.dropout import Dropout, fold, fold_reference, keep, keep_reference
+from flashvec.kernels.dropout import Dropout, drop_cpu, fold, fold_reference, keep, keep_reference
 
 
 @triton.jit
@@ -84,3 +85,18 @@ def test_scale_keeps_the_mean():
 def test_rejects_rates_it_cannot_keep(p):
     with pytest.raises(ValueError, match="dropout p is"):
         Dropout(p, seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (7, 100), (33, 576)], ids=str)
+def test_processor_drops_what_the_reference_drops(shape, dtype, monkeypatch):
+    monkeypatch.setattr(dropout, "_DRAWS", 2000)  # several rounds
+    key = fold_reference(Dropout(0.5, seed=6).key(), torch.randint(-(2**31), 2**31 - 1, shape[:1], dtype=torch.int32))
+    x, y = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    for threshold in (1, 13, 127, 128, 129, 255):
+        kept = keep_reference(key, shape[1], threshold)
+        got = drop_cpu(key, threshold, [x, y])
+        assert torch.equal(got[0], torch.where(kept, x, 0)) and torch.equal(got[1], torch.where(kept, y, 0))
+        in_place = y.clone()
+        drop_cpu(key, threshold, [in_place], [in_place])
+        assert torch.equal(in_place, got[1])

@@ -113,3 +113,14 @@ def test_rows_past_2_31_elements():
     x, w = torch.ones(T, D, dtype=torch.bfloat16, device="cuda"), torch.ones(D, device="cuda")
     x[-1] = torch.randn(D)
     assert_as_close_as_torch(rms_norm(x, w, 1e-6)[-1], *[rms_norm_reference(x[-1], w, 1e-6)] * 2)
+
+
+@pytest.mark.parametrize("out", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_cpu_form_has_the_references_bits(dtype, out):
+    merged = torch.randn(40, 5, 96, dtype=dtype)
+    x, w = merged[:, :3], torch.randn(96)  # a strided slice of a merged product
+    before = merged.clone()
+    assert torch.equal(rms_norm(x, w, 1e-5, 1.0, out), rms_norm_reference(x, w, 1e-5, 1.0, out))
+    assert torch.equal(merged, before)
+    assert rms_norm(x[:0], w, 1e-5).shape == (0, 3, 96)

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from flashvec.kernels.schedule import NO_SEQUENCE, Group, TileClass, build_schedule
+from flashvec.kernels.schedule import NO_SEQUENCE, Group, TileClass, build_schedule, select_queries
 
 
 def test_equal_neighbours_form_one_group():
@@ -64,3 +65,19 @@ def test_identity_of_rows():
     assert schedule.identity_of_rows().tolist() == [7, 7, 9, 0, 0]
     with pytest.raises(ValueError, match="identities"):
         build_schedule([2]).identity_of_rows()
+
+
+def test_selected_queries_have_rows_and_tiles_of_their_own():
+    schedule = build_schedule([3, 0, 9])
+    queries = select_queries(schedule, np.array([[2, 3], [0, 0], [1, 8]]), num_rows=10)
+    assert queries.rows.tolist() == [2, 4, 5, 6, 7, 8, 9, 10, 0, 0] and queries.num_tokens == 8
+    assert queries.shift_stop.tolist() == [[-2, 3], [1, 0], [0, 8]]
+    assert queries.tiles(TileClass(4)).tolist() == [[3, 9, 1, 2], [3, 9, 5, 2], [0, 3, 2, 0]]
+
+
+@pytest.mark.parametrize("spans", [[[0, 4]], [[-1, 2]], [[0, 1], [0, 1]]], ids=str)
+def test_selected_queries_must_lie_in_their_sequence(spans):
+    with pytest.raises(ValueError, match="do not lie in"):
+        select_queries(build_schedule([3]), np.array(spans))
+    with pytest.raises(ValueError, match="num_rows is 1"):
+        select_queries(build_schedule([3]), np.array([[0, 2]]), num_rows=1)

@@ -1,13 +1,31 @@
-"""Row counts whose products agree bit for bit: the committed table, the measurement, the plan."""
+"""Row counts whose products agree bit for bit: the committed table, the measurement, the plan.
+
+`make soak` measures this machine's whole table again (bf16 only where it is fast), else a part of it is.
+"""
 
 import json
+import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime import row_counts
-from flashvec.runtime.row_counts import LADDER, LARGEST, RowCounts, machine_key, measure
+from flashvec.runtime.row_counts import LADDER, LARGEST, TABLED_THREADS, RowCounts, machine_key, measure
+
+SOAK = int(os.environ.get("FLASHVEC_SOAK_BATCHES", "0")) > 50
+
+
+@contextmanager
+def torch_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def weights(dtype):
@@ -16,12 +34,18 @@ def weights(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_table_holds_on_this_machine(dtype):
-    """Every entry for this instruction set is measured again; another machine's entries cannot be."""
+    """Entries for this instruction set are measured again; another machine's cannot be."""
     tabled = row_counts._table().get(machine_key(), {}).get(str(dtype).removeprefix("torch."), {})
+    fast = dtype != torch.bfloat16 or has_hardware_bf16(torch.device("cpu"))
+    counts, size = (LADDER, 1 << 30) if SOAK and fast else (LADDER[::4], 600_000)
     for shape, differing in tabled.items():
         rows, columns = map(int, shape.split("x"))
-        if rows * columns < 4_000_000:  # the large ones belong to the soak run
-            assert measure(torch.randn(rows, columns).to(dtype)) == differing, shape
+        if rows * columns <= size:
+            found: set[int] = set()
+            for threads in TABLED_THREADS:
+                with torch_threads(threads):
+                    found |= set(measure(torch.randn(rows, columns).to(dtype), counts))
+            assert found == set(differing) & set(counts), shape
 
 
 def test_the_table_is_well_formed():
@@ -74,6 +98,18 @@ def test_a_machine_where_nothing_agrees_still_gets_one_count():
 
     assert Nothing([]).plan(3) == (LARGEST,)
     assert Nothing([]).plan(LARGEST + 3) == (LARGEST, LARGEST)
+
+
+def test_the_table_says_nothing_of_other_thread_counts(monkeypatch):
+    """More threads may share out rows another way: there, counts are measured."""
+    asked = []
+    monkeypatch.setattr(row_counts, "_table", lambda: {"here": {"float32": {"576x576": [64]}}})
+    monkeypatch.setattr(row_counts, "machine_key", lambda: "here")
+    monkeypatch.setattr(row_counts, "measure", lambda weight, counts: asked.extend(counts) or [])
+    counts = RowCounts([torch.zeros(576, 576)])
+    for threads, agrees, measured in ((2, False, []), (1, False, []), (3, True, [64])):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert counts.agrees(64) == agrees and asked == measured
 
 
 def test_measurement_finds_a_difference(monkeypatch):

@@ -32,12 +32,12 @@ def test_compares_bf16_with_hugging_faces_bf16(folder):
 
 
 def test_fails_when_the_forward_is_wrong(folder, monkeypatch):
-    forward = Decoder.forward
+    run = Decoder.run
 
-    def wrong(self, ids, schedule, plan, causal):
-        return forward(self, ids, schedule, plan, True)
+    def wrong(self, ids, schedule, plan, causal, **selected):
+        return run(self, ids, schedule, plan, True, **selected)
 
-    monkeypatch.setattr(Decoder, "forward", wrong)
+    monkeypatch.setattr(Decoder, "run", wrong)
     report = verify_model(folder, TEXTS, dtype="float32")
     assert "largest difference" in report["failures"][0]
     assert verify_model(folder, TEXTS, dtype="bfloat16")["failures"]

@@ -1,0 +1,208 @@
+"""Which launches `kernels/aot.py` compiles: each op at the shapes of models that people embed with.
+
+A case calls an op's launcher on tensors without storage; what it would launch is recorded. Long option lists are
+compiled at one shape, plain forms at every head size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashvec.kernels import (
+    add_rms_norm,
+    attention,
+    attention_bwd,
+    attention_tma,
+    info_nce,
+    lora,
+    mean_pool,
+    mean_pool_bwd,
+    norm_rope,
+    rms_norm,
+    rope,
+    swiglu,
+)
+from flashvec.kernels.attention_tiles import backward_configs, forward_configs, packed_heads
+from flashvec.kernels.backend import Target
+from flashvec.kernels.schedule import build_schedule
+
+# (target, part of a case's name) -> why its spills stay and what was tried instead
+ALLOWED_SPILLS = {
+    ("sm_90", "attention 256 fp32"): "tiles of 16 by 16 are the smallest there are; fp32 is a path for checks",
+    (
+        "sm_90",
+        "attention 256 rotation, norms",
+    ): "32 to 88 bytes while the query is normalised, before the loop; 64 keys more",
+    ("sm_80", "attention 96"): "8 bytes of 64 + 32 columns; one stage instead of two spills as much",
+    ("sm_80", "attention 80"): "as 96",
+} | {
+    (target, "info_nce 4096"): "at most 64 bytes with ids and four prefixes at once; four warps spill too"
+    for target in ("sm_80", "sm_89", "sm_120", "gfx942")
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call whose launches are compiled; `multiplies` names the kernels that must use matrix instructions."""
+
+    name: str
+    run: Callable[[], object]
+    multiplies: frozenset[str] = frozenset()
+    extra: bool = False  # compiled by --all only
+
+
+BACKWARD = frozenset({"_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel"})
+LOW_RANK = frozenset({"_low_rank_shrink_kernel", "_low_rank_expand_kernel", "_low_rank_reduce_kernel"})
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without storage."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+HEADS = {  # head size -> query heads, kv heads: Llama 3.2 1B; Phi-like 80 and 96; Llama 3 8B; Gemma 3 270M
+    64: (32, 8),
+    80: (32, 8),
+    96: (32, 8),
+    128: (32, 8),
+    256: (4, 1),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"right": 0},
+    "window": {"left": 256, "right": 256},
+    "softcap": {"softcap": 50.0},
+    "dropout": {"threshold": 26},
+    "queries": {"subset": True},
+    "rotation": {"rotate": True},
+    "rotation, norms": {"rotate": True, "norm": True},
+}
+
+
+def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, Any], backward: bool = False) -> None:
+    """Forward, or backward, of one option at a head size."""
+    H, G = HEADS[K]
+    T = 16_384
+    q, k, v = meta(T, H + 2 * G, K, dtype=dtype).split([H, G, G], 1)
+    packed = packed_heads(H, G)
+    table = meta(T, K // 2, dtype=torch.float32) if options.get("rotate") else None
+    norm = meta(K, dtype=torch.float32) if options.get("norm") else None
+    identities = meta(64, dtype=torch.int32) if options.get("threshold") else None
+    shift_stop = meta(64, 2, dtype=torch.int32) if options.get("subset") else None
+    softcap, threshold = options.get("softcap", 0.0), options.get("threshold", 0)
+    numbers: Any = options.get("left", -1), options.get("right", -1), softcap, threshold, 12345, 6789
+    if backward:
+        configs = backward_configs(target, dtype, K, packed, table is not None, threshold > 0, softcap > 0)
+        out, lse = meta(T, H, K, dtype=dtype), meta(H, T, dtype=torch.float32)
+        attention_bwd._attention_bwd_launch(
+            out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            [meta(600, 4, dtype=torch.int32) for _ in configs],
+            T,
+            table,
+            table,
+            identities,
+            K**-0.5,
+            *numbers,
+        )
+        return
+    tiles = [meta(600, 4, dtype=torch.int32) for _ in forward_configs(target, dtype, K, packed)]
+    attention._attention_fwd(
+        q, k, v, None, tiles, [], T, table, table, norm, 1e-6, 0.0, identities, shift_stop, K**-0.5, *numbers
+    )
+
+
+def _attention_tma(K: int) -> None:
+    q, k, v = meta(16_384, 48, K).split([32, 8, 8], 1)
+    schedule = build_schedule([4096] * 4)
+    attention_tma.attention_tma(q, k, v, schedule, scale=K**-0.5)
+
+
+def _info_nce(D: int, prefixes: list[int], ids: bool) -> None:
+    q, c = meta(1024, D), meta(8192, D)
+    positives = meta(1024, dtype=torch.int64)
+    ids_M = meta(8192, dtype=torch.int64) if ids else None
+    loss = info_nce._forward(q, c, positives, ids_M, 0.05, 0.1, prefixes)
+    info_nce._backward(meta(*loss.shape, dtype=torch.float32), q, c, positives, ids_M, loss, 0.05, 0.1, prefixes)
+
+
+def _lora(T: int, C: int, splits: list[int], R: int, dropped: bool) -> None:
+    x, weight = meta(T, C), meta(sum(splits), C)
+    a, b = (meta(*shape, dtype=torch.float32) for shape in [(len(splits), R, C), (sum(splits), R)])
+    keys = meta(len(splits), 2, T, dtype=torch.int32) if dropped else None
+    threshold, scales = 13 if dropped else 0, [2.0] * len(splits)
+    y, h = lora._forward(x, weight, None, a, b, splits, scales, keys, threshold)
+    lora._backward(y, x, weight, a, b, h, splits, scales, keys, threshold, [True, True, True])
+
+
+def _row_ops(D: int, F: int, H: int, G: int, K: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The ops around the products, at one model's sizes."""
+    T, fp32 = 16_384, torch.float32
+    h, y, w, x = meta(T, D, dtype=fp32), meta(T, D), meta(D, dtype=fp32), meta(T, D)
+    table, head_weight = meta(T, K // 2, dtype=fp32), meta(K, dtype=fp32)
+    keys = meta(T, H + 2 * G, K)[:, H : H + G]
+    spans, gate_up, pooled = meta(64, 2, dtype=torch.int64), meta(T, 2 * F), meta(64, D, dtype=fp32)
+    ours = add_rms_norm
+    yield "rms_norm", lambda: rms_norm.launch_rms_norm(h, w, 1e-6, 0.0, torch.bfloat16)
+    yield "rms_norm bwd", lambda: rms_norm.launch_rms_norm_bwd(x, h, w, 1e-6, 0.0, True)
+    yield "add_rms_norm", lambda: ours.launch_add_rms_norm(h, y, w, None, 1e-6, 0.0, torch.bfloat16)
+    yield "add_rms_norm post", lambda: ours.launch_add_rms_norm(h, y, w, w, 1e-6, 1.0, torch.bfloat16)
+    yield (
+        "add_rms_norm bwd",
+        lambda: ours.launch_add_rms_norm_bwd(h, x, h, y, w, None, 1e-6, 0.0, fp32, False, False),
+    )
+    yield (
+        "add_rms_norm bwd post",
+        lambda: ours.launch_add_rms_norm_bwd(h, x, h, y, w, w, 1e-6, 1.0, fp32, True, True),
+    )
+    yield "rope", lambda: rope.launch_rope(keys, table, table, False)
+    yield "norm_rope", lambda: norm_rope.launch_norm_rope(keys, table, table, head_weight, 1e-6, 0.0)
+    yield (
+        "norm_rope bwd",
+        lambda: norm_rope.launch_norm_rope_bwd(keys, keys, table, table, head_weight, 1e-6, 0.0, True),
+    )
+    yield "swiglu", lambda: swiglu.launch_swiglu(gate_up, "silu")
+    yield "swiglu bwd", lambda: swiglu.launch_swiglu_bwd(meta(T, F), gate_up, "silu")
+    yield "geglu", lambda: swiglu.launch_swiglu(gate_up, "gelu_tanh")
+    yield "geglu bwd", lambda: swiglu.launch_swiglu_bwd(meta(T, F), gate_up, "gelu_tanh")
+    for mode, post in (("mean", None), ("last", w)):
+        facts = y, post, w, spans, None, 1e-6, 0.0, mode
+        yield f"mean_pool {mode}", partial(mean_pool.launch_mean_pool, h, *facts, D, True, 2048)
+        yield f"mean_pool bwd {mode}", partial(mean_pool_bwd.launch_mean_pool_bwd, pooled, h, *facts, False, False)
+
+
+def cases(target: Target) -> Iterator[Case]:
+    """All cases of a target."""
+    for K in HEADS:
+        for name, options in OPTIONS.items():
+            run = partial(_attention, target, K, torch.bfloat16, options)
+            common = K in (64, 128) or (K == 256 and name in ("plain", "window", "rotation, norms")) or name == "plain"
+            yield Case(f"attention {K} {name}", run, frozenset({"_attention_fwd_kernel"}), extra=not common)
+            if name in ("queries", "rotation, norms"):
+                continue  # neither has a backward of its own
+            common = K in (64, 128) or name == "plain"
+            yield Case(f"attention bwd {K} {name}", partial(run, True), BACKWARD, extra=not common)
+    if target.name == "sm_90":
+        for K in attention_tma.KEYS:
+            run = partial(_attention_tma, K)
+            yield Case(f"attention tma {K}", run, frozenset({"_attention_tma_fwd_kernel"}))
+    for K in (64, 128, 256):
+        run = partial(_attention, target, K, torch.float32, {})
+        yield Case(f"attention {K} fp32", run, frozenset({"_attention_fwd_kernel"}), extra=K == 256)
+    nce = frozenset({"_info_nce_fwd_kernel", "_info_nce_bwd_kernel"})
+    yield Case("info_nce 1024", partial(_info_nce, 1024, [1024], False), nce)
+    yield Case("info_nce 4096 ids, prefixes", partial(_info_nce, 4096, [64, 256, 1024, 4096], True), nce)
+    yield Case("lora 4096", partial(_lora, 8192, 4096, [4096, 1024, 1024], 16, False), LOW_RANK)
+    yield Case("lora 4096 dropout", partial(_lora, 8192, 4096, [4096, 1024, 1024], 16, True), LOW_RANK)
+    yield Case("lora 576 dropout", partial(_lora, 8192, 576, [1536, 1536], 16, True), LOW_RANK, extra=True)
+    for model, sizes in (("llama 8b", (4096, 14336, 32, 8, 128)), ("gemma 270m", (640, 2048, 4, 1, 256))):
+        for name, launch_op in _row_ops(*sizes):
+            yield Case(f"{name}, {model}", launch_op, extra=model != "llama 8b")

@@ -1,0 +1,421 @@
+"""Cross entropy of a linear head, over chosen rows only, without the logits.
+
+    z = scale * (h[row] Wᵀ + bias),  z = softcap * tanh(z / softcap) if set
+    loss = log(sum over v of exp(z_v)) - z_target
+
+    dz = softmax(z) - 1[target],  times 1 - (z / softcap)² if set;  dh[row] = dloss scale dz W,  dW = dzᵀ dloss scale h
+
+A masked language model predicts a fifth of its tokens: only their rows are read and multiplied, and the [R, V] logits
+exist as tiles. Forward keeps the running log-sum-exp of each row; backward makes the tiles again, as panels of
+`panel.py`, and multiplies them. The head is frozen in low-rank training: W's gradient is computed only where asked for.
+
+Shape letters: T = packed tokens, D = hidden size, V = vocabulary, R = chosen rows.
+Cost 2*R*V*D FLOPs forward, 4*R*V*D backward, 2*R*V*D more for W's gradient; bound by them.
+Memory beside inputs and gradients: R*D fp32 and one panel of 64 MB, against R*V.
+Source: online log-sum-exp, Milakov and Gimelshein 2018; for this loss, Wijmans et al. 2024.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashvec.kernels.backend import define_op, implementation, launch, tl, triton
+from flashvec.kernels.panel import (
+    GAIN,
+    GROUP_M,
+    PANEL_ELEMENTS,
+    PANEL_ELEMENTS_CPU,
+    grouped,
+    panel_product,
+    panel_width,
+    tile_sizes,
+)
+from flashvec.kernels.precision import widen
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK_V = 1024  # columns that one program of the forward pass reduces: its result is one number a row
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+# --- reference ---------------------------------------------------------------------------------------
+
+
+def cross_entropy_reference(
+    h_TD: Tensor,
+    weight_VD: Tensor,
+    rows_R: Tensor,
+    targets_R: Tensor,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    logits = F.linear(widen(h_TD)[rows_R], widen(weight_VD), None if bias_V is None else widen(bias_V)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets_R.long(), reduction="none")
+
+
+# --- kernels -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tanh(x):
+    """Within an fp32 rounding of 1, and near 0 of x: the quotient alone would lose small arguments."""
+    square = x * x
+    small = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    decay = tl.exp2(-2 * 1.4426950408889634 * tl.abs(x))
+    large = (1 - decay) / (1 + decay)
+    return tl.where(square < 0.04, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _logits(
+    h_ptr, weight_ptr, bias_ptr, row, in_r, first, D, V, h_stride, weight_stride, scale, softcap,
+    CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of logits, fp32, from column `first` on."""
+    j = tl.arange(0, BLOCK_N)
+    in_v = first + j < V
+    h_ptr += row[:, None] * h_stride
+    weight_ptr += tl.cast(first, tl.int64) * weight_stride
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        d = start + tl.arange(0, BLOCK_K)
+        h = tl.load(h_ptr + d[None, :], mask=in_r[:, None] & (d < D)[None, :], other=0.0)
+        at = j[None, :] * weight_stride + d[:, None]
+        weight = tl.load(weight_ptr + at, mask=in_v[None, :] & (d < D)[:, None], other=0.0)
+        acc = tl.dot(h, weight, acc, input_precision="ieee")
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + first + j, mask=in_v, other=0.0).to(tl.float32)[None, :]
+    acc *= scale
+    if CAPPED:
+        acc = softcap * _tanh(acc / softcap)
+    return acc
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    h_ptr, weight_ptr, bias_ptr, row_ptr, target_ptr, partial_ptr, hit_ptr,
+    T, R, D, V, h_stride, weight_stride, scale, softcap,
+    CAPPED: tl.constexpr, CHUNK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of one chunk of columns for a block of rows, and their targets' logits where the chunk holds them."""
+    chunk = tl.program_id(1)
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.load(row_ptr + r, mask=r < R, other=-1).to(tl.int64)
+    in_r = (row >= 0) & (row < T)
+    goal = tl.load(target_ptr + r, mask=in_r, other=-1)
+    most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total, hit = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), BLOCK_N):
+        v = first + tl.arange(0, BLOCK_N)
+        z = _logits(
+            h_ptr, weight_ptr, bias_ptr, row, in_r, first, D, V, h_stride, weight_stride, scale, softcap,
+            CAPPED, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        hit += tl.sum(tl.where(v[None, :] == goal[:, None], z, 0.0), 1)
+        z = tl.where((v < V)[None, :], z * LOG2E, float("-inf"))
+        more = tl.maximum(most, tl.max(z, 1))
+        total = total * tl.exp2(most - more) + tl.sum(tl.exp2(z - more[:, None]), 1)
+        most = more
+    tl.store(partial_ptr + chunk * R + r, (most + tl.log2(total)) * LN2, mask=r < R)
+    held = (goal >= chunk * CHUNK_V) & (goal < tl.minimum(V, (chunk + 1) * CHUNK_V))
+    tl.store(hit_ptr + r, hit, mask=held)
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    h_ptr, weight_ptr, bias_ptr, row_ptr, target_ptr, lse_ptr, panel_ptr,
+    T, R, D, V, first_v, h_stride, weight_stride, panel_stride, scale, softcap, gain,
+    CAPPED: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of the panel that starts at column `first_v`: gain * dz."""
+    tile_r, tile_v = grouped(tl.program_id(0), tl.cdiv(R, BLOCK_M), tl.cdiv(panel_stride, BLOCK_N), GROUP_M)
+    r = tile_r * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = first_v + tile_v * BLOCK_N
+    v = first + tl.arange(0, BLOCK_N)
+    in_r = r < R
+    row = tl.load(row_ptr + r, mask=in_r, other=-1).to(tl.int64)
+    in_h = (row >= 0) & (row < T)
+    z = _logits(
+        h_ptr, weight_ptr, bias_ptr, row, in_h, first, D, V, h_stride, weight_stride, scale, softcap,
+        CAPPED, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    lse = tl.load(lse_ptr + r, mask=in_r, other=0.0)
+    goal = tl.load(target_ptr + r, mask=in_r, other=-1)
+    dz = tl.exp2((z - lse[:, None]) * LOG2E) - (v[None, :] == goal[:, None]).to(tl.float32)
+    if CAPPED:
+        share = z / softcap
+        dz *= 1 - share * share
+    dz = tl.where((v < V)[None, :], dz * gain, 0.0)
+    panel_ptr += (tile_r * BLOCK_M).to(tl.int64) * panel_stride + tile_v * BLOCK_N
+    at = tl.arange(0, BLOCK_M)[:, None] * panel_stride + tl.arange(0, BLOCK_N)[None, :]
+    in_panel = v - first_v < panel_stride
+    tl.store(panel_ptr + at, dz.to(panel_ptr.dtype.element_ty), mask=in_r[:, None] & in_panel[None, :])
+
+
+# --- panels of logits --------------------------------------------------------------------------------
+
+
+def _row_losses(
+    h: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    (T, D), V, R = h.shape, weight.shape[0], rows.shape[0]
+    tile = tile_sizes(h)
+    chunks = -(-V // CHUNK_V)
+    partial = h.new_empty(chunks, R, dtype=torch.float32)
+    hit = h.new_full((R,), float("nan"), dtype=torch.float32)  # stays so where row or target lies outside
+    launch(
+        _cross_entropy_fwd_kernel, (-(-R // tile["BLOCK_M"]), chunks),
+        h, weight, bias, rows, targets, partial, hit,
+        T, R, D, V, h.stride(0), weight.stride(0), scale, softcap,
+        CAPPED=softcap > 0, CHUNK_V=CHUNK_V, **tile,
+    )  # fmt: skip
+    lse = partial.logsumexp(0)
+    # Of a row chosen twice only one gradient would be kept: whoever would lose its own gets no number for a loss.
+    order, rows = torch.arange(R, device=h.device), rows.long().clamp(0, max(0, T - 1))
+    kept = order.new_empty(T).index_copy_(0, rows, order)[rows]
+    return torch.where(kept == order, lse - hit, float("nan")), lse
+
+
+def _weights(
+    here: slice, h: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, bias: Tensor | None, lse: Tensor,
+    softcap: float, scale: float, panel: Tensor, gain: float,
+) -> Tensor:  # fmt: skip
+    """gain * dz of the columns `here`, written into the panel."""
+    (T, D), V, R = h.shape, weight.shape[0], rows.shape[0]
+    tile = tile_sizes(h)
+    tiles = -(-R // tile["BLOCK_M"]) * -(-panel.shape[1] // tile["BLOCK_N"])
+    launch(
+        _cross_entropy_bwd_kernel, (tiles,), h, weight, bias, rows, targets, lse, panel,
+        T, R, D, V, here.start, h.stride(0), weight.stride(0), panel.stride(0), scale, softcap, gain,
+        CAPPED=softcap > 0, GROUP_M=GROUP_M, **tile,
+    )  # fmt: skip
+    return panel[:, : here.stop - here.start]
+
+
+def _logits_cpu(
+    h_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Logits in fp32, from a product in the dtype of its factors, and the derivative of the soft-cap in them."""
+    logits = F.linear(h_RD, weight_VD, bias_V).float()
+    logits = logits if scale == 1 else logits.mul_(scale)
+    if not softcap:
+        return logits, None
+    share = logits.div_(softcap).tanh_()
+    return share * softcap, 1 - share.square()
+
+
+def _row_losses_cpu(
+    h: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    V, R = weight.shape[0], rows.shape[0]
+    h_RD, goal = h[rows], targets.long()
+    hit = h.new_empty(R, dtype=torch.float32)
+    partial = []
+    width = panel_width(R, V, 256, PANEL_ELEMENTS_CPU)
+    for first in range(0, V, width):
+        here = slice(first, min(first + width, V))
+        logits, _ = _logits_cpu(h_RD, weight[here], None if bias is None else bias[here], softcap, scale)
+        (held,) = ((goal >= here.start) & (goal < here.stop)).nonzero(as_tuple=True)
+        hit[held] = logits[held, goal[held] - first]
+        partial.append(logits.logsumexp(1))
+    lse = torch.stack(partial).logsumexp(0)
+    return lse - hit, lse
+
+
+def _weights_cpu(
+    here: slice, h_RD: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, lse: Tensor,
+    softcap: float, scale: float,
+) -> Tensor:  # fmt: skip
+    logits, slope = _logits_cpu(h_RD, weight[here], None if bias is None else bias[here], softcap, scale)
+    dz = logits.sub_(lse[:, None]).exp_()
+    (held,) = ((targets >= here.start) & (targets < here.stop)).nonzero(as_tuple=True)
+    dz[held, targets[held].long() - here.start] -= 1
+    return dz if slope is None else dz.mul_(slope)
+
+
+# --- ops ---------------------------------------------------------------------------------------------
+
+
+def _forward(
+    h: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of each row, fp32. `softcap` 0 is none."""
+    run = _row_losses if implementation(h) == "triton" else _row_losses_cpu
+    return run(h, weight, rows, targets, bias, softcap, scale)
+
+
+def _backward(
+    dloss: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    softcap: float,
+    scale: float,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of h, W and bias; an empty tensor for each that is not wanted."""
+    V, R, on_gpu = weight.shape[0], rows.shape[0], implementation(h) == "triton"
+    # A weight that all rows share, as a mean's, multiplies the result; several multiply h, none of them by more than 1.
+    coefficient = dloss * scale
+    is_shared = R > 0 and dloss.stride(0) == 0
+    largest = coefficient[:1] if is_shared else F.pad(coefficient.abs(), (0, 1)).max().view(1)
+    factor = None if is_shared else torch.where(largest > 0, coefficient / largest, 0.0)
+    gain = GAIN if on_gpu and h.dtype == torch.float16 else 1.0
+    sum_RD = h.new_zeros(R, h.shape[1], dtype=torch.float32)
+    dweight = weight.new_empty(weight.shape if wants[1] else 0)
+    dbias = weight.new_empty(V if wants[2] else 0)
+    width = panel_width(R, V, 256, PANEL_ELEMENTS if on_gpu else PANEL_ELEMENTS_CPU)
+    panel = h.new_empty(R, width if on_gpu else 0)
+    h_RD = h if on_gpu else h[rows]
+    for first in range(0, V, width):
+        here = slice(first, min(first + width, V))
+        if on_gpu:
+            dz = _weights(here, h, weight, rows, targets, bias, lse, softcap, scale, panel, gain)
+        else:
+            dz = _weights_cpu(here, h_RD, weight, targets, bias, lse, softcap, scale)
+        if wants[0]:
+            panel_product(dz, weight[here], sum_RD, add=True)
+        if wants[1]:
+            chosen = rows if on_gpu else None
+            panel_product(dz.T, h_RD, dweight[here], rows_K=chosen, factor_K=factor, scale=largest / gain)
+        if wants[2]:
+            ones = h.new_ones(R, 1)
+            panel_product(dz.T, ones, dbias[here, None], factor_K=factor, scale=largest / gain)
+    dh = h.new_zeros(h.shape if wants[0] else 0)
+    if wants[0]:
+        dh.index_copy_(0, rows.long(), (sum_RD * (coefficient / gain)[:, None]).to(h.dtype))
+    return dh, dweight, dbias
+
+
+def _setup_context(ctx, inputs, output):
+    h, weight, rows, targets, bias, ctx.softcap, ctx.scale = inputs
+    ctx.save_for_backward(h, weight, rows, targets, bias, output[1])
+
+
+def _autograd(ctx, dloss, _):
+    needs = ctx.needs_input_grad
+    wants = [needs[0], needs[1], needs[4]]
+    grads = _cross_entropy_bwd(dloss, *ctx.saved_tensors, ctx.softcap, ctx.scale, wants)
+    dh, dweight, dbias = (grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
+    return dh, dweight, None, None, dbias, None, None
+
+
+_HEAD = "Tensor h, Tensor weight, Tensor rows, Tensor targets, Tensor? bias"
+_cross_entropy_bwd = define_op(
+    f"cross_entropy_bwd(Tensor dloss, {_HEAD}, Tensor lse, float softcap, float scale, bool[] wants)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dloss, h, weight, rows, targets, bias, lse, softcap, scale, wants: (
+        h.new_empty(h.shape if wants[0] else 0),
+        weight.new_empty(weight.shape if wants[1] else 0),
+        weight.new_empty(weight.shape[0] if wants[2] else 0),
+    ),
+)
+_cross_entropy = define_op(
+    f"cross_entropy({_HEAD}, float softcap, float scale) -> (Tensor, Tensor)",
+    _forward,
+    lambda h, weight, rows, targets, bias, softcap, scale: tuple(
+        h.new_empty(rows.shape, dtype=torch.float32) for _ in range(2)
+    ),
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+
+
+# --- public ------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    h_TD: Tensor,
+    weight_VD: Tensor,
+    rows_R: Tensor,
+    targets_R: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    """Cross entropy of a head's predictions at chosen rows.
+
+    Args:
+        h_TD: [T, D] fp32, bf16 or fp16: states after the final norm, rows contiguous in themselves.
+        weight_VD: [V, D], same dtype, rows contiguous in themselves.
+        rows_R: int32 or int64 [R], distinct: where predictions are read. For masked tokens that is the position before.
+        targets_R: int32 or int64 [R]: what should be predicted there.
+        bias_V: [V] or None, same dtype.
+        softcap: bound on the absolute logits, after `scale`; None leaves them.
+        scale: multiplies the logits.
+        reduction: mean over the rows, sum, or none. Several micro-batches of one step: sum, over the step's own count.
+
+    Returns:
+        fp32, a scalar, or [R] for none. Differentiable in `h_TD`, `weight_VD` and `bias_V`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, a mean over no rows; on the CPU also a row or a
+            target out of range and a row chosen twice, which on a GPU, where looking would wait, give a loss of NaN.
+
+    Error: on a GPU logits, sums and losses are fp32, and the softmax's weights are rounded to the dtype before they are
+        multiplied. On a CPU logits are rounded to the dtype. No atomics: equal bits on repetition.
+    """
+    _check(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap, reduction)
+    if h_TD.device.type == "cpu":
+        _check_values(h_TD.shape[0], weight_VD.shape[0], rows_R, targets_R)
+    loss_R, _ = _cross_entropy(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap or 0.0, float(scale))
+    return {"mean": loss_R.mean, "sum": loss_R.sum, "none": lambda: loss_R}[reduction]()
+
+
+def _check(
+    h: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    reduction: str,
+) -> None:
+    floats = [x for x in (h, weight, bias) if x is not None]
+    if h.dtype not in DTYPES or any(x.dtype != h.dtype for x in floats):
+        raise ValueError(f"dtypes of h_TD, weight_VD, bias_V are {[x.dtype for x in floats]}, expected one of {DTYPES}")
+    if h.ndim != 2 or weight.ndim != 2 or h.shape[1] != weight.shape[1] or not weight.shape[0]:
+        raise ValueError(f"h_TD {tuple(h.shape)} does not fit weight_VD {tuple(weight.shape)}")
+    if (h.numel() and h.stride(1) != 1) or weight.stride(1) != 1:
+        raise ValueError(f"rows must be contiguous, strides are {h.stride()} and {weight.stride()}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias_V is {tuple(bias.shape)}, weight_VD has {weight.shape[0]} rows")
+    if rows.ndim != 1 or rows.shape != targets.shape:
+        raise ValueError(f"rows_R is {tuple(rows.shape)} and targets_R {tuple(targets.shape)}, expected both [R]")
+    if {rows.dtype, targets.dtype} - {torch.int32, torch.int64}:
+        raise ValueError(f"rows_R is {rows.dtype} and targets_R {targets.dtype}, expected int32 or int64")
+    if any(x.device != h.device for x in (*floats, rows, targets)):
+        raise ValueError(f"devices differ: {[str(x.device) for x in (*floats, rows, targets)]}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, expected a positive bound or None")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}, expected mean, sum or none")
+    if reduction == "mean" and not len(rows):
+        raise ValueError("rows_R is empty: there is no mean over no rows")
+
+
+def _check_values(T: int, V: int, rows: Tensor, targets: Tensor) -> None:
+    if not len(rows):
+        return
+    for name, values, limit in (("rows_R", rows, T), ("targets_R", targets, V)):
+        least, most = (int(x) for x in values.aminmax())
+        if least < 0 or most >= limit:
+            raise ValueError(f"{name} holds {least if least < 0 else most}, expected 0 to {limit - 1}")
+    counts = rows.bincount(minlength=T)
+    if counts.max() > 1:
+        raise ValueError(f"rows_R holds {int(counts.argmax())} more than once, expected distinct rows")

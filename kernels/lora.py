@@ -1,0 +1,320 @@
+"""Linear layer with a low-rank update (LoRA), for all the projections that one merged product computes.
+
+    y[:, p] = x W_pᵀ + bias_p + scale_p * drop_p(x) A_pᵀ B_pᵀ         for each projection p
+
+`W` and the bias are frozen. Projections that read the same input (query, key, value; gate, up) are one product: `A` is
+stacked, each projection has its own rows of `W` and `B`, its own dropout mask and its own columns of `y`.
+
+Shape letters: T = packed tokens, C = input features, N = output features of all projections, P = projections, R = rank.
+Cost beyond the product with W: 2*T*R*(P*C + N) FLOPs; bytes, which bound it: `x` once more (T*C), and T*N twice.
+Of the latter only one half is a pass of its own. The update is written first, by a kernel that reads next to nothing,
+and the product with W adds itself to it: its epilogue reads T*N under the cover of its arithmetic. The other order, a
+pass that adds the update to a finished product, reads and writes T*N in the open, and rounds the product before the
+sum. Backward does the same for the input's gradient (T*C). Appending B to the columns of W would save the T*N
+altogether, for a second copy of every weight or weights stored with room behind each row; not done.
+
+Source: Hu et al. 2021; one mask a projection as PEFT draws them. Masks are `dropout.py`'s, keyed by sequence identity
+and position: packing does not change them and backward draws them again.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashvec.kernels.backend import define_op, implementation
+from flashvec.kernels.dropout import Dropout, drop_cpu, fold_reference, keep_reference
+from flashvec.kernels.low_rank import MAX_PROJECTIONS, expand, reduce, row_keys, shrink
+from flashvec.kernels.precision import widen
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_RANK = 128
+ROWS_CPU = 2048  # rows of masked copies held at a time
+
+
+# --- reference ---------------------------------------------------------------------------------------
+
+
+def lora_reference(
+    x_TC: Tensor,
+    weight_NC: Tensor,
+    bias_N: Tensor | None,
+    a_PRC: Tensor,
+    b_NR: Tensor,
+    splits: Sequence[int],
+    scales: Sequence[float],
+    keys_P2T: Tensor | None = None,
+    threshold: int = 0,
+) -> Tensor:
+    x = widen(x_TC)
+    out = F.linear(x, widen(weight_NC), None if bias_N is None else widen(bias_N)).split(list(splits), 1)
+    parts = []
+    for p, (a_RC, b_nR) in enumerate(zip(a_PRC, b_NR.split(list(splits)), strict=True)):
+        dropped = x
+        if keys_P2T is not None:
+            kept = keep_reference((keys_P2T[p, 0], keys_P2T[p, 1]), x.shape[1], threshold)
+            dropped = x * kept * (256 / (256 - threshold))
+        parts.append(out[p] + scales[p] * (dropped @ widen(a_RC).T @ widen(b_nR).T))
+    return torch.cat(parts, 1).to(x_TC.dtype)
+
+
+def _keys(identities_T: Tensor, positions_T: Tensor, words: Sequence[int]) -> Tensor:
+    if implementation(identities_T) == "triton":
+        return row_keys(identities_T, positions_T, words)
+    keys = []
+    for p in range(0, len(words), 2):
+        key = fold_reference((words[p], words[p + 1]), identities_T.to(torch.int32))
+        keys.append(torch.stack(fold_reference(key, positions_T.to(torch.int32))))
+    return torch.stack(keys)
+
+
+_lora_keys = define_op(
+    "lora_keys(Tensor identities, Tensor positions, int[] words) -> Tensor",
+    _keys,
+    lambda identities, positions, words: identities.new_empty(
+        len(words) // 2, 2, identities.shape[0], dtype=torch.int32
+    ),
+)
+
+
+# --- the processor -----------------------------------------------------------------------------------
+
+
+def _shrink_cpu(x: Tensor, a: Tensor, factors: Sequence[float], keys: Tensor | None, threshold: int) -> Tensor:
+    T, (P, R, _) = x.shape[0], a.shape
+    h = x.new_empty(T, P, R)
+    if keys is None:
+        h = (x @ a.flatten(0, 1).T).view(T, P, R)
+    else:
+        for rows in _chunks(T):
+            for p in range(P):
+                (dropped,) = drop_cpu((keys[p, 0, rows], keys[p, 1, rows]), threshold, [x[rows]])
+                h[rows, p] = dropped @ a[p].T
+    for p, factor in enumerate(factors):
+        h[:, p] *= factor
+    return h
+
+
+def _input_gradients_cpu(
+    dx: Tensor | None, x: Tensor, a: Tensor, g: Tensor, keys: Tensor | None, threshold: int
+) -> tuple[Tensor, Tensor]:
+    """The update's share added to `dx`, and A's gradient in fp32: one draw of each mask serves both."""
+    (T, P, R), C = g.shape, x.shape[1]
+    if keys is None:
+        if dx is not None:
+            dx.addmm_(g.flatten(1), a.flatten(0, 1))
+        return x.new_empty(0) if dx is None else dx, _sum_cpu(g.flatten(1), x).view(P, R, C)
+    da = x.new_zeros(P, R, C, dtype=torch.float32)
+    for rows in _chunks(T):
+        for p in range(P):
+            key = (keys[p, 0, rows], keys[p, 1, rows])
+            if dx is None:
+                (dropped,) = drop_cpu(key, threshold, [x[rows]])
+            else:
+                back = g[rows, p] @ a[p]
+                dropped, back = drop_cpu(key, threshold, [x[rows], back], [torch.empty_like(x[rows]), back])
+                dx[rows] += back
+            da[p] += g[rows, p].T @ dropped
+    return x.new_empty(0) if dx is None else dx, da
+
+
+def _sum_cpu(x: Tensor, h: Tensor) -> Tensor:
+    """xᵀ h in fp32; halves are summed in fp32 within a chunk of rows and rounded once for each."""
+    total = x.new_zeros(x.shape[1], h.shape[1], dtype=torch.float32)
+    for rows in _chunks(len(x)):
+        total += x[rows].T @ h[rows]
+    return total
+
+
+def _chunks(T: int) -> Iterator[slice]:
+    return (slice(start, min(start + ROWS_CPU, T)) for start in range(0, T, ROWS_CPU))
+
+
+# --- ops ---------------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    splits: Sequence[int],
+    scales: Sequence[float],
+    keys: Tensor | None,
+    threshold: int,
+) -> tuple[Tensor, Tensor]:
+    """y [T, N] and scaled h = drop(x) Aᵀ [T, P, R], which backward needs."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    factors = [scale * 256 / (256 - threshold) for scale in scales]
+    if implementation(x) == "triton":
+        h = shrink(x, a, splits, factors, keys, threshold)
+        y = expand(h, b, splits, bias, None, 0)
+    else:
+        h = _shrink_cpu(x, a, factors, keys, threshold)
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        for p, (y_p, b_p) in enumerate(zip(y.split(list(splits), 1), b.split(list(splits)), strict=True)):
+            torch.mm(h[:, p], b_p.T, out=y_p)
+        if bias is not None:
+            y += bias
+    return y.addmm_(x, weight.T), h
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor,
+    splits: Sequence[int],
+    scales: Sequence[float],
+    keys: Tensor | None,
+    threshold: int,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, A and B; an empty tensor for each that is not wanted."""
+    a_half, b_half = a.to(x.dtype), b.to(x.dtype)
+    factors = [scale * 256 / (256 - threshold) for scale in scales]
+    dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
+    if implementation(x) == "triton":
+        g = shrink(dy, b_half, splits, factors, None, 0) if wants[0] or wants[1] else h
+        if wants[0]:
+            dx = expand(g, a_half, splits, None, keys, threshold).addmm_(dy, weight)
+        if wants[1]:
+            da = reduce(x, g, a, splits, keys, threshold)
+        if wants[2]:
+            db = reduce(dy, h, b, splits, None, 0)
+        return dx, da, db
+    dys = dy.split(list(splits), 1)
+    if wants[0] or wants[1]:
+        parts = zip(dys, b_half.split(list(splits)), factors, strict=True)
+        g = torch.stack([(dy_p @ b_p).mul_(factor) for dy_p, b_p, factor in parts], 1)
+        dx, da_sum = _input_gradients_cpu(dy @ weight if wants[0] else None, x, a_half, g, keys, threshold)
+        da = da_sum.to(a.dtype)
+    if wants[2]:
+        db = torch.cat([_sum_cpu(dy_p, h[:, p]) for p, dy_p in enumerate(dys)]).to(b.dtype)
+    return dx, da, db
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, a, b, ctx.splits, ctx.scales, keys, ctx.threshold = inputs
+    ctx.save_for_backward(x, weight, a, b, output[1], keys)
+
+
+def _autograd(ctx, dy, _):
+    x, weight, a, b, h, keys = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wants = [needs[0], needs[3], needs[4]]
+    grads = _lora_bwd(dy.contiguous(), x, weight, a, b, h, ctx.splits, ctx.scales, keys, ctx.threshold, wants)
+    dx, da, db = (grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
+    return dx, None, None, da, db, None, None, None, None
+
+
+_SHARED = "int[] splits, float[] scales, Tensor? keys, int threshold"
+_lora_bwd = define_op(
+    "lora_bwd(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor h, "
+    f"{_SHARED}, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dy, x, weight, a, b, h, splits, scales, keys, threshold, wants: tuple(
+        t.new_empty(t.shape if wanted else 0) for t, wanted in zip((x, a, b), wants, strict=True)
+    ),
+)
+_lora = define_op(
+    f"lora(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, {_SHARED}) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, weight, bias, a, b, splits, scales, keys, threshold: (
+        x.new_empty(x.shape[0], weight.shape[0]),
+        x.new_empty(x.shape[0], *a.shape[:2]),
+    ),
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+
+
+# --- public ------------------------------------------------------------------------------------------
+
+
+def lora(
+    x_TC: Tensor,
+    weight_NC: Tensor,
+    a_PRC: Tensor,
+    b_NR: Tensor,
+    *,
+    scales: float | Sequence[float],
+    splits: Sequence[int] | None = None,
+    bias_N: Tensor | None = None,
+    dropout: Dropout | None = None,
+    identities_T: Tensor | None = None,
+    positions_T: Tensor | None = None,
+) -> Tensor:
+    """Multiply every row by a frozen weight and its trainable low-rank update.
+
+    Args:
+        x_TC: [T, C] fp32, bf16 or fp16, rows contiguous in themselves.
+        weight_NC: [N, C], same dtype, frozen: the rows of all P projections, one under another.
+        a_PRC: [P, R, C], dtype of `x_TC` or fp32 (computed with in the dtype of `x_TC`); P at most 3, R at most 128.
+            Projections of lower rank are filled up with zero rows.
+        b_NR: [N, R], dtype of `a_PRC`.
+        scales: alpha / R, or another factor; one for each projection or one for all.
+        splits: rows of `weight_NC` of each projection; needed for more than one.
+        bias_N: [N], same dtype, frozen.
+        dropout: of the update's input. Projection p draws its mask at `dropout.site + p`, as if it stood alone.
+        identities_T: int [T], the identity of each row's sequence (`Schedule.identity_of_rows`); for dropout.
+        positions_T: int [T], each row's position in its sequence; for dropout.
+
+    Returns:
+        [T, N] in the dtype of `x_TC`. Differentiable in `x_TC`, `a_PRC` and `b_NR`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, a weight that wants a gradient, dropout without keys.
+
+    Error: sums are fp32. x Aᵀ and the update are rounded to the dtype before they go on; gradients of A and B are
+        fp32 sums over fixed blocks of rows, without atomics: equal bits on repetition.
+    """
+    P = a_PRC.shape[0]
+    splits = [weight_NC.shape[0]] if splits is None else list(splits)
+    scales = [float(scales)] * P if isinstance(scales, int | float) else [float(scale) for scale in scales]
+    _check(x_TC, weight_NC, a_PRC, b_NR, scales, splits, bias_N)
+    keys, threshold = None, 0
+    if dropout is not None and dropout.p > 0:
+        if identities_T is None or positions_T is None:
+            raise ValueError("dropout needs identities_T and positions_T: its masks are keyed by them")
+        if identities_T.shape != x_TC.shape[:1] or positions_T.shape != x_TC.shape[:1]:
+            found = f"{tuple(identities_T.shape)} and {tuple(positions_T.shape)}"
+            raise ValueError(f"identities_T and positions_T are {found}, x_TC has {x_TC.shape[0]} rows")
+        words = [word for p in range(P) for word in dropout.at(dropout.site + p).key()]
+        keys, threshold = _lora_keys(identities_T, positions_T, words), dropout.threshold
+    return _lora(x_TC, weight_NC, bias_N, a_PRC, b_NR, splits, scales, keys, threshold)[0]
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Sequence[float],
+    splits: Sequence[int],
+    bias: Tensor | None,
+) -> None:
+    if x.dtype not in DTYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(
+            f"x_TC is {x.dtype} and weight_NC {weight.dtype}, expected one of {DTYPES} for both and bias_N"
+        )
+    if a.dtype != b.dtype or a.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"a_PRC is {a.dtype} and b_NR {b.dtype}, expected both {x.dtype} or both fp32")
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or (x.numel() and x.stride(1) != 1):
+        raise ValueError(f"x_TC {tuple(x.shape)}, strides {x.stride()}, does not fit weight_NC {tuple(weight.shape)}")
+    N, C = weight.shape
+    if a.ndim != 3 or b.ndim != 2 or a.shape[2] != C or b.shape != (N, a.shape[1]):
+        raise ValueError(f"a_PRC {tuple(a.shape)} and b_NR {tuple(b.shape)} do not fit weight_NC {(N, C)}")
+    P, R, _ = a.shape
+    if not 1 <= P <= MAX_PROJECTIONS or not 1 <= R <= MAX_RANK:
+        raise ValueError(f"a_PRC is {tuple(a.shape)}: at most {MAX_PROJECTIONS} projections, of rank 1 to {MAX_RANK}")
+    if len(splits) != P or len(scales) != P or sum(splits) != N or min(splits) < 1:
+        raise ValueError(f"splits {splits} and scales {scales} do not fit {P} projections of {N} rows together")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias_N is {tuple(bias.shape)}, weight_NC has {N} rows")
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("weight_NC or bias_N wants a gradient: the base of a low-rank update is frozen")

@@ -1,0 +1,79 @@
+"""What to do when a device's memory runs out: smaller packs, then slowly larger ones again.
+
+A text's vector does not depend on its pack, so packs may be cut anywhere. Only `torch.OutOfMemoryError` counts: any
+other failure would fail again in smaller pieces, and hiding it would hide a bug.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CLIMB_AFTER = 64  # packs that fit before a larger one is tried: a failed try costs a pack's time and the cached memory
+LONGEST_PATIENCE = 4096
+CLIMB = 1.25  # one bucket
+
+
+class Ladder:
+    """The token budget that fits: halved when a pack fails, raised by a quarter after many that fitted.
+
+    A raised budget that fails falls back to the one before, and doubles the number of packs until the next try, so a
+    budget at the edge of what fits is not tried for ever.
+    """
+
+    def __init__(self) -> None:
+        self.limit: int | None = None  # tokens; None: nothing has failed
+        self.patience = CLIMB_AFTER
+        self._fitted: int | None = None  # the limit before it was raised
+        self._successes = 0
+
+    def budget(self, asked: int) -> int:
+        """Tokens a pack may hold now, of those asked for."""
+        return asked if self.limit is None else min(asked, self.limit)
+
+    def failed(self, num_tokens: int) -> None:
+        """A pack of several texts, this large, did not fit."""
+        if self._fitted is not None and self._fitted < num_tokens:
+            self.limit = self._fitted
+            self.patience = min(2 * self.patience, LONGEST_PATIENCE)
+        else:
+            self.limit = max(1, num_tokens // 2)
+        self._fitted, self._successes = None, 0
+
+    def succeeded(self, asked: int) -> None:
+        """A pack fitted; `asked` is the budget that its caller wanted."""
+        if self.limit is None:
+            return
+        self._successes += 1
+        if self._successes >= self.patience:
+            self._fitted, self._successes = self.limit, 0
+            raised = int(self.limit * CLIMB) + 1
+            self.limit = raised if raised < asked else None
+
+
+def fits(work: Callable[[], Any]) -> tuple[bool, Any]:
+    """Run work; (False, None) if memory ran out.
+
+    The error is dropped here: while it lives, its traceback holds the very tensors that did not fit.
+    """
+    try:
+        return True, work()
+    except torch.OutOfMemoryError:
+        return False, None
+
+
+def host_memory() -> tuple[int, int]:
+    """Free and total bytes of this machine's memory."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+
+def does_not_fit(num_tokens: int, memory: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:
+    """What to tell the user when a text does not fit on its own."""
+    free, total = (num_bytes / 2**30 for num_bytes in memory)
+    narrower = ", load the model with dtype='bfloat16'" if dtype == torch.float32 else ""
+    return (
+        f"a text of {num_tokens} tokens does not fit into the memory of {device} even alone ({free:.1f} of {total:.1f} "
+        f"GiB are free): give a max_length below {num_tokens}{narrower}, or free memory on the device"
+    )

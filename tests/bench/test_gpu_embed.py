@@ -1,0 +1,128 @@
+"""Whole models in the GPU benchmark, tiny and on the CPU."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from flashvec.bench import compile_ahead, gpu_embed, gpu_models, peers_embed
+from flashvec.bench.device_time import HostStopwatch
+from flashvec.bench.gpu_models import CONFIGS, draw_texts, flops_of, model_spec, product_weights, weight_bytes
+from flashvec.bench.gpu_session import Budget, Session
+from flashvec.kernels import backend
+
+CPU = torch.device("cpu")
+TINY = {
+    "qwen3": gpu_models._sizes(32, 48, 2, 4, 2, 16, 60),
+    "gemma3_text": {**gpu_models._sizes(32, 48, 3, 2, 1, 16, 60), "sliding_window": 6, "query_pre_attn_scalar": 16},
+}
+
+
+@pytest.fixture(scope="module", params=TINY)
+def model(request):
+    config = {"model_type": request.param, "max_position_embeddings": 256, **TINY[request.param]}
+    return gpu_models.random_model("tiny", config, CPU, torch.float32)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(gpu_embed, "BUDGETS", (64, 128))
+    monkeypatch.setattr(gpu_embed, "REPETITIONS", 2)
+    monkeypatch.setattr(gpu_embed, "COMPARED_TEXTS", 8)
+
+
+def session(folder) -> Session:
+    return Session(CPU, HostStopwatch(), Budget(10), folder, repetitions=2)
+
+
+PROFILE = gpu_embed.Profile("tiny", 12, 200)
+
+
+def test_everyone_gives_the_same_vectors(model):
+    texts = draw_texts(300, 20, 1, 60)
+    ours = peers_embed.Ours(model, 64).embed(texts)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
+    for budget in (None, 64):
+        np.testing.assert_allclose(peers_embed.HuggingFacePadded(model.module, budget).embed(texts), ours, atol=1e-5)
+    theirs = peers_embed.SentenceTransformers(model.module, 60, "sdpa")
+    np.testing.assert_allclose(theirs.embed(texts), ours, atol=1e-5)
+
+
+def test_rows_of_a_profile(model, small, tmp_path):
+    s = session(tmp_path)
+    gpu_embed.time_profile(s, PROFILE, model, 60)
+    rows = {row["variant"]: row for row in s.rows}
+    timed = [name for name, row in rows.items() if "tokens_per_s" in row]
+    assert len(timed) == 5 and timed[0].startswith("flashvec") and not s.wrong, rows
+    assert "missing" in rows["sentence-transformers, flattened"]  # flash attention wants a GPU
+    for name in timed:
+        assert rows[name]["median_cosine"] > 0.999 and rows[name]["share_of_products"] > 0
+    lines = gpu_embed.summary(s.rows)
+    assert len(lines) == 7 and "ImportError" in lines[1] and "tokens/s" in lines[2]
+
+
+def test_another_model_is_not_timed(model, small, tmp_path, monkeypatch):
+    class Other(peers_embed.Ours):
+        def embed(self, texts):
+            return -super().embed(texts)
+
+    monkeypatch.setattr(gpu_embed, "contenders", lambda m, v: {"flashvec": lambda: Other(m, 64), "peer": crash})
+
+    def crash():
+        raise ImportError("no such package")
+
+    s = session(tmp_path)
+    gpu_embed.time_profile(s, PROFILE, model, 60)
+    assert len(s.wrong) == 1 and "median cosine -1" in s.wrong[0]
+    assert [row["variant"] for row in s.rows] == ["peer", "flashvec"] and all("tokens_per_s" not in r for r in s.rows)
+    assert len(gpu_embed.summary(s.rows)) == 3
+
+
+def test_models_are_run_in_turn_while_there_is_time(monkeypatch, tmp_path):
+    made, timed = [], []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (80e9, 80e9))
+    monkeypatch.setattr(gpu_embed, "random_model", lambda name, *a: made.append(name) or replace_name(name))
+    monkeypatch.setattr(gpu_embed, "time_profile", lambda s, profile, m: timed.append(profile.name))
+    s = session(tmp_path)
+    gpu_embed.run(s, "qwen3")
+    assert made == ["qwen3-0.6b"] and len(timed) == 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (10e9, 80e9))
+    gpu_embed.run(s, "llama-3-8b")
+    assert len(timed) == 2 and len(s.skipped) == 2 and "memory" in s.skipped[0]
+
+
+def replace_name(name):
+    return replace(gpu_models.RandomModel("x", torch.nn.Module(), None, None), name=name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("profile", gpu_embed.profiles()[::2], ids=lambda p: p.model)
+def test_models_are_recorded_at_their_real_size(profile):
+    with backend.recording(backend.TARGETS["sm_90"]) as recorder, compile_ahead._Launchers():
+        gpu_embed.record(profile)
+    assert any(launch.kernel.__name__ == "_attention_fwd_kernel" for launch in recorder.launches)
+
+
+def test_sizes_are_the_published_ones():
+    billions = {name: weight_bytes(config, 1) / 1e9 for name, config in CONFIGS.items()}
+    assert {name: round(b, 2) for name, b in billions.items()} == {
+        "qwen3-0.6b": 0.60,
+        "llama-3-8b": 7.50,  # 8.03 with a head of its own
+        "llama-3.2-1b": 1.24,
+        "gemma-3-270m": 0.27,
+    }
+
+
+def test_flops_count_what_attention_sees():
+    spec = model_spec({"model_type": "gemma3_text", "max_position_embeddings": 256, **TINY["gemma3_text"]}).decoder
+    full = 2.0 * 100 * product_weights(spec) * 3
+    windows = [None if w is None else 2 * w + 1 for w in spec.layer_windows]
+    attention = sum(4.0 * 100 * min(100, w or 100) * 16 * 2 for w in windows)
+    assert flops_of(spec, [100]) == full + attention
+
+
+def test_texts_are_new_for_every_seed():
+    first, again, other = (draw_texts(5000, 50, seed, 1000) for seed in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len(first) != len(other) or not np.array_equal(first[0], other[0])
+    assert 35 < np.mean([len(t) for t in first]) < 65 and sum(map(len, first)) >= 5000

@@ -1,0 +1,70 @@
+"""README's tables: made from rows of one machine each, the newest of every variant."""
+
+import pytest
+
+from flashvec.bench import report
+
+
+def embed_row(**changes):
+    row = {
+        "benchmark": "embed", "model": "m", "variant": "ours", "profile": "queries", "mean_tokens": 12.0,
+        "tokens_per_s": 1000, "share_of_ceiling": 0.5, "repetitions": 5,
+        "cpu": "Old", "instructions": "avx512", "cores": 2, "threads": 2, "torch": "2.13", "commit": "aaa",
+        "date": "2026-01-01",
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def verify_row(**changes):
+    cosine = {"minimum": 1.0, "1 %": 1.0, "median": 1.0}
+    return {**embed_row(dtype="float32", cosine=cosine, top10_overlap=1.0, sign_flips=0.0), **changes}
+
+
+def tables(lines):
+    """Each table's own lines."""
+    return [block for block in "\n".join(lines).split("\n\n") if block.startswith("|")]
+
+
+def test_the_newest_row_of_a_variant_counts():
+    rows = [embed_row(tokens_per_s=1), embed_row(tokens_per_s=2, commit="bbb"), embed_row(profile="pages")]
+    lines = report.embed_table(rows)
+    assert "| ours | 2 (50%) | 1,000 (50%) |" in lines
+    assert lines[-1].startswith("commits bbb, aaa, 2026-01-01")
+
+
+@pytest.mark.parametrize(
+    "change", [{"cpu": "New"}, {"instructions": "avx2"}, {"cores": 8}, {"threads": 1}, {"model": "another"}]
+)
+def test_machines_and_models_never_share_a_table(change):
+    """A newer row from elsewhere neither replaces a number nor fills a gap."""
+    rows = [embed_row(), embed_row(variant="peer", tokens_per_s=77)]
+    other = embed_row(tokens_per_s=9999, date="2026-02-02", **change)
+    first, second = tables(report.embed_table([*rows, other]))
+    assert "9,999" not in first and "| ours | 1,000" in first and "| peer | 77" in first
+    assert "9,999" in second and "peer" not in second
+    text = "\n".join(report.embed_table([*rows, other]))
+    assert [line[-10:] for line in text.split("; medians")[:-1]] == ["2026-01-01", "2026-02-02"]
+    # rows of the two in turn, as two machines' files read one after the other never are
+    assert tables(report.embed_table([rows[0], other, rows[1]])) == [first, second]
+
+
+@pytest.mark.parametrize("change", [{"cpu": "New"}, {"instructions": "avx2"}, {"cores": 8}])
+def test_fidelity_of_two_machines_stands_apart(change):
+    lines = report.verify_table([verify_row(), verify_row(sign_flips=0.5, **change)])
+    first, second = tables(lines)
+    assert "0.00%" in first and "50.00%" in second and "50.00%" not in first
+    assert sum(line.startswith("On 2 cores of") or line.startswith("On 8 cores of") for line in lines) == 2
+
+
+@pytest.mark.parametrize(("make", "row"), [(report.embed_table, embed_row), (report.verify_table, verify_row)])
+def test_a_new_torch_starts_the_machines_table_anew(make, row):
+    """Numbers of two versions are not compared; those of the last one used on that machine stay."""
+    lines = make([row(variant="left behind"), row(), row(torch="2.14", variant="new"), row(cpu="Other")])
+    first, second = tables(lines)
+    assert "new" in first and "ours" not in first and "left behind" not in first
+    assert "ours" in second
+    assert any("torch 2.14," in line for line in lines) and any("torch 2.13," in line for line in lines)
+
+
+def test_an_unmarked_readme_stays_as_it_is():
+    assert report.render("# Title\n\n| a | b |\n") == "# Title\n\n| a | b |\n"

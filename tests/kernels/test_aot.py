@@ -1,0 +1,134 @@
+"""The offline compiler: what it compiles is what would be launched, and every fault it promises to find is found."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashvec.kernels import aot, aot_cases, roofline
+from flashvec.kernels.backend import TARGETS, recording
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+GOOD = aot.Report("attention 64 plain", "_attention_fwd_kernel", "sm_90", "3.9.0", 8, 125, 0, 48_000, 2, 16, 68, 16, 11)
+
+
+def run(*arguments: str, environment: dict[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flashvec.kernels.aot", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_compiles_attention_for_hopper_and_agrees_with_the_committed_rows():
+    done = run("--check", "--target", "sm_90", "--only", "attention 64 plain")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("sm_90")]
+    assert len(rows) == 3 and all("   0 spilled" in row for row in rows)
+    assert done.stdout.splitlines()[-1].startswith("3 compiled, 0 faults")
+
+
+def test_refuses_to_compile_interpreted_kernels():
+    done = run("--check", environment=ENVIRONMENT | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 2 and "unset it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 240_000}, "needs 240000 bytes of shared memory"),
+        ({"matrix": 0}, "without matrix instructions"),
+    ],
+    ids=str,
+)
+def test_faults_are_named(change, message):
+    found = aot.faults(replace(GOOD, **change), True, None)
+    assert [message in fault for fault in found] == ([True] if message else [])
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ({}, None),
+        ({"blocks_per_sm": 3}, "3 blocks fitted a multiprocessor before, now 2"),
+        ({"matrix": 40}, "had 40 matrix instructions, now 16"),
+        ({"registers": 64}, None),
+    ],
+    ids=str,
+)
+def test_a_worse_figure_than_the_committed_one_is_a_fault(before, message):
+    found = aot.faults(GOOD, True, replace(GOOD, **before))
+    assert [message in fault for fault in found] == ([True] if message else [])
+
+
+def test_a_listed_spill_is_allowed_on_its_target_alone():
+    (target, part), _ = next(iter(aot_cases.ALLOWED_SPILLS.items()))
+    spilling = replace(GOOD, case=f"{part} plain", target=target, spill_bytes=8, matrix=1)
+    assert not aot.faults(spilling, True, None)
+    assert aot.faults(replace(spilling, target="gfx942"), True, None)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_every_case_records_what_it_claims(target):
+    for case in aot_cases.cases(target):
+        with recording(target) as recorder:
+            case.run()
+        assert recorder.launches, case.name
+        launched = {launch.kernel.__name__ for launch in recorder.launches}
+        assert case.multiplies <= launched, case.name
+
+
+def test_arguments_are_specialised_as_at_a_launch():
+    with recording(TARGETS["sm_90"]) as recorder:
+        next(case for case in aot_cases.cases(TARGETS["sm_90"]) if case.name == "attention 64 causal").run()
+    signature, constants, attributes = aot.specialise(recorder.launches[0])
+    names = list(signature)
+    assert signature["q_ptr"] == "*bf16" and signature["T"] == "i32" and signature["scale"] == "fp32"
+    assert constants["HAS_RIGHT"] is True and constants["cos_ptr"] is None
+    assert (names.index("q_ptr"),) in attributes and (names.index("left"),) not in attributes
+
+
+def test_committed_rows_hold_no_fault():
+    reports = aot.committed_reports()
+    multiplying = {case.name: case.multiplies for target in TARGETS.values() for case in aot_cases.cases(target)}
+    for report in reports.values():
+        assert report.case in multiplying, f"{report.case} is no case any more; run aot --write anew"
+        assert not aot.faults(report, report.kernel in multiplying[report.case], None), report
+
+
+# --- roofline ---------------------------------------------------------------------------------------------
+
+
+def test_floors_of_a_known_layer():
+    """Llama 3 8B at 16,384 tokens: 7.15 TFLOP of products; attention moves 336 MB, with the log-sum-exp 338."""
+    shape, lengths = roofline.MODELS["llama-3-8b"], [256] * 64
+    parts = {part.name: part for part in roofline.layer_parts(shape, lengths)}
+    products = sum(part.flops for name, part in parts.items() if name.endswith("product"))
+    assert products == pytest.approx(7.147e12, rel=1e-3)
+    assert parts["attention"].flops == 4 * 64 * 256**2 * 128 * 32
+    assert parts["attention"].bytes == 335_544_320 + 4 * 16_384 * 32
+    seconds, bound = parts["attention"].floor(roofline.MEASURED)
+    assert bound == "memory" and seconds == parts["attention"].bytes / 3.0e12
+
+
+def test_tiles_cost_at_least_the_floor():
+    for name, shape in roofline.MODELS.items():
+        lengths = roofline.lengths_of(16_384, 256)
+        assert sum(lengths) == 16_384 and min(lengths) > 0
+        seconds, useful = roofline.tile_time(shape, lengths, {})
+        attention = next(part for part in roofline.layer_parts(shape, lengths) if part.name == "attention")
+        assert seconds >= attention.floor(roofline.MEASURED)[0] * 0.999 and 0 < useful <= 1, name
+
+
+def test_roofline_command(capsys):
+    assert aot.main(["--roofline", "qwen3-0.6b", "--tokens", "4096"]) == 0
+    assert "qwen3-0.6b: one layer, 4,096 tokens" in capsys.readouterr().out
+    assert aot.main(["--roofline", "gpt-2"]) == 2
+    assert "choose one of llama-3-8b" in capsys.readouterr().out
+    assert aot.main(["--roofline", "qwen3-0.6b", "--tokens", "0"]) == 2
+
+
+def test_meta_tensors_have_no_storage():
+    assert aot_cases.meta(2, 3).device.type == "meta" and aot_cases.meta(1).dtype == torch.bfloat16
