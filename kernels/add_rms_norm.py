@@ -23,6 +23,7 @@ from flashvec.kernels.rms_norm import (
     inverse_rms,
     load_weight,
     norm_grad,
+    register_limit,
     rms_norm_cpu,
     rms_norm_reference,
     row_tile,
@@ -239,6 +240,7 @@ def launch_add_rms_norm_bwd(
         HAS_DWEIGHT=has_dweight,
         HAS_DPOST=has_dpost,
         **tile,
+        **register_limit(sum_TD),
     )
     return dh_TD, dy_TD, summed(partial_PD, weight_D, has_dweight), summed(post_partial_PD, post, has_dpost)
 

@@ -16,14 +16,21 @@ for each span that holds one of its rows.
 import torch
 from torch import Tensor
 
-from flashvec.kernels.backend import define_op, launch, target, tl, triton
+from flashvec.kernels.backend import define_op, launch, tl, triton
 from flashvec.kernels.pool_spans import first_weight, row_weight, span_rows, span_total
-from flashvec.kernels.rms_norm import backward_grid, inverse_rms, load_weight, norm_grad, row_tile, summed
+from flashvec.kernels.rms_norm import (
+    backward_grid,
+    inverse_rms,
+    load_weight,
+    norm_grad,
+    register_limit,
+    row_tile,
+    summed,
+)
 
 SPANS = 256  # looked at in one step: two a thread in the narrowest form, most batches in one step
 TILE = 1024  # elements of a program, at least: rows of one program share few spans
 PER_THREAD = 8  # elements: up to seven fp32 arrays are held
-REGISTERS = {"maxnreg": 128}  # what 16 warps may have; left alone, ptxas spills a few to fit more programs
 
 
 @triton.jit
@@ -193,7 +200,7 @@ def launch_mean_pool_bwd(
         HAS_DWEIGHT=has_dweight,
         SPANS=SPANS,
         **tile,
-        **(REGISTERS if target(x_TD).backend == "cuda" else {}),
+        **register_limit(x_TD),
     )
     return dx_TD, ddelta_TD, summed(post_partial_PD, post, has_dpost), summed(partial_PD, weight_D, has_dweight)
 

@@ -12,13 +12,14 @@ Source: Zhang and Sennrich 2019; `offset` 1 is Gemma's form, whose weights are s
 import torch
 from torch import Tensor
 
-from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, tl, triton
+from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, target, tl, triton
 from flashvec.kernels.precision import widen
 
 TILE = 2048  # elements of a program, at least: below it, rows share one, or its 4 warps had too little to load
 MAX_ROWS = 32  # of a program: rows of under 64 elements are a test model's
 PER_THREAD = 16  # elements: 64 bytes of a fp32 row in flight a thread, and the arrays of a backward fit its registers
 MAX_WARPS = 16  # 1,024 threads where a warp has 64
+MAX_REGISTERS = 128  # of a thread, what 16 warps may have; left alone, ptxas spills a few to fit more programs
 PARTIALS = 512  # programs that a weight's gradient is summed over: they fill any GPU, their sums are 1 % of the bytes
 
 
@@ -129,6 +130,11 @@ def row_tile(D: int, tile: int = TILE, per_thread: int = PER_THREAD) -> dict[str
     return {"ROWS": rows, "BLOCK_D": block, "num_warps": min(MAX_WARPS, max(4, rows * block // (32 * per_thread)))}
 
 
+def register_limit(x: Tensor) -> dict[str, int]:
+    """The option of a launch that lets a backward have the registers it needs; AMD's compiler has no such option."""
+    return {"maxnreg": MAX_REGISTERS} if target(x).backend == "cuda" else {}
+
+
 def backward_grid(T: int, rows: int, has_dweight: bool) -> tuple[int, int]:
     """Programs, and tiles of `rows` rows that each walks: by T alone, so that the order of a sum is always the same."""
     tiles = -(-T // rows)
@@ -169,6 +175,7 @@ def launch_rms_norm_bwd(
         D=D,
         HAS_DWEIGHT=has_dweight,
         **tile,
+        **register_limit(x_TD),
     )
     return dx_TD, summed(partial_PD, weight_D, has_dweight)
 
