@@ -81,9 +81,8 @@ def batch(lengths: str, device: str, tokens: int | None = None) -> Batch:
 
 
 def check(b: Batch, form: Form) -> None:
-    q, k, v = (b.tensors[name] for name in "qkv")
-    wide = wider(q.dtype)
-    truth = reference(q.to(wide), k.to(wide), v.to(wide), b.schedule, b.shape.K**-0.5)
+    q, k, v = (b.tensors[name].to(wider(b.tensors[name].dtype)) for name in "qkv")
+    truth = reference(q, k, v, b.schedule, b.shape.K**-0.5)
     found = distance(b.run(form), b.run(reference), truth)
     assert found.passed, str(found)
 

@@ -5,30 +5,27 @@ Batches of 16,384 tokens: equal lengths from 64 to 8,192 and log-normal ones (`r
 a variant computes for padding. Before a variant is timed, its output (backward: dq) for some sequences and heads is
 compared with the definition: ours by the criterion, a peer by whether it computes the same thing at all.
 
-`candidate` variants run all sequences of a batch with one configuration, named rows x keys, warps, stages. Where one is
-faster than `flashvec` at the lengths of a class, it is what `kernels/attention_tiles.py` should choose there.
+`candidate` variants (bench/attention_candidates.py) run all sequences of a batch with one configuration, named rows x
+keys, warps, stages. Where one is faster than `flashvec` at the lengths of a class, it is what
+`kernels/attention_tiles.py` should choose there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from flashvec.bench.attention_candidates import Candidate, candidates, chosen
 from flashvec.bench.criterion import Distance, distance
 from flashvec.bench.device_time import num_sets
 from flashvec.bench.gpu_session import Row, Run, Session, Wrong, compare
 from flashvec.bench.peers_gpu import PEERS, Call, Peer
 from flashvec.bench.problems import AttentionShape, Maker, Tensors, attention_tensors, rows_of
-from flashvec.kernels import attention as attention_module
 from flashvec.kernels.attention import attention, attention_reference
-from flashvec.kernels.attention_tiles import TileConfig, packed_heads
 from flashvec.kernels.roofline import lengths_of
-from flashvec.kernels.schedule import TileClass
 
 TOKENS = 16_384
 SAME_THING = 0.05  # of the truth's norm: a peer farther off computes something else, not the same less exactly
@@ -72,63 +69,24 @@ def groups(tokens: int = TOKENS) -> list[Group]:
 
 # --- ours, as tables choose and as they might ---------------------------------------------------------------
 
-# By head size and the longest sequence (None: any): rows, keys, warps, stages of a tile. None spills on sm_90.
-FORWARD: dict[int, dict[int | None, list[tuple[int, int, int, int]]]] = {
-    128: {
-        64: [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1)],
-        128: [(128, 128, 8, 1), (64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2)],
-        256: [(128, 64, 8, 2), (64, 256, 8, 1), (64, 64, 4, 2), (64, 128, 4, 2)],
-        None: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 1), (64, 128, 4, 2)],
-    },
-    64: {
-        64: [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1)],
-        128: [(128, 128, 8, 1), (64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2)],
-        256: [(128, 64, 8, 2), (64, 256, 8, 1), (128, 64, 4, 2), (64, 64, 4, 2), (64, 128, 4, 2)],
-        None: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2)],
-    },
-}
 
-
-@contextmanager
-def chosen(forward: Sequence[TileConfig] | None) -> Iterator[None]:
-    """Attention with these configs in the place of its tables'."""
-    with ExitStack() as stack:
-        if forward is not None:
-            stack.enter_context(mock.patch.object(attention_module, "forward_configs", lambda *_: tuple(forward)))
-        yield
-
-
-def forward_candidates(shape: AttentionShape) -> dict[str, TileConfig]:
-    """Configs that could run all of a batch's sequences, by name."""
-    longest, packed = max(shape.lengths), packed_heads(shape.H, shape.G)
-    lists = FORWARD[min(FORWARD, key=lambda K: abs(K - shape.K))]
-    bound = next((n for n in lists if n is not None and longest <= n), None)
-    found = {}
-    for rows, keys, num_warps, num_stages in lists[bound]:
-        one_tile = keys >= longest
-        name = f"{'one tile ' if one_tile else ''}{rows}x{keys}, {num_warps} warps, {num_stages} stages"
-        found[name] = TileConfig(TileClass(rows // packed), rows, keys, num_warps, num_stages, one_tile)
-    return found
-
-
-def ours(shape: AttentionShape, t: Tensors, configs: Sequence[TileConfig] | None = None) -> Call:
+def ours(shape: AttentionShape, t: Tensors, candidate: Candidate | None = None) -> Call:
     """`attention` over slices of a merged product, as the decoder calls it."""
     schedule = shape.schedule(t["q"].device)
     q, k, v = (t[name].detach() for name in "qkv")
 
     def run() -> Tensor:
-        with chosen(configs):
+        with chosen(candidate):
             return attention(q, k, v, schedule, scale=shape.K**-0.5)
 
-    return Call(run, (q, k, v), lambda x: x)
+    return Call(run, (q, k, v), lambda x: x, partial(chosen, candidate))
 
 
 def variants(group: Group) -> dict[str, Peer]:
     """Ours first, then candidates, then peers."""
     found: dict[str, Peer] = {"flashvec": ours}
-    if group.direction == "forward":
-        for name, config in forward_candidates(group.shape).items():
-            found[f"candidate {name}"] = partial(ours, configs=(config,))
+    for name, candidate in candidates(group.shape, group.direction).items():
+        found[f"candidate {name}"] = partial(ours, candidate=candidate)
     peers = dict(PEERS)
     if group.shape.H == group.shape.G:
         del peers["torch flex, document mask"]  # it compiles for half a minute at each new shape
@@ -144,8 +102,13 @@ def backward_call(call: Call, dout: Tensor | None = None) -> Callable[[], tuple[
         x.requires_grad_()
     with torch.enable_grad():
         out = call.run()
-    dout = torch.randn_like(out) if dout is None else dout.expand_as(out).contiguous()
-    return lambda: torch.autograd.grad(out, call.leaves, dout, retain_graph=True)
+    seed = torch.randn_like(out) if dout is None else dout.expand_as(out).contiguous()
+
+    def run() -> tuple[Tensor, ...]:
+        with call.around():
+            return torch.autograd.grad(out, call.leaves, seed, retain_graph=True)
+
+    return run
 
 
 class Sample:
@@ -160,10 +123,9 @@ class Sample:
         taken = shape.taken(units)
         schedule = taken.schedule(device)
         self.dout = torch.randn(shape.K, device=device).to(t["q"].dtype)  # one row for all: it fits every layout
-        q, k, v = (
-            t[name][self.rows][:, torch.as_tensor(index)]
-            for name, index in zip("qkv", (self.heads, kv_heads, kv_heads), strict=True)
-        )
+        groups_of = torch.as_tensor(kv_heads).to(device)
+        q = t["q"][self.rows][:, self.heads]
+        k, v = (t[name][self.rows][:, groups_of] for name in "kv")
         self.same, self.truth = (
             self._reference([x.to(dtype) for x in (q, k, v)], schedule, shape.K**-0.5, group.direction)
             for dtype in (q.dtype, torch.float32)
@@ -218,7 +180,7 @@ def time_group(session: Session, group: Group, dtype: torch.dtype = DTYPE, who: 
     moved = 2.0 * sum(shape.lengths) * shape.K * (2 * shape.H + 2 * shape.G)
     sets = [attention_tensors(shape, maker) for _ in range(num_sets(moved))]
     sample = Sample(group, sets[0])
-    builders: dict[str, Any] = {
+    builders = {
         name: partial(build, variant, group, sets, sample, is_ours(name), session)
         for name, variant in (variants(group) if who is None else who).items()
     }

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flashvec.bench.compile_ahead import without_ahead
-from flashvec.bench.device_time import REPETITIONS, Stopwatch
+from flashvec.bench.device_time import REPETITIONS, Stopwatch, Timed
 from flashvec.bench.peers_gpu import Missing
 from flashvec.bench.timing import spread, take_turns, write_rows
 
@@ -104,7 +104,7 @@ class Session:
             return {}  # no library to ask with
 
 
-def compare(session: Session, builders: dict[str, Callable[[], Run]], num_sets: int) -> dict[str, Row]:
+def compare(session: Session, builders: Mapping[str, Callable[[], Run]], num_sets: int) -> dict[str, Row]:
     """Median times of variants that take turns.
 
     Args:
@@ -115,7 +115,7 @@ def compare(session: Session, builders: dict[str, Callable[[], Run]], num_sets: 
     Returns:
         By name `us`, `spread`, `timing` and `repetitions`; or `missing`, or `wrong`, with the reason.
     """
-    ready: dict[str, Any] = {}
+    ready: dict[str, Timed] = {}
     found: dict[str, Row] = {}
     for name, build in builders.items():
         try:
@@ -127,7 +127,7 @@ def compare(session: Session, builders: dict[str, Callable[[], Run]], num_sets: 
         except Exception as error:  # a peer may fail in any way; it must not take the others' figures along
             session.settle()
             found[name] = {"missing": describe(error)}
-    seconds = take_turns({name: partial(_seconds, timer) for name, timer in ready.items()}, session.repetitions)
+    seconds = take_turns({name: partial(_seconds, timed) for name, timed in ready.items()}, session.repetitions)
     for name, times in seconds.items():
         found[name] = {
             "us": round(median(times) * 1e6, 2),
@@ -138,8 +138,8 @@ def compare(session: Session, builders: dict[str, Callable[[], Run]], num_sets: 
     return {name: found[name] for name in builders}
 
 
-def _seconds(timer: Any, _: int) -> float:
-    return timer.seconds()
+def _seconds(timed: Timed, repetition: int) -> float:
+    return timed.seconds()
 
 
 def describe(error: Exception) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flashvec.bench.problems import Maker, Outputs, Problem, Tensors
 from flashvec.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from flashvec.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from flashvec.kernels.info_nce import info_nce, info_nce_reference
 from flashvec.kernels.lora import lora, lora_reference
 from flashvec.kernels.mean_pool import mean_pool, mean_pool_reference
@@ -260,8 +261,6 @@ def lora_problem(size: Size, maker: Maker) -> Problem:
 
 def cross_entropy_problem(size: Size, maker: Maker) -> Problem:
     """Masked language modelling with a frozen head: a fifth of the tokens is predicted."""
-    from flashvec.kernels.cross_entropy import cross_entropy, cross_entropy_reference
-
     T, D, V = size.T, size.D, size.V
     generator = np.random.default_rng(maker.seed)
     R = -(-T // 5)

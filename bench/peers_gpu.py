@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,12 +31,13 @@ class Call:
     """One prepared forward.
 
     `run()` gives the output in the peer's layout, `leaves` are q, k and v in it (who wants gradients asks for them
-    there), `packed` maps a tensor of q's layout to rows [T, H, K].
+    there), `packed` maps a tensor of q's layout to rows [T, H, K]. Its backward, too, runs within `around()`.
     """
 
     run: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
     packed: Callable[[Tensor], Tensor]
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 Peer = Callable[[AttentionShape, Tensors], Call]
@@ -127,9 +129,8 @@ def torch_varlen(shape: AttentionShape, t: Tensors) -> Call:
     if shape.H != shape.G and "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before, it needed no asking
         grouped = {"enable_gqa": True}
 
-    def run() -> Tensor:
-        out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=shape.K**-0.5, **grouped)
-        return out
+    def run() -> Any:
+        return varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=shape.K**-0.5, **grouped)
 
     return Call(run, (q, k, v), _as_is)
 

@@ -160,8 +160,8 @@ def attention_problem(shape: AttentionShape, maker: Maker, tensors: Tensors | No
 
     def run(t: Tensors) -> Outputs:
         q = t["q"] if queries is None else t["q"][queries.rows]
-        more: dict[str, Any] = {**shape.options, "rotation": rotation(t), "queries": queries}
-        return (attention(q, t["k"], t["v"], schedule, **more),)
+        more: dict[str, Any] = {"rotation": rotation(t), "queries": queries}
+        return (attention(q, t["k"], t["v"], schedule, **shape.options, **more),)
 
     def reference(t: Tensors) -> Outputs:
         q, k = _rotated_reference(t, "q", "query_norm"), _rotated_reference(t, "k", "key_norm")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flashvec.bench import (
+    attention_candidates,
     compile_ahead,
     criterion,
     device_time,
@@ -29,12 +30,12 @@ from flashvec.bench import (
 from flashvec.bench.gpu_session import Budget, Session, Wrong, compare
 from flashvec.bench.op_problems import OPS, Size
 from flashvec.bench.problems import AttentionShape, Maker, Problem, attention_problem
+from flashvec.kernels import attention as attention_module
 from flashvec.kernels import backend
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 TINY = Size((3, 1, 17), 24, 40, 4, 2, 16, V=50)
-MISSING = {"cross_entropy"}
 
 
 def session(folder: Path, minutes: float = 10.0, **more) -> Session:
@@ -140,22 +141,11 @@ def test_every_step_is_recorded_at_its_real_size():
     names = [name for name, *_ in steps]
     assert len(set(names)) == len(names)
     for name, _, _, record in steps:
-        if record is None or any(f" {op} " in f" {name} " for op in MISSING - set(available())):
+        if record is None:
             continue
         with backend.recording(backend.TARGETS["sm_90"]) as recorder, compile_ahead._Launchers():
             record()
         assert recorder.launches or not name.startswith(("attention", "check attention")), name
-
-
-def available() -> list[str]:
-    found = []
-    for op in OPS:
-        try:
-            OPS[op](TINY, Maker(CPU, torch.float32))
-            found.append(op)
-        except ImportError:
-            pass
-    return found
 
 
 COMPILE = """
@@ -225,7 +215,7 @@ def test_sets_outgrow_the_cache():
     assert device_time.num_sets(1e9) == 2 and device_time.num_sets(60e6) == 3 and device_time.num_sets(1) == 6
 
 
-FEW = ("flashvec", "candidate one tile 64x64, 4 warps, 1 stages", "torch sdpa, padded", "torch sdpa, cuDNN")
+FEW = ("flashvec", "candidate one tile 64x64 4w 1s", "torch sdpa, padded", "torch sdpa, cuDNN")
 
 
 @pytest.mark.parametrize("lengths", [(20, 20), (20, 7, 30)], ids=str)
@@ -243,7 +233,21 @@ def test_attention_groups(lengths, tmp_path, monkeypatch, interpreted):
     assert timed == {*FEW, "torch flex, document mask"} - ({"torch sdpa, cuDNN"} if len(lengths) == 3 else set())
     assert "not installed" in rows["flash_attn 3"]["missing"]
     lines = gpu_attention.summary(s.rows)
-    assert len(lines) == 2 and "(one tile 64x64, 4 warps, 1 stages)" in lines[1]
+    assert len(lines) == 2 and "(one tile 64x64 4w 1s)" in lines[1]
+
+
+@pytest.mark.parametrize("length", [64, 128, 256, 2048])
+@pytest.mark.parametrize("K", [64, 128])
+def test_candidates_take_the_place_of_the_tables_for_a_while(K, length):
+    shape = AttentionShape((length, length // 2), 8, 2, K)
+    table = attention_module.forward_configs
+    for candidate in attention_candidates.candidates(shape, "forward").values():
+        with attention_candidates.chosen(candidate):
+            assert attention_module.forward_configs("any", "arguments") == candidate.forward
+        assert attention_module.forward_configs is table
+    backward = attention_candidates.candidates(shape, "backward")
+    assert backward and all(candidate.backward for candidate in backward.values())
+    assert any(name.startswith("one tile") for name in backward) == (length <= max(attention_candidates.ONE_TILE[K]))
 
 
 def test_backward_groups(tmp_path):
@@ -278,11 +282,11 @@ def test_a_wrong_variant_is_not_timed(tmp_path):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_op_groups(direction, tmp_path):
     s = session(tmp_path, ceilings={"gb_per_s": 10.0, "tflops": 1.0})
-    for op in available():
+    for op in OPS:
         gpu_ops.time_group(s, gpu_ops.OpGroup(op, "tiny", TINY, direction), torch.float32, compiled=False)
     assert not s.wrong and all("us" in row for row in s.rows), s.rows
     assert all("share" in row and ("gb_per_s" in row) != ("tflops" in row) for row in s.rows)
-    assert len(gpu_ops.summary(s.rows)) == 1 + len(available())
+    assert len(gpu_ops.summary(s.rows)) == 1 + len(OPS)
 
 
 def test_compiled_forms_stand_beside():

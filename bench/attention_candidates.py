@@ -1,0 +1,122 @@
+"""Tiles of attention that the tables do not choose, for a GPU to choose among.
+
+A candidate runs all sequences of a batch with one configuration. None spills on sm_90 (compiled with triton 3.6.0,
+bf16, four query heads to a kv head), so that what differs is how the work is cut and what overlaps.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+from unittest import mock
+
+from flashvec.bench.problems import AttentionShape
+from flashvec.kernels import attention as attention_module
+from flashvec.kernels import attention_bwd
+from flashvec.kernels.attention_tiles import BackwardConfig, TileConfig, packed_heads
+from flashvec.kernels.schedule import TileClass
+
+Tile = tuple[int, int, int, int]  # rows of queries, keys, warps, stages
+ByLength = dict[int | None, list[Tile]]  # by the longest sequence; None: any
+
+# By head size.
+FORWARD: dict[int, ByLength] = {
+    128: {
+        64: [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1)],
+        128: [(128, 128, 8, 1), (64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2)],
+        None: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)],
+    },
+    64: {
+        64: [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1)],
+        128: [(128, 128, 8, 1), (64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2)],
+        256: [(128, 64, 8, 2), (64, 256, 8, 1), (128, 64, 4, 2), (64, 64, 4, 2), (64, 128, 4, 2)],
+        None: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2)],
+    },
+}
+ONE_TILE: dict[int, ByLength] = {  # of the backward: all gradients by one program
+    128: {
+        64: [(16, 64, 4, 2), (32, 64, 4, 2), (16, 64, 8, 2)],
+        128: [(16, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 1)],
+    },
+    64: {
+        64: [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 1)],
+        128: [(16, 128, 8, 2), (32, 128, 8, 2), (64, 128, 8, 1)],
+        256: [(16, 256, 8, 2)],
+    },
+}
+DQ: dict[int, list[Tile]] = {  # the first is the usual one: the other kernel's candidates run beside it
+    128: [(128, 64, 8, 2), (128, 32, 8, 2), (64, 128, 8, 2), (128, 64, 8, 3)],
+    64: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 128, 8, 2), (128, 128, 8, 1)],
+}
+DKV: dict[int, list[Tile]] = {
+    128: [(32, 128, 8, 2), (16, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2), (16, 64, 4, 2)],
+    64: [(64, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2), (32, 64, 4, 2), (64, 64, 4, 2)],
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Configurations in the place of the tables'; None leaves a table as it is."""
+
+    forward: tuple[TileConfig, ...] | None = None
+    backward: tuple[BackwardConfig, ...] | None = None
+
+
+@contextmanager
+def chosen(candidate: Candidate | None) -> Iterator[None]:
+    """Attention with these configurations."""
+    with ExitStack() as stack:
+        for module, name, configs in (
+            (attention_module, "forward_configs", candidate and candidate.forward),
+            (attention_bwd, "backward_configs", candidate and candidate.backward),
+        ):
+            if configs is not None:
+                stack.enter_context(mock.patch.object(module, name, lambda *_, configs=configs: configs))
+        yield
+
+
+def candidates(shape: AttentionShape, direction: str) -> dict[str, Candidate]:
+    """What could run all of a batch's sequences, by name."""
+    return _forward(shape) if direction == "forward" else _backward(shape)
+
+
+def _forward(shape: AttentionShape) -> dict[str, Candidate]:
+    longest, packed = max(shape.lengths), packed_heads(shape.H, shape.G)
+    found = {}
+    for rows, keys, warps, stages in _up_to(FORWARD[_nearest(shape.K)], longest):
+        one_tile = keys >= longest
+        config = TileConfig(TileClass(rows // packed), rows, keys, warps, stages, one_tile)
+        found[f"{'one tile ' if one_tile else ''}{name_of((rows, keys, warps, stages))}"] = Candidate((config,))
+    return found
+
+
+def _backward(shape: AttentionShape) -> dict[str, Candidate]:
+    K, longest = _nearest(shape.K), max(shape.lengths)
+    found = {}
+    for tile in _up_to(ONE_TILE[K], longest) if longest <= max(n for n in ONE_TILE[K] if n is not None) else []:
+        found[f"one tile {name_of(tile)}"] = Candidate(backward=(_part("one tile", tile, shape),))
+    if longest > 64:
+        pairs = [(dq, DKV[K][0]) for dq in DQ[K]] + [(DQ[K][0], dkv) for dkv in DKV[K][1:]]
+        for dq, dkv in pairs:
+            both = (_part("dq", dq, shape), _part("dkv", dkv, shape))
+            found[f"dq {name_of(dq)}; dkv {name_of(dkv)}"] = Candidate(backward=both)
+    return found
+
+
+def _part(form: Literal["one tile", "dq", "dkv"], tile: Tile, shape: AttentionShape) -> BackwardConfig:
+    rows, keys, warps, stages = tile
+    tokens = rows // packed_heads(shape.H, shape.G) if form == "dq" else keys
+    return BackwardConfig(form, TileClass(tokens), rows, keys, warps, stages)
+
+
+def name_of(tile: Tile) -> str:
+    rows, keys, warps, stages = tile
+    return f"{rows}x{keys} {warps}w {stages}s"
+
+
+def _nearest(K: int) -> int:
+    return min(FORWARD, key=lambda known: abs(known - K))
+
+
+def _up_to(lists: ByLength, longest: int) -> Sequence[Tile]:
+    return lists[next((n for n in lists if n is not None and longest <= n), None)]
