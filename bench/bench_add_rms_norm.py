@@ -37,8 +37,8 @@ def problem(size: Size, post: bool) -> OpBench:
     return OpBench(
         leaves=[h, y, *weights],
         forms={"ours": form(add_rms_norm), "reference": form(add_rms_norm_reference), "torch": torch_form},
-        forward_bytes=num_bytes(h, y, *weights, h, y),
-        backward_bytes=num_bytes(h, y, h, *weights, h, y, *weights, *read_for_the_post_norm),
+        forward_work=num_bytes(h, y, *weights, h, y),
+        backward_work=num_bytes(h, y, h, *weights, h, y, *weights, *read_for_the_post_norm),
     )
 
 

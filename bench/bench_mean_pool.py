@@ -38,8 +38,8 @@ def problem(size: Size, length: int) -> OpBench:
             "reference": lambda x, d, w: mean_pool_reference(x, spans, w, EPS, delta_TD=d, normalize=True),
             "torch": torch_form,
         },
-        forward_bytes=num_bytes(x, delta, w) + len(spans) * size.D * 4,
-        backward_bytes=num_bytes(x, delta, w, x, delta, w) + len(spans) * size.D * 4,
+        forward_work=num_bytes(x, delta, w) + len(spans) * size.D * 4,
+        backward_work=num_bytes(x, delta, w, x, delta, w) + len(spans) * size.D * 4,
     )
 
 

@@ -31,8 +31,8 @@ def problem(size: Size) -> OpBench:
     return OpBench(
         leaves=[x, w],
         forms={name: lambda x, w, op=op: op(x, cos, sin, w, EPS) for name, op in ops.items()},
-        forward_bytes=num_bytes(x, cos, sin, w, x),
-        backward_bytes=num_bytes(x, x, cos, sin, w, x, w),
+        forward_work=num_bytes(x, cos, sin, w, x),
+        backward_work=num_bytes(x, x, cos, sin, w, x, w),
     )
 
 

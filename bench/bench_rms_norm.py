@@ -30,8 +30,8 @@ def problem(size: Size) -> OpBench:
             "reference": lambda x, w: rms_norm_reference(x, w, EPS, 0.0, out_dtype(x)),
             "torch": lambda x, w: F.rms_norm(x, w.shape, w, EPS).to(out_dtype(x)),
         },
-        forward_bytes=num_bytes(x, w, out),
-        backward_bytes=num_bytes(x, w, out, x, w),
+        forward_work=num_bytes(x, w, out),
+        backward_work=num_bytes(x, w, out, x, w),
     )
 
 

@@ -36,8 +36,8 @@ def problem(size: Size) -> OpBench:
     return OpBench(
         leaves=[x],
         forms={name: lambda x, op=op: op(x, cos, sin) for name, op in ops.items()},
-        forward_bytes=num_bytes(x, cos, sin, x),
-        backward_bytes=num_bytes(x, cos, sin, x),
+        forward_work=num_bytes(x, cos, sin, x),
+        backward_work=num_bytes(x, cos, sin, x),
     )
 
 

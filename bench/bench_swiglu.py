@@ -26,8 +26,8 @@ def problem(size: Size, activation: str) -> OpBench:
     return OpBench(
         leaves=[gate_up],
         forms={name: lambda x, op=op: op(x, activation) for name, op in ops.items()},
-        forward_bytes=num_bytes(gate_up) * 3 // 2,
-        backward_bytes=num_bytes(gate_up) * 5 // 2,
+        forward_work=num_bytes(gate_up) * 3 // 2,
+        backward_work=num_bytes(gate_up) * 5 // 2,
     )
 
 

@@ -1,6 +1,7 @@
 """Compile every kernel for every target without a GPU, and read what the compiler made of it.
 
-    python -m flashvec.kernels.aot --check              # what the tables choose, for all targets; exit 1 on a fault
+    python -m flashvec.kernels.aot --check              # each configuration once for all targets; exit 1 on a fault
+    python -m flashvec.kernels.aot --check --all        # with every option that a configuration may be used with
     python -m flashvec.kernels.aot --target sm_90 --only attention
     python -m flashvec.kernels.aot --dump DIR           # also write the cubins, for other people's tools
     python -m flashvec.kernels.aot --write              # keep the figures as rows that later runs are compared with
@@ -12,13 +13,12 @@ instruction in a kernel that multiplies matrices, or a figure worse than its com
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,14 +29,15 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.aot_cases import ALLOWED_SPILLS, Case, cases
+from flashvec.kernels.aot_code import Code, blocks_per_sm, read_assembly, read_cubins
 from flashvec.kernels.backend import TARGETS, Launch, Target, has_triton, recording, tl, triton
 
 ROWS = Path(__file__).resolve().parents[1] / "bench" / "results"
-MATRIX_INSTRUCTIONS = {"cuda": r"\b(?:HGMMA|HMMA|QGMMA|UTCHMMA|UTCQMMA)\b", "hip": r"\bv_mfma_"}
+BATCH = 8  # launches a worker compiles before it reads their code
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, kw_only=True)
+class Report(Code):
     """What one launch compiled to."""
 
     case: str
@@ -45,14 +46,9 @@ class Report:
     target: str
     triton: str
     num_warps: int
-    registers: int
-    spill_bytes: int
     shared_bytes: int
     blocks_per_sm: int
-    matrix: int  # matrix instructions in the code, each counted once however often it runs
-    exponentials: int
-    async_copies: int  # bulk and asynchronous copies to shared memory
-    barriers: int
+    exponentials_per_score: float | None  # where a loop over KV tiles takes any
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -112,65 +108,50 @@ def compile_launch(launched: Launch, target: Target) -> Any:
     return triton.compile(source, target=gpu, options=dict(launched.options))
 
 
-def report(case: Case, launched: Launch, place: int, target: Target, dump: Path | None = None) -> Report:
-    """Compile one launch and count what is in its machine code."""
-    compiled = compile_launch(launched, target)
-    name = launched.kernel.__name__
-    if dump is not None and "cubin" in compiled.asm:
-        file = f"{target.name}-{name}-{case.name}-{place}".replace(" ", "_").replace("/", "-")
-        (dump / f"{file}.cubin").write_bytes(compiled.asm["cubin"])
-    num_warps = compiled.metadata.num_warps
+def compile_batch(batch: Sequence[tuple[Case, Launch, int]], target: Target, dump: Path | None) -> list[Report | str]:
+    """Compile launches of cases and read their code; of one that does not compile, what the compiler says."""
+    results: dict[int, Report | str] = {}
+    kernels: dict[int, Any] = {}
+    for index, (case, launched, _) in enumerate(batch):
+        try:
+            kernels[index] = compile_launch(launched, target)
+        except (
+            Exception
+        ) as error:  # a compiler's faults have no common type; each is reported, none is fatal to the rest
+            name = launched.kernel.__name__
+            results[index] = f"{target.name} {case.name}: {name} does not compile: {str(error)[-400:]}"
     if target.backend == "hip":
-        code = compiled.asm["amdgcn"]
-        registers, spill = _field(code, "vgpr_count"), 4 * _field(code, "vgpr_spill_count")
-        counts = {"exponentials": "v_exp_f32", "async_copies": "global_load_lds", "barriers": "s_barrier"}
+        codes = [read_assembly(kernel.asm["amdgcn"], target) for kernel in kernels.values()]
     else:
-        registers, spill, code = _read_cubin(compiled.asm["cubin"])
-        counts = {"exponentials": r"MUFU\.EX2", "async_copies": r"LDGSTS|UTMALDG|UBLKCP", "barriers": r"\bBAR\."}
+        codes = read_cubins([kernel.asm["cubin"] for kernel in kernels.values()], target)
+    for (index, kernel), code in zip(kernels.items(), codes, strict=True):
+        case, launched, place = batch[index]
+        results[index] = _report(case, launched, place, target, kernel.metadata, code)
+        if dump is not None:
+            kind = "amdgcn" if target.backend == "hip" else "cubin"
+            file = re.sub(r"[^\w-]+", "_", f"{target.name}-{launched.kernel.__name__}-{case.name}-{place}")
+            content = kernel.asm[kind]
+            (dump / f"{file}.{kind}").write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [results[index] for index in range(len(batch))]
+
+
+def _report(case: Case, launched: Launch, place: int, target: Target, metadata: Any, code: Code) -> Report:
+    arguments, per_score = launched.arguments, None
+    if code.loop_exponentials and {"ROWS", "KEYS"} <= arguments.keys() and not arguments.get("SPECIALIZE"):
+        threads = metadata.num_warps * target.warp_size
+        per_score = round(code.loop_exponentials * threads / (arguments["ROWS"] * arguments["KEYS"]), 2)
     return Report(
-        case.name,
-        name,
-        place,
-        target.name,
-        triton.__version__,
-        num_warps,
-        registers,
-        spill,
-        compiled.metadata.shared,
-        _blocks_per_sm(target, registers, num_warps, compiled.metadata.shared),
-        len(re.findall(MATRIX_INSTRUCTIONS[target.backend], code)),
-        **{key: len(re.findall(pattern, code)) for key, pattern in counts.items()},
+        case=case.name,
+        kernel=launched.kernel.__name__,
+        place=place,
+        target=target.name,
+        triton=triton.__version__,
+        num_warps=metadata.num_warps,
+        shared_bytes=metadata.shared,
+        blocks_per_sm=blocks_per_sm(target, code.registers, metadata.num_warps, metadata.shared),
+        exponentials_per_score=per_score,
+        **asdict(code),
     )
-
-
-def _field(code: str, name: str) -> int:
-    found = re.search(rf"\.{name}:\s*(\d+)", code)
-    return int(found[1]) if found else 0
-
-
-def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
-    """Registers, bytes spilled, and the disassembly."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        code = subprocess.run(
-            [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout  # fmt: skip
-    registers = re.findall(r"REG:(\d+)", usage)
-    local = re.findall(r"(?:LOCAL|STACK):(\d+)", usage)
-    return max(map(int, registers)), max(map(int, local), default=0), code
-
-
-def _blocks_per_sm(target: Target, registers: int, num_warps: int, shared: int) -> int:
-    """Blocks that fit one multiprocessor, by registers (allotted by 8 a thread), shared memory and threads."""
-    threads = num_warps * target.warp_size
-    by_registers = target.registers // (max(8, -(-registers // 8) * 8) * threads)
-    by_shared = (target.shared_bytes + 1024) // (shared + 1024) if shared else 32
-    return min(by_registers, by_shared, target.threads // threads, 32)
 
 
 # --- judging ------------------------------------------------------------------------------------------
@@ -234,35 +215,19 @@ def recorded(target: Target, only: str, every: bool) -> Iterator[tuple[Case, Lau
                 yield case, launched, place
 
 
-def _work(job: tuple[str, int, str, bool, str | None]) -> tuple[Report | None, str, bool]:
-    """One compilation in a worker: a launch holds closures, so it is recorded again there rather than sent."""
-    name, index, only, every, dump = job
-    target = TARGETS[name]
-    case, launched, place = _recorded_once(name, only, every)[index]
-    multiplies = launched.kernel.__name__ in case.multiplies
-    try:
-        return report(case, launched, place, target, Path(dump) if dump else None), case.name, multiplies
-    except Exception as error:  # a compiler's faults have no common type; each is reported, none is fatal to the rest
-        return (
-            None,
-            f"{case.name}: {launched.kernel.__name__} does not compile for {name}: {str(error)[-400:]}",
-            multiplies,
-        )
+_recorded: dict[str, list[tuple[Case, Launch, int]]] = {}  # by target; workers are forked and find it here
 
 
-_memo: dict[tuple[str, str, bool], list[tuple[Case, Launch, int]]] = {}
-
-
-def _recorded_once(name: str, only: str, every: bool) -> list[tuple[Case, Launch, int]]:
-    if (name, only, every) not in _memo:
-        _memo[name, only, every] = list(recorded(TARGETS[name], only, every))
-    return _memo[name, only, every]
+def _work(job: tuple[str, int, Path | None]) -> list[Report | str]:
+    """Compile a batch in a worker: a launch holds closures, so where it stands is sent rather than itself."""
+    name, start, dump = job
+    return compile_batch(_recorded[name][start : start + BATCH], TARGETS[name], dump)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 on a fault (see above)")
-    parser.add_argument("--all", action="store_true", help="also what the tables do not choose by default")
+    parser.add_argument("--all", action="store_true", help="also options and models beyond the common ones")
     parser.add_argument("--target", choices=list(TARGETS), action="append", help="default all")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubins here")
@@ -282,20 +247,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     if options.dump:
         options.dump.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (name, index, options.only, options.all, str(options.dump) if options.dump else None)
-        for name in options.target or TARGETS
-        for index in range(len(_recorded_once(name, options.only, options.all)))
-    ]
+    names = options.target or list(TARGETS)
+    _recorded.update({name: list(recorded(TARGETS[name], options.only, options.all)) for name in names})
+    jobs = [(name, start, options.dump) for name in names for start in range(0, len(_recorded[name]), BATCH)]
     before = committed_reports()
-    found, problems = [], []
+    multiplies = {(name, case.name): case.multiplies for name in names for case, _, _ in _recorded[name]}
+    found: list[Report] = []
+    problems: list[str] = []
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
-        for made, what, multiplies in pool.imap(_work, jobs):
-            if made is None:
-                problems.append(what)
+        for made in itertools.chain.from_iterable(pool.imap(_work, jobs)):
+            if isinstance(made, str):
+                problems.append(made)
                 continue
             found.append(made)
-            wrong = faults(made, multiplies, before.get(made.key))
+            wrong = faults(made, made.kernel in multiplies[made.target, made.case], before.get(made.key))
             problems += [f"{made.target} {made.case} {made.kernel}: {w}" for w in wrong]
             print(format_row(made, wrong), flush=True)
     if options.write:
@@ -307,11 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def format_row(row: Report, wrong: Iterable[str] = ()) -> str:
-    """One line of the report."""
+    """One line of the report; what one KV tile takes stands in brackets."""
+    per_score = "" if row.exponentials_per_score is None else f" = {row.exponentials_per_score} a score"
+    tile = f"  [{row.loop_matrix} matrix {row.loop_exponentials} exp{per_score} {row.loop_barriers} barriers a tile]"
     return (
         f"{row.target:7} {row.case:34.34} {row.kernel:34.34} {row.registers:3} registers {row.spill_bytes:4} spilled "
         f"{row.shared_bytes / 1024:5.0f} KB {row.blocks_per_sm:2} blocks {row.matrix:3} matrix "
         f"{row.exponentials:3} exp {row.async_copies:3} copies {row.barriers:3} barriers"
+        + (tile if row.loop_matrix else "")
         + "".join(f"  <- {w}" for w in wrong)
     )
 

@@ -17,6 +17,7 @@ from flashvec.kernels import (
     attention,
     attention_bwd,
     attention_tma,
+    cross_entropy,
     info_nce,
     lora,
     mean_pool,
@@ -52,7 +53,7 @@ class Case:
     name: str
     run: Callable[[], object]
     multiplies: frozenset[str] = frozenset()
-    extra: bool = False  # compiled by --all only
+    extra: bool = False  # compiled with --all only
 
 
 BACKWARD = frozenset({"_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel"})
@@ -134,6 +135,13 @@ def _info_nce(D: int, prefixes: list[int], ids: bool) -> None:
     info_nce._backward(meta(*loss.shape, dtype=torch.float32), q, c, positives, ids_M, loss, 0.05, 0.1, prefixes)
 
 
+def _cross_entropy(T: int, D: int, V: int, softcap: float, trained: bool) -> None:
+    h, weight = meta(T, D), meta(V, D)
+    rows, targets = (meta(-(-T // 5), dtype=torch.int64) for _ in range(2))
+    loss, lse = cross_entropy._forward(h, weight, rows, targets, None, softcap, 1.0)
+    cross_entropy._backward(loss, h, weight, rows, targets, None, lse, softcap, 1.0, [True, trained, False])
+
+
 def _lora(T: int, C: int, splits: list[int], R: int, dropped: bool) -> None:
     x, weight = meta(T, C), meta(sum(splits), C)
     a, b = (meta(*shape, dtype=torch.float32) for shape in [(len(splits), R, C), (sum(splits), R)])
@@ -180,15 +188,15 @@ def _row_ops(D: int, F: int, H: int, G: int, K: int) -> Iterator[tuple[str, Call
 
 
 def cases(target: Target) -> Iterator[Case]:
-    """All cases of a target."""
+    """All cases of a target. Hopper's are compiled with every option, the others' plain unless asked for all."""
+    main = target.name == "sm_90"
     for K in HEADS:
         for name, options in OPTIONS.items():
             run = partial(_attention, target, K, torch.bfloat16, options)
-            common = K in (64, 128) or (K == 256 and name in ("plain", "window", "rotation, norms")) or name == "plain"
+            common = (K in (64, 128, 256) and name == "plain") or (main and K in (64, 128))
             yield Case(f"attention {K} {name}", run, frozenset({"_attention_fwd_kernel"}), extra=not common)
             if name in ("queries", "rotation, norms"):
                 continue  # neither has a backward of its own
-            common = K in (64, 128) or name == "plain"
             yield Case(f"attention bwd {K} {name}", partial(run, True), BACKWARD, extra=not common)
     if target.name == "sm_90":
         for K in attention_tma.KEYS:
@@ -196,13 +204,18 @@ def cases(target: Target) -> Iterator[Case]:
             yield Case(f"attention tma {K}", run, frozenset({"_attention_tma_fwd_kernel"}))
     for K in (64, 128, 256):
         run = partial(_attention, target, K, torch.float32, {})
-        yield Case(f"attention {K} fp32", run, frozenset({"_attention_fwd_kernel"}), extra=K == 256)
+        yield Case(f"attention {K} fp32", run, frozenset({"_attention_fwd_kernel"}), extra=K != 64)
     nce = frozenset({"_info_nce_fwd_kernel", "_info_nce_bwd_kernel"})
     yield Case("info_nce 1024", partial(_info_nce, 1024, [1024], False), nce)
-    yield Case("info_nce 4096 ids, prefixes", partial(_info_nce, 4096, [64, 256, 1024, 4096], True), nce)
-    yield Case("lora 4096", partial(_lora, 8192, 4096, [4096, 1024, 1024], 16, False), LOW_RANK)
+    yield Case("info_nce 4096 ids, prefixes", partial(_info_nce, 4096, [64, 256, 1024, 4096], True), nce, extra=True)
+    head = frozenset({"_cross_entropy_fwd_kernel", "_cross_entropy_bwd_kernel", "_panel_product_kernel"})
+    yield Case("cross_entropy 4096", partial(_cross_entropy, 16_384, 4096, 128_256, 0.0, False), head)
+    yield Case("cross_entropy 576", partial(_cross_entropy, 2048, 576, 49_152, 30.0, True), head, extra=True)
+    yield Case("lora 4096", partial(_lora, 8192, 4096, [4096, 1024, 1024], 16, False), LOW_RANK, extra=True)
     yield Case("lora 4096 dropout", partial(_lora, 8192, 4096, [4096, 1024, 1024], 16, True), LOW_RANK)
     yield Case("lora 576 dropout", partial(_lora, 8192, 576, [1536, 1536], 16, True), LOW_RANK, extra=True)
+    for R in (64, 128):
+        yield Case(f"lora 4096 rank {R}", partial(_lora, 8192, 4096, [4096], R, True), LOW_RANK, extra=True)
     for model, sizes in (("llama 8b", (4096, 14336, 32, 8, 128)), ("gemma 270m", (640, 2048, 4, 1, 256))):
         for name, launch_op in _row_ops(*sizes):
             yield Case(f"{name}, {model}", launch_op, extra=model != "llama 8b")

@@ -82,21 +82,21 @@ def forward_configs(target: Target, dtype: torch.dtype, head_size: int, packed: 
     if dtype == torch.float32:  # three matrix products for one: a path for checks, not for speed
         rows, keys = (64, 32) if width <= 64 else (32 if width <= 128 else 16, 16)
         return (_config(rows, keys, 4, 1, packed),)
+    if target.backend == "hip":  # a warp's matrix instruction takes 32 rows: more warps would compute scores twice
+        short = _config(64, 64, 2, 1, packed, longest=64, one_tile=True)
+        return short, _config(128, 64 if width <= 128 else 32, 4, 1, packed, shorter=64)
     if width > 128:  # 64 keys instead of 32 spill with a window
         return (
             _config(64, 64, 8, 1, packed, longest=64, one_tile=True),
             _config(64, 32, 8, 1, packed, shorter=64),
         )
-    stages = 1 if target.backend == "hip" else 2
     wide = target.name in WARPGROUPS and width > 64  # four warps spill there once the query is normalised, too
     short = _config(64, 64, 8 if wide else 4, 1, packed, longest=64, one_tile=True)
     if target.name in WARPGROUPS:
         middle = _config(128, 128, 8, 1, packed, shorter=64, longest=128, one_tile=True)
-        return short, middle, _config(128, 64, 8, stages, packed, shorter=128)
-    if target.backend == "hip":
-        return short, _config(128, 64, 8, stages, packed, shorter=64)
+        return short, middle, _config(128, 64, 8, 2, packed, shorter=128)
     # 128 rows, or 64 keys of wider heads, spill here; this leaves room for two to four blocks.
-    return short, _config(64, 64 if width <= 64 else 32, 4, stages, packed, shorter=64)
+    return short, _config(64, 64 if width <= 64 else 32, 4, 2, packed, shorter=64)
 
 
 def fp32_precision(target: Target) -> str:

@@ -284,9 +284,14 @@ def lora(
         if identities_T.shape != x_TC.shape[:1] or positions_T.shape != x_TC.shape[:1]:
             found = f"{tuple(identities_T.shape)} and {tuple(positions_T.shape)}"
             raise ValueError(f"identities_T and positions_T are {found}, x_TC has {x_TC.shape[0]} rows")
-        words = [word for p in range(P) for word in dropout.at(dropout.site + p).key()]
-        keys, threshold = _lora_keys(identities_T, positions_T, words), dropout.threshold
+        keys, threshold = mask_keys(dropout, P, identities_T, positions_T), dropout.threshold
     return _lora(x_TC, weight_NC, bias_N, a_PRC, b_NR, splits, scales, keys, threshold)[0]
+
+
+def mask_keys(dropout: Dropout, num_projections: int, identities_T: Tensor, positions_T: Tensor) -> Tensor:
+    """Each projection's two words of a row's dropout key: int32 [P, 2, T]."""
+    words = [word for p in range(num_projections) for word in dropout.at(dropout.site + p).key()]
+    return _lora_keys(identities_T, positions_T, words)
 
 
 def _check(

@@ -220,8 +220,11 @@ def _stops(splits: Sequence[int]) -> list[int]:
 def _blocks(x: Tensor, R: int, block_c: int = BLOCK_C, draws: bool = False) -> dict[str, int]:
     """Tile sizes and options. `draws`: a kernel whose masks need the registers of twice the warps."""
     block_r = max(16, 1 << (R - 1).bit_length())
-    warps = 8 if block_r > 64 or draws else 4
-    stages = 2 if block_r > 64 or target(x).backend == "hip" else 3  # what fits the smallest shared memories
+    large = block_r > 32
+    if x.element_size() == 4:  # without matrix units: small tiles
+        return {"BLOCK_T": 32, "BLOCK_C": 64, "BLOCK_R": block_r, "num_warps": 8 if large else 4, "num_stages": 2}
+    stages = 2 if large or target(x).backend == "hip" else 3  # what fits the smallest shared memories
+    warps = 8 if large or draws else 4
     return {"BLOCK_T": BLOCK_T, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": warps, "num_stages": stages}
 
 
@@ -233,10 +236,11 @@ def shrink(
     stops = _stops(splits) if sliced else [x.shape[1]] * MAX_PROJECTIONS
     factors = [*scales, 0.0, 0.0][:MAX_PROJECTIONS]
     out = x.new_empty(T, P, R)
+    blocks = _blocks(x, R)
     launch(
-        _low_rank_shrink_kernel, (P, -(-T // BLOCK_T)), x, w, keys, out,
+        _low_rank_shrink_kernel, (P, -(-T // blocks["BLOCK_T"])), x, w, keys, out,
         T, x.stride(0), *stops, *_strides(w), *factors, threshold, R,
-        NUM_P=P, SLICED=sliced, DROPPED=keys is not None, **_blocks(x, R),
+        NUM_P=P, SLICED=sliced, DROPPED=keys is not None, **blocks,
     )  # fmt: skip
     return out
 
@@ -248,13 +252,13 @@ def expand(
     (T, P, R), sliced = h.shape, w.ndim == 2
     columns = w.shape[0] if sliced else w.shape[2]
     stops = _stops(splits) if sliced else [columns] * MAX_PROJECTIONS
-    tiles = sum(-(-n // BLOCK_C) for n in splits) if sliced else -(-columns // BLOCK_C)
+    blocks = _blocks(h, R, draws=keys is not None)
+    tiles = sum(-(-n // blocks["BLOCK_C"]) for n in (splits if sliced else [columns]))
     out = h.new_empty(T, columns)
     launch(
-        _low_rank_expand_kernel, (tiles, -(-T // BLOCK_T)), h, w, bias, keys, out,
+        _low_rank_expand_kernel, (tiles, -(-T // blocks["BLOCK_T"])), h, w, bias, keys, out,
         T, out.stride(0), *stops, *_strides(w), threshold, R,
-        NUM_P=P, SLICED=sliced, DROPPED=keys is not None, BIASED=bias is not None,
-        **_blocks(h, R, draws=keys is not None),
+        NUM_P=P, SLICED=sliced, DROPPED=keys is not None, BIASED=bias is not None, **blocks,
     )  # fmt: skip
     return out
 
@@ -263,14 +267,14 @@ def reduce(x: Tensor, h: Tensor, like: Tensor, splits: Sequence[int], keys: Tens
     """The gradient of `like`, A or B, in its dtype: fp32 sums over fixed blocks of rows, then over the blocks."""
     (T, P, R), sliced = h.shape, like.ndim == 2
     stops = _stops(splits) if sliced else [x.shape[1]] * MAX_PROJECTIONS
-    tiles = sum(-(-n // REDUCE_C) for n in splits) if sliced else -(-x.shape[1] // REDUCE_C) * P
+    blocks = _blocks(x, R, REDUCE_C) | {"num_stages": 2}
+    tiles = sum(-(-n // blocks["BLOCK_C"]) for n in (splits if sliced else [x.shape[1]] * P))
     num_splits = max(1, -(-T // SPLIT_ROWS))
     sums = like.new_empty(num_splits, *like.shape, dtype=torch.float32)
     launch(
         _low_rank_reduce_kernel, (tiles, num_splits), x, h, keys, sums,
         T, x.stride(0), *stops, sums.stride(0), *_strides(sums[0]), threshold, R,
-        NUM_P=P, SLICED=sliced, DROPPED=keys is not None, SPLIT_ROWS=SPLIT_ROWS,
-        **_blocks(x, R, REDUCE_C) | {"num_stages": 2},
+        NUM_P=P, SLICED=sliced, DROPPED=keys is not None, SPLIT_ROWS=SPLIT_ROWS, **blocks,
     )  # fmt: skip
     return sums.sum(0).to(like.dtype)
 

@@ -19,6 +19,7 @@ from flashvec.kernels.backend import implementation, launch, target, tl, triton
 PANEL_ELEMENTS = 1 << 25  # of a panel on a GPU: 64 MB of halves, far from the memory that matters
 PANEL_ELEMENTS_CPU = 1 << 19  # 2 MB of fp32: the passes over a panel read the cache
 GAIN = 4096.0  # multiplies panels of fp16, whose weights are at most 1: most probabilities are below its normal range
+WIDE_TEMPORARIES = {"sm_90": 1, "sm_100": 0}  # more of them spill beside a tile of 128 x 256
 GROUP_M = 8  # row blocks that walk the columns together, so that the L2 cache serves both factors
 
 
@@ -33,6 +34,23 @@ def grouped(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile: what follows a wide product takes half the registers, one at a time."""
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _write(acc, out_ptr, out_stride, in_m, first, N, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a tile at the columns from `first` on, or add it to what is there."""
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = in_m[:, None] & (first + j < N)[None, :]
+    at = out_ptr + first + i[:, None] * out_stride + j[None, :]
+    if ADD:
+        acc += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _panel_product_kernel(
     panel_ptr, x_ptr, row_ptr, factor_ptr, scale_ptr, out_ptr,
     M, N, K, panel_stride_m, panel_stride_k, x_stride, out_stride,
@@ -44,11 +62,9 @@ def _panel_product_kernel(
     i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     in_m, in_n = tile_m * BLOCK_M + i < M, tile_n * BLOCK_N + j < N
     panel_ptr += (tile_m * BLOCK_M).to(tl.int64) * panel_stride_m
-    out_ptr += (tile_m * BLOCK_M).to(tl.int64) * out_stride + tile_n * BLOCK_N
+    out_ptr += (tile_m * BLOCK_M).to(tl.int64) * out_stride
     x_ptr += tile_n * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if ADD:  # from the start on: added at the end, it would need as many registers again
-        acc = tl.load(out_ptr + i[:, None] * out_stride + j[None, :], mask=in_m[:, None] & in_n[None, :], other=0.0)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = k < K
@@ -64,21 +80,29 @@ def _panel_product_kernel(
         acc = tl.dot(panel, x, acc, input_precision="ieee")
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr)
-    out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + i[:, None] * out_stride + j[None, :], out, mask=in_m[:, None] & in_n[None, :])
+    if BLOCK_N > 128:
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        _write(left, out_ptr, out_stride, in_m, tile_n * BLOCK_N, N, ADD, BLOCK_M, BLOCK_N // 2)
+        first = tile_n * BLOCK_N + BLOCK_N // 2
+        _write(right, out_ptr, out_stride, in_m, first, N, ADD, BLOCK_M, BLOCK_N // 2)
+    else:
+        _write(acc, out_ptr, out_stride, in_m, tile_n * BLOCK_N, N, ADD, BLOCK_M, BLOCK_N)
 
 
-def tile_sizes(x: Tensor, wide: bool = False) -> dict[str, Any]:
+def tile_sizes(x: Tensor, temporaries: int = 0) -> dict[str, Any]:
     """Tiles of a product and its options, by what shared memory and registers of a target take.
 
-    Halves: 128 x 128, two programs a multiprocessor, of which one takes exponentials while the other multiplies.
-    `wide`: a product that does nothing else, 128 x 256 where wgmma reads both factors from shared memory.
-    fp32 runs without matrix units, exactly, and is for checking: small tiles.
+    Halves: 128 x 256 where wgmma reads both factors from shared memory and what follows the product leaves it the
+    registers, else 128 x 128. fp32 runs without matrix units, exactly, and is for checking: small tiles.
+
+    Args:
+        x: a factor.
+        temporaries: fp32 numbers that are alive for each element once the product is done, beside it.
     """
     device = target(x)
     if x.element_size() == 4:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    if device.arch in (90, 100) and wide:
+    if temporaries <= WIDE_TEMPORARIES.get(device.name, -1):
         return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     large = device.shared_bytes > 128 * 1024
     return {
@@ -123,7 +147,7 @@ def panel_product(
         out_MN.copy_(out_MN + product if add else product)
         return
     (M, K), N = panel_MK.shape, out_MN.shape[1]
-    tile = tile_sizes(x, wide=True)
+    tile = tile_sizes(x)
     launch(
         _panel_product_kernel, (-(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]),),
         panel_MK, x, rows_K, factor_K, scale, out_MN,

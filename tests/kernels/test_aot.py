@@ -13,7 +13,24 @@ from flashvec.kernels.backend import TARGETS, recording
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 GOOD = aot.Report(
-    "attention 64 plain", "_attention_fwd_kernel", 0, "sm_90", "3.9.0", 8, 125, 0, 48_000, 2, 16, 68, 16, 11
+    case="attention 64 plain",
+    kernel="_attention_fwd_kernel",
+    place=0,
+    target="sm_90",
+    triton="3.9.0",
+    num_warps=8,
+    shared_bytes=48_000,
+    blocks_per_sm=2,
+    registers=125,
+    spill_bytes=0,
+    matrix=16,
+    exponentials=68,
+    async_copies=16,
+    barriers=11,
+    loop_matrix=8,
+    loop_exponentials=34,
+    loop_barriers=3,
+    exponentials_per_score=1.06,
 )
 
 

@@ -1,0 +1,148 @@
+"""What stands in compiled machine code: registers, spills, and counts of the instructions that matter.
+
+A count tells how often an instruction is written, not how often it runs. What one KV tile costs is therefore read from
+the shortest loop that multiplies matrices: the loop over tiles that no mask cuts.
+"""
+
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashvec.kernels.backend import Target, triton
+
+PATTERNS = {
+    "cuda": {
+        "matrix": r"\b(?:HGMMA|HMMA|QGMMA|UTCHMMA|UTCQMMA)\b",
+        "exponentials": r"MUFU\.EX2",
+        "async_copies": r"LDGSTS|UTMALDG|UBLKCP",
+        "barriers": r"\bBAR\.|\bSYNCS\.",
+    },
+    "hip": {
+        "matrix": r"\bv_mfma_",
+        "exponentials": r"\bv_exp_f32",
+        "async_copies": r"\bglobal_load_lds|\bbuffer_load\w* .*\blds\b",
+        "barriers": r"\bs_barrier",
+    },
+}
+BRANCH = {"cuda": re.compile(r"\bBRA(?:\.\w+)* .*?0x([0-9a-f]+)"), "hip": re.compile(r"\bs_c?branch\w*\s+(\.LBB\w+)")}
+MACHINES = {90: "SM90a", 100: "SM100a", 120: "SM120a"}
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one kernel's machine code holds. `loop_...`: in the shortest loop that multiplies, 0 without such a loop."""
+
+    registers: int
+    spill_bytes: int
+    matrix: int
+    exponentials: int
+    async_copies: int  # bulk and asynchronous copies to shared memory
+    barriers: int
+    loop_matrix: int
+    loop_exponentials: int
+    loop_barriers: int
+
+
+def read_cubins(cubins: Sequence[bytes], target: Target) -> list[Code]:
+    """What NVIDIA's cubins of one kernel each hold; read together, as starting the disassembler is what takes time."""
+    sections = [_text_section(cubin) for cubin in cubins]
+    lines = iter(_disassembled(b"".join(sections), target).items())
+    codes, start = [], 0
+    for cubin, section in zip(cubins, sections, strict=True):
+        stop = start + len(section)
+        own = {}
+        for _ in range(len(section) // 16):  # an instruction takes 16 bytes
+            address, text = next(lines)
+            own[address] = text
+        if own and not start <= min(own) <= max(own) < stop:
+            raise RuntimeError("the disassembler left out instructions")
+        codes.append(Code(*_usage(cubin), **_counts(own, target)))
+        start = stop
+    return codes
+
+
+def read_assembly(assembly: str, target: Target) -> Code:
+    """What AMD's assembly of one kernel holds."""
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    lines = dict(enumerate(assembly.splitlines()))
+    return Code(field("vgpr_count"), 4 * field("vgpr_spill_count"), **_counts(lines, target))
+
+
+def blocks_per_sm(target: Target, registers: int, num_warps: int, shared_bytes: int) -> int:
+    """Blocks that fit one multiprocessor, by registers (allotted by 8 a thread), shared memory and threads."""
+    threads = num_warps * target.warp_size
+    by_registers = target.registers // (max(8, -(-registers // 8) * 8) * threads)
+    by_shared = (target.shared_bytes + 1024) // (shared_bytes + 1024) if shared_bytes else 32
+    return min(by_registers, by_shared, target.threads // threads, 32)
+
+
+# --- cubins -------------------------------------------------------------------------------------------
+
+
+def _tool(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _run(tool: str, content: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(content)
+        file.flush()
+        return subprocess.run([_tool(tool), *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and the bytes of memory that those which did not fit take."""
+    usage = _run("cuobjdump", cubin, "-res-usage")
+    local = re.findall(r"(?:LOCAL|STACK):(\d+)", usage)
+    return max(map(int, re.findall(r"REG:(\d+)", usage))), max(map(int, local), default=0)
+
+
+def _text_section(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in a cubin, an ELF file of 64 bits."""
+    (offset,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, offset + i * size) for i in range(number)]
+    for name, _, _, _, start, length in headers:
+        at = headers[names][4] + name
+        if cubin[at : at + 6] == b".text.":
+            return cubin[start : start + length]
+    raise ValueError("the cubin holds no code")
+
+
+def _disassembled(instructions: bytes, target: Target) -> dict[int, str]:
+    """Instructions by address."""
+    assert isinstance(target.arch, int)
+    listing = _run("nvdisasm", instructions, "--binary", MACHINES.get(target.arch, f"SM{target.arch}"))
+    return {int(address, 16): text for address, text in re.findall(r"^\s*/\*([0-9a-f]+)\*/(.*)$", listing, re.M)}
+
+
+# --- counting -----------------------------------------------------------------------------------------
+
+
+def _counts(lines: dict[int, str], target: Target) -> dict[str, int]:
+    patterns = {name: re.compile(pattern) for name, pattern in PATTERNS[target.backend].items()}
+    at = {name: [i for i, text in lines.items() if pattern.search(text)] for name, pattern in patterns.items()}
+    found = {name: len(places) for name, places in at.items()}
+    loops = [loop for loop in _loops(lines, target) if any(loop[0] <= i <= loop[1] for i in at["matrix"])]
+    first, last = min(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    for name in ("matrix", "exponentials", "barriers"):
+        found[f"loop_{name}"] = sum(first <= i <= last for i in at[name])
+    return found
+
+
+def _loops(lines: dict[int, str], target: Target) -> Iterator[tuple[int, int]]:
+    """First and last place of what each jump backwards repeats."""
+    labels = {text.split(":")[0]: i for i, text in lines.items() if text.startswith(".LBB")}
+    for i, text in lines.items():
+        if found := BRANCH[target.backend].search(text):
+            to = int(found[1], 16) if target.backend == "cuda" else labels.get(found[1], i)
+            if to < i:
+                yield to, i
