@@ -4,6 +4,7 @@
     python -m flashvec.kernels.aot --check --all        # with every option that a configuration may be used with
     python -m flashvec.kernels.aot --target sm_90 --only attention
     python -m flashvec.kernels.aot --dump DIR           # also write the cubins, for other people's tools
+    python -m flashvec.kernels.aot --target sm_80 --read FILE       # the same figures of other people's cubins
     python -m flashvec.kernels.aot --write              # keep the figures as rows that later runs are compared with
     python -m flashvec.kernels.aot --roofline llama-3-8b --tokens 16384 --mean-length 256
 
@@ -123,7 +124,8 @@ def compile_batch(batch: Sequence[tuple[Case, Launch, int]], target: Target, dum
     if target.backend == "hip":
         codes = [read_assembly(kernel.asm["amdgcn"], target) for kernel in kernels.values()]
     else:
-        codes = read_cubins([kernel.asm["cubin"] for kernel in kernels.values()], target)
+        found = read_cubins([kernel.asm["cubin"] for kernel in kernels.values()], target)
+        codes = [code for codes_of_one in found for code in codes_of_one.values()]
     for (index, kernel), code in zip(kernels.items(), codes, strict=True):
         case, launched, place = batch[index]
         results[index] = _report(case, launched, place, target, kernel.metadata, code)
@@ -231,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=list(TARGETS), action="append", help="default all")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubins here")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="count in the kernels of a cubin for one --target")
     parser.add_argument("--write", action="store_true", help="keep the figures in bench/results")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     parser.add_argument("--roofline", metavar="MODEL", help="floors of a layer's parts instead of compiling")
@@ -245,6 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("triton is not installed")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
+    if options.read:
+        if len(options.target or ()) != 1 or TARGETS[options.target[0]].backend != "cuda":
+            parser.error("--read needs one --target, an NVIDIA one")
+        return print_cubin(options.read, TARGETS[options.target[0]], options.only)
     if options.dump:
         options.dump.mkdir(parents=True, exist_ok=True)
     names = options.target or list(TARGETS)
@@ -272,16 +279,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def format_row(row: Report, wrong: Iterable[str] = ()) -> str:
-    """One line of the report; what one KV tile takes stands in brackets."""
+    """One line of the report."""
     per_score = "" if row.exponentials_per_score is None else f" = {row.exponentials_per_score} a score"
-    tile = f"  [{row.loop_matrix} matrix {row.loop_exponentials} exp{per_score} {row.loop_barriers} barriers a tile]"
     return (
-        f"{row.target:7} {row.case:34.34} {row.kernel:34.34} {row.registers:3} registers {row.spill_bytes:4} spilled "
-        f"{row.shared_bytes / 1024:5.0f} KB {row.blocks_per_sm:2} blocks {row.matrix:3} matrix "
-        f"{row.exponentials:3} exp {row.async_copies:3} copies {row.barriers:3} barriers"
-        + (tile if row.loop_matrix else "")
-        + "".join(f"  <- {w}" for w in wrong)
+        f"{row.target:7} {row.case:34.34} {row.kernel:34.34} {row.shared_bytes / 1024:5.0f} KB "
+        f"{row.blocks_per_sm:2} blocks {format_code(row)}{per_score}" + "".join(f"  <- {w}" for w in wrong)
     )
+
+
+def format_code(code: Code) -> str:
+    """Counts of the whole kernel, and after a colon those of one KV tile, where tiles are walked in a loop."""
+    whole = (
+        f"{code.registers:3} registers {code.spill_bytes:4} spilled {code.matrix:3} matrix {code.exponentials:3} exp "
+        f"{code.async_copies:3} copies {code.barriers:3} barriers"
+    )
+    tile = f": {code.loop_matrix} matrix {code.loop_barriers} barriers {code.loop_exponentials} exp"
+    return whole + (tile if code.loop_matrix else "")
+
+
+def print_cubin(path: Path, target: Target, only: str) -> int:
+    """The figures of each kernel in a file, whoever compiled it."""
+    (codes,) = read_cubins([path.read_bytes()], target)
+    for name, code in codes.items():
+        if only in name:
+            print(f"{name}\n    {format_code(code)}")
+    return 0
 
 
 def write_rows(rows: Iterable[Report]) -> None:

@@ -1,9 +1,11 @@
 """What stands in compiled machine code: registers, spills, and counts of the instructions that matter.
 
 A count tells how often an instruction is written, not how often it runs. What one KV tile costs is therefore read from
-the shortest loop that multiplies matrices: the loop over tiles that no mask cuts.
+the shortest loop that multiplies matrices and takes exponentials (or multiplies alone, where none is taken): the loop
+over tiles that no mask cuts.
 """
 
+import itertools
 import re
 import struct
 import subprocess
@@ -29,12 +31,13 @@ PATTERNS = {
     },
 }
 BRANCH = {"cuda": re.compile(r"\bBRA(?:\.\w+)* .*?0x([0-9a-f]+)"), "hip": re.compile(r"\bs_c?branch\w*\s+(\.LBB\w+)")}
+INSTRUCTION_BYTES = 16
 MACHINES = {90: "SM90a", 100: "SM100a", 120: "SM120a"}
 
 
 @dataclass(frozen=True)
 class Code:
-    """What one kernel's machine code holds. `loop_...`: in the shortest loop that multiplies, 0 without such a loop."""
+    """What one kernel's machine code holds. `loop_...`: in the loop over KV tiles, 0 without one."""
 
     registers: int
     spill_bytes: int
@@ -47,22 +50,24 @@ class Code:
     loop_barriers: int
 
 
-def read_cubins(cubins: Sequence[bytes], target: Target) -> list[Code]:
-    """What NVIDIA's cubins of one kernel each hold; read together, as starting the disassembler is what takes time."""
-    sections = [_text_section(cubin) for cubin in cubins]
-    lines = iter(_disassembled(b"".join(sections), target).items())
-    codes, start = [], 0
-    for cubin, section in zip(cubins, sections, strict=True):
-        stop = start + len(section)
-        own = {}
-        for _ in range(len(section) // 16):  # an instruction takes 16 bytes
-            address, text = next(lines)
-            own[address] = text
-        if own and not start <= min(own) <= max(own) < stop:
-            raise RuntimeError("the disassembler left out instructions")
-        codes.append(Code(*_usage(cubin), **_counts(own, target)))
-        start = stop
-    return codes
+def read_cubins(cubins: Sequence[bytes], target: Target) -> list[dict[str, Code]]:
+    """What the kernels in NVIDIA's cubins hold, by name.
+
+    All are read together: it is the disassembler's start that takes time.
+    """
+    sections = [_text_sections(cubin) for cubin in cubins]
+    lines = iter(_disassembled(b"".join(code for texts in sections for code in texts.values()), target).items())
+    found: list[dict[str, Code]] = []
+    for cubin, texts in zip(cubins, sections, strict=True):
+        usage = _usage(cubin)
+        codes = {}
+        for name, code in texts.items():
+            own = dict(itertools.islice(lines, len(code) // INSTRUCTION_BYTES))
+            if max(own) - min(own) != len(code) - INSTRUCTION_BYTES:
+                raise RuntimeError(f"the disassembler left out instructions of {name}")
+            codes[name] = Code(*usage[name], **_counts(own, target))
+        found.append(codes)
+    return found
 
 
 def read_assembly(assembly: str, target: Target) -> Code:
@@ -98,23 +103,28 @@ def _run(tool: str, content: bytes, *options: str) -> str:
         return subprocess.run([_tool(tool), *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and the bytes of memory that those which did not fit take."""
+def _usage(cubin: bytes) -> dict[str, tuple[int, int]]:
+    """Of each kernel: registers of a thread, and the bytes of memory that those which did not fit take."""
     usage = _run("cuobjdump", cubin, "-res-usage")
-    local = re.findall(r"(?:LOCAL|STACK):(\d+)", usage)
-    return max(map(int, re.findall(r"REG:(\d+)", usage))), max(map(int, local), default=0)
+    found = {}
+    for name, text in re.findall(r"Function (\S+):\s*\n(.*)", usage):
+        (registers,) = re.findall(r"REG:(\d+)", text)
+        found[name] = int(registers), max(map(int, re.findall(r"(?:LOCAL|STACK):(\d+)", text)), default=0)
+    return found
 
 
-def _text_section(cubin: bytes) -> bytes:
-    """The instructions of the one kernel in a cubin, an ELF file of 64 bits."""
+def _text_sections(cubin: bytes) -> dict[str, bytes]:
+    """The instructions of each kernel in a cubin, an ELF file of 64 bits."""
     (offset,) = struct.unpack_from("<Q", cubin, 0x28)
     size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, offset + i * size) for i in range(number)]
-    for name, _, _, _, start, length in headers:
-        at = headers[names][4] + name
-        if cubin[at : at + 6] == b".text.":
-            return cubin[start : start + length]
-    raise ValueError("the cubin holds no code")
+    found = {}
+    for name_at, _, _, _, start, length in headers:
+        first = headers[names][4] + name_at
+        name = cubin[first : cubin.index(b"\0", first)].decode()
+        if name.startswith(".text."):
+            found[name.removeprefix(".text.")] = cubin[start : start + length]
+    return found
 
 
 def _disassembled(instructions: bytes, target: Target) -> dict[int, str]:
@@ -131,8 +141,12 @@ def _counts(lines: dict[int, str], target: Target) -> dict[str, int]:
     patterns = {name: re.compile(pattern) for name, pattern in PATTERNS[target.backend].items()}
     at = {name: [i for i, text in lines.items() if pattern.search(text)] for name, pattern in patterns.items()}
     found = {name: len(places) for name, places in at.items()}
-    loops = [loop for loop in _loops(lines, target) if any(loop[0] <= i <= loop[1] for i in at["matrix"])]
-    first, last = min(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    loops = sorted(_loops(lines, target), key=lambda loop: loop[1] - loop[0])
+    for wanted in (("matrix", "exponentials"), ("matrix",)):
+        holding = (loop for loop in loops if all(any(loop[0] <= i <= loop[1] for i in at[name]) for name in wanted))
+        first, last = next(holding, (0, -1))
+        if last >= 0:
+            break
     for name in ("matrix", "exponentials", "barriers"):
         found[f"loop_{name}"] = sum(first <= i <= last for i in at[name])
     return found
