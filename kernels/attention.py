@@ -377,6 +377,8 @@ def attention(
         ValueError: shapes, dtypes or devices that do not fit together, a head size over 256, a negative window, a
             window that looks right of a causal mask, a scale or softcap that is not positive, dropout without
             identities.
+        RuntimeError: inside torch.compile with a schedule that attention has not run with before, forward, and with a
+            gradient if one is wanted: its tile lists are made then.
 
     Error: a sequence's result does not depend on what else is in the batch; repeated runs agree bit for bit.
     """

@@ -261,7 +261,7 @@ def _row_losses_cpu(
 ) -> tuple[Tensor, Tensor]:
     V, R = weight.shape[0], rows.shape[0]
     h_RD, goal = h[rows], targets.long()
-    hit = h.new_empty(R, dtype=torch.float32)
+    hit = h.new_full((R,), float("nan"), dtype=torch.float32)  # stays so where a target lies outside
     partial = []
     width = panel_width(R, V, 256, PANEL_ELEMENTS_CPU)
     for first in range(0, V, width):
@@ -414,7 +414,7 @@ def cross_entropy(
         multiplied. On a CPU logits are rounded to the dtype. No atomics: equal bits on repetition.
     """
     _check(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap, reduction)
-    if h_TD.device.type == "cpu":
+    if h_TD.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiled graph knows no values
         _check_values(h_TD.shape[0], weight_VD.shape[0], rows_R, targets_R)
     loss_R, _ = _cross_entropy(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap or 0.0, float(scale))
     return {"mean": loss_R.mean, "sum": loss_R.sum, "none": lambda: loss_R}[reduction]()

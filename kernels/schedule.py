@@ -76,9 +76,16 @@ class Schedule:
         Returns:
             int32 [tiles, 4] on the schedule's device: first row of the sequence, its length, first token of the tile
             (counted from the sequence's own), index of the sequence (`NO_SEQUENCE`: nothing to do).
+
+        Raises:
+            RuntimeError: inside torch.compile, of a list that nobody asked for before; see `attention`.
         """
         found = self.tile_lists.get(tile_class)
         if found is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "a compiled region cannot make tile lists: run attention once with this schedule before"
+                )
             if self.is_static:
                 tiles = build_static_tiles(self.lengths, tile_class, len(self.positions))
             else:
