@@ -7,8 +7,9 @@ from i - left to i + right: everything by default, nothing to the right when cau
 
 On a GPU one program owns a tile: some tokens of one sequence, times the query heads that share a kv head, read from the
 batch's tile list (`kernels/schedule.py`). It walks the sequence's keys once with a running maximum (FlashAttention);
-sequences of up to 128 tokens fit one tile of keys and need no walk. Queries can be normalised and rotated as they are
-loaded; keys, which every tile of a sequence reads again, are rotated once by a pass of their own.
+sequences of up to 128 tokens fit one tile of keys and need no walk. Queries, of heads up to 128 elements, can be
+normalised and rotated as they are loaded; keys, which every tile of a sequence reads again, are rotated once by a pass
+of their own.
 
 Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size, n = a sequence's tokens.
 Cost 4*n²*K FLOPs a head, 2*(2 + 2*G/H)*n*K bytes in 16 bits: bound by memory below some 300 tokens on an H100.
@@ -47,6 +48,7 @@ from flashvec.kernels.schedule import Queries, Schedule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the last by the reference alone
 MAX_HEAD_SIZE = 256
+MAX_ROTATED_HEAD = 128  # larger heads are rotated by a pass of their own
 
 
 @dataclass(frozen=True)
@@ -387,7 +389,7 @@ def attention(
     if dropout is not None and dropout.p and schedule.identities is None:
         raise ValueError("dropout needs build_schedule(..., identities=...): its masks are keyed by them")
     run = "torch" if q_THK.dtype == torch.float64 else implementation(q_THK)
-    if rotation is not None and (run != "triton" or _needs_norm_gradient(q_THK, k_TGK, rotation)):
+    if rotation is not None and (run != "triton" or _rotates_before(q_THK, k_TGK, rotation)):
         q_THK, k_TGK = rotate(q_THK, k_TGK, rotation, queries)
         rotation = None
     if queries is not None and run == "triton" and needs_gradient(q_THK, k_TGK, v_TGK):  # given for whole sequences
@@ -449,10 +451,14 @@ def _query_tables(rotation: Rotation, queries: Queries | None) -> tuple[Tensor, 
     return rotation.cos_TK[queries.rows], rotation.sin_TK[queries.rows]
 
 
-def _needs_norm_gradient(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation) -> bool:
-    """Head norms are differentiated by their own pass: inside attention their gradient would cost it registers."""
+def _rotates_before(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation) -> bool:
+    """Heads are rotated by a pass of their own where doing it inside attention would cost registers it lacks.
+
+    That is where the gradient of head norms is wanted, and in large heads: beside a tile of 256 columns the partner of
+    each element spills 1,200 bytes, or takes tiles that compute every score twice.
+    """
     norms = rotation.query_norm_K, rotation.key_norm_K
-    return norms[0] is not None and needs_gradient(q_THK, k_TGK, *norms)
+    return q_THK.shape[2] > MAX_ROTATED_HEAD or (norms[0] is not None and needs_gradient(q_THK, k_TGK, *norms))
 
 
 def _reach(causal: bool, window: int | tuple[int, int] | None) -> Reach:

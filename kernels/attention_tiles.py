@@ -85,6 +85,9 @@ def forward_configs(target: Target, dtype: torch.dtype, head_size: int, packed: 
     if target.backend == "hip":  # a warp's matrix instruction takes 32 rows: more warps would compute scores twice
         short = _config(64, 64, 2, 1, packed, longest=64, one_tile=True)
         return short, _config(128, 64 if width <= 128 else 32, 4, 1, packed, shorter=64)
+    if width > 128 and target.name in WARPGROUPS:  # a warpgroup multiplies 64 rows: more would compute scores twice
+        short = _config(64, 64, 4, 1, packed, longest=64, one_tile=True)
+        return short, _config(128, 32, 8, 1, packed, shorter=64)
     if width > 128:  # 64 keys instead of 32 spill with a window
         return (
             _config(64, 64, 8, 1, packed, longest=64, one_tile=True),
@@ -134,15 +137,15 @@ def backward_configs(
     """
     extras, plain = rotate + dropout + softcap, not (rotate or dropout or softcap)
     first, second = head_chunks(head_size)
-    width, small_shared = first + second, target.shared_bytes < 128 * 1024
+    width = first + second
     short: list[Shape] = []
     stages = 1 if extras == 3 else 2
     if dtype == torch.float32:
         keys = 32 if width <= 64 else 16
         short, dq, dkv = [(32, 16, 4, 1)], (keys, 32, 4, 1), (32, 16, 4, 1)
-    elif target.backend == "hip":
+    elif target.backend == "hip":  # 32 keys or rows a warp, as in the forward
         short = [(64, 16, 4, 1), (128, 16, 4, 1)]
-        dq, dkv = (64 if width <= 128 else 32, 64, 4, 1), (64, 32 if width <= 128 else 16, 4, 1)
+        dq, dkv = (64 if width <= 128 else 32, 128, 4, 1), (128, 32 if width <= 128 else 16, 4, 1)
     elif target.name in WARPGROUPS:
         if width <= 64:
             short = [(64, 32, 4, 2), (128, 32, 8, 2), *([(256, 16, 8, 2)] if plain else [])]
@@ -150,16 +153,16 @@ def backward_configs(
         elif width <= 128:
             short = [(64, 16, 4 if plain else 8, 2), (128, 16, 8, 2)]
             dq, dkv = (32, 128, 8, stages), (128, 32, 8, stages)
-        else:
-            dq, dkv = (32, 64, 8, 2), (64, 16, 8, 2)
-    else:  # operands lie in registers, too
+        else:  # 64 keys a step of dkv, for a warpgroup, spill 40 to 256 bytes and compute scores twice
+            dq, dkv = (32, 128, 8, 2), (32, 64, 8, 2)
+    else:  # operands lie in registers, too; a warp takes 16 rows of scores, and more warps would compute them twice
         if width <= 64:
             short = [(64, 16, 4, 2), (128, 16, 8, 2)]
-            dq, dkv = (64, 64, 4, 2), (64, 32, 8, 2)
+            dq, dkv = (32, 64, 4, 2), (64, 16 if rotate else 32, 4, 2)
         elif width <= 128:
-            dq, dkv = (64, 64, 8, 2), (64, 32, 8, 1 if rotate and small_shared else stages)
+            dq, dkv = (32, 128, 8, stages), (128, 16, 8, stages) if second else (64, 64, 8, 1 if rotate else 2)
         else:
-            dq, dkv = (32, 64, 8, 1), (64, 16, 8, 1)
+            dq, dkv = (32, 64, 8, 1), (32, 32, 8, 1)
 
     configs, shorter = [], 0
     for keys, rows, num_warps, num_stages in short if second == 0 and width <= 128 else []:
