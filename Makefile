@@ -1,5 +1,5 @@
 # make demo   a real decoder as a text encoder: download, convert, embed, search (CPU, no account, about 3 minutes)
-# make test   the environment and all tests
+# make test   the environment and all tests; those of kernels run in Triton's interpreter, one process a core
 # Both create .venv from constraints.txt and reuse it. PYTHON=... picks another interpreter (3.11 or later).
 
 PYTHON ?= python3
@@ -15,7 +15,8 @@ demo: $(VENV)/.runtime
 	@$(VENV)/bin/python -m flashvec.bench.demo
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto tests/kernels
+	$(VENV)/bin/python -m pytest --ignore tests/kernels
 
 # 200 random batches of up to 300 texts of 1 to 600 tokens, each text also alone, and this machine's row counts anew.
 soak: $(VENV)/.dev

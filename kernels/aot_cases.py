@@ -54,7 +54,14 @@ ALLOWED_SPILLS = {
         ),
         (OPERANDS_IN_REGISTERS, "attention 80", "8 bytes of 64 + 16 columns; one stage instead of two spills as much"),
         (OPERANDS_IN_REGISTERS, "attention 96", "as 80"),
+        (OPERANDS_IN_REGISTERS, "attention bwd 80", "at most 16 bytes; four warps spill as much"),
         (OPERANDS_IN_REGISTERS, "attention bwd 96", "8 bytes; 64 rows a step compute scores twice"),
+        (OPERANDS_IN_REGISTERS, "attention bwd 64 window", "8 bytes; 64 keys a step instead of 32 spill 24"),
+        (
+            OPERANDS_IN_REGISTERS,
+            "attention bwd 256 dropout",
+            "at most 152 bytes; larger tiles need more shared memory than there is, smaller ones compute scores thrice",
+        ),
         (
             OPERANDS_IN_REGISTERS,
             "lora 4096 rank 64",

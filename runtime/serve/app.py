@@ -1,0 +1,196 @@
+"""`flashvec serve`: OpenAI's /v1/embeddings over an `Encoder`.
+
+Requests are embedded together (`batcher.py`). Needs the extra `serve`: pip install 'flashvec[serve]'.
+"""
+
+import asyncio
+import base64
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+
+try:
+    from fastapi import FastAPI, Request, Response
+    from fastapi.responses import JSONResponse
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from starlette.exceptions import HTTPException as StarletteHTTPException
+except ImportError as error:
+    raise ImportError(f"the server needs {error.name}: pip install 'flashvec[serve]'") from None
+
+from flashvec.runtime.encoder import Encoder
+from flashvec.runtime.serve.batcher import Batcher, Busy, Round
+from flashvec.runtime.serve.body import Limits, Refused, Wanted, read
+
+BATCH_TOKENS = 8192
+GONE = 499  # the client hung up: nobody reads this
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Prometheus figures of one app."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("flashvec_requests", "Requests, by status", ["status"], registry=self.registry)
+        self.seconds = Histogram("flashvec_request_seconds", "From request to answer", registry=self.registry)
+        self.texts = Counter("flashvec_texts", "Texts embedded", registry=self.registry)
+        self.tokens = Counter("flashvec_tokens", "Tokens embedded", registry=self.registry)
+        self.round_requests = Histogram(
+            "flashvec_round_requests", "Requests in a round", buckets=[2**i for i in range(11)], registry=self.registry
+        )
+        self.round_seconds = Histogram("flashvec_round_seconds", "Embedding a round", registry=self.registry)
+        self.waiting = Gauge("flashvec_waiting_tokens", "Tokens of requests that wait", registry=self.registry)
+
+    def on_round(self, done: Round) -> None:
+        self.texts.inc(done.texts)
+        self.tokens.inc(done.tokens)
+        self.round_requests.observe(done.requests)
+        self.round_seconds.observe(done.seconds)
+
+
+def create_app(
+    encoder: Encoder,
+    *,
+    name: str,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    instruction: str | None = None,
+    truncate: bool = False,
+) -> FastAPI:
+    """An ASGI app.
+
+    Args:
+        encoder: the model.
+        name: what clients call it.
+        api_key: what they must send as a bearer token; None lets everybody in.
+        limits: of requests.
+        batch_tokens: embedded in one round.
+        instruction: written before each text, as in `Encoder.embed`.
+        truncate: cut texts that are too long; otherwise they are refused.
+    """
+    bounds, metrics = limits or Limits(), Metrics()
+
+    def embed(texts: list[str], dimensions: int | None) -> np.ndarray:
+        vectors: np.ndarray = encoder.embed(
+            texts, truncate_dim=dimensions, instruction=instruction, show_progress=False, output="numpy"
+        )
+        return vectors
+
+    batcher = Batcher(
+        embed, batch_tokens=batch_tokens, max_waiting_tokens=bounds.waiting_tokens, on_round=metrics.on_round
+    )
+    metrics.waiting.set_function(lambda: batcher.waiting_tokens)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await batcher.close()
+
+    app = FastAPI(title="flashvec", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.batcher = batcher
+
+    @app.exception_handler(Refused)
+    async def _refused(request: Request, error: Refused) -> Response:
+        return error.response()
+
+    @app.exception_handler(StarletteHTTPException)
+    async def _unknown(request: Request, error: StarletteHTTPException) -> Response:
+        return Refused(error.status_code, str(error.detail)).response()
+
+    def authorise(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1", "replace")
+        if api_key is not None and not hmac.compare_digest(given, b"Bearer " + api_key.encode()):
+            raise Refused(401, "wrong or missing API key", code="invalid_api_key")
+
+    @app.get("/health")
+    async def _health() -> dict[str, str]:
+        return {"status": "ok", "model": name}
+
+    @app.get("/metrics")
+    async def _metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def _models(request: Request) -> dict[str, Any]:
+        authorise(request)
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "flashvec"}]}
+
+    @app.post("/v1/embeddings")
+    async def _embeddings(request: Request) -> Response:
+        started = time.perf_counter()
+        try:
+            response = await answer(request)
+        except Refused as error:
+            response = error.response()
+        except Busy as error:
+            headers = {"Retry-After": str(error.retry_after_s)}
+            response = Refused(429, str(error), code="rate_limit_exceeded").response(headers)
+        except Exception:
+            logger.exception("a request failed")
+            response = Refused(500, "the server could not embed this request; its log says why").response()
+        metrics.requests.labels(response.status_code).inc()
+        metrics.seconds.observe(time.perf_counter() - started)
+        return response
+
+    async def answer(request: Request) -> Response:
+        authorise(request)
+        wanted = await read(request, bounds)
+        if wanted.model != name:
+            raise Refused(404, f"this server has no such model, only {name}", param="model", code="model_not_found")
+        size, longest = encoder.spec.embedding_size, encoder.spec.max_length
+        if wanted.dimensions is not None and wanted.dimensions > size:
+            raise Refused(400, f"dimensions is {wanted.dimensions}, the model has {size}", param="dimensions")
+        counts = np.asarray(await asyncio.to_thread(encoder.count_tokens, wanted.texts))
+        if not truncate and (counts > longest).any():
+            i = int(np.argmax(counts > longest))
+            message = f"input[{i}] has {counts[i]} tokens, at most {longest} fit (the server was not told to cut texts)"
+            raise Refused(400, message, param="input", code="context_length_exceeded")
+        counts = np.minimum(counts, longest)
+        vectors = await _answer(request, batcher.submit(wanted.texts, counts, wanted.dimensions), bounds.answer_s)
+        if vectors is None:
+            return Response(status_code=GONE)
+        return JSONResponse(await asyncio.to_thread(_body, wanted, name, vectors, int(counts.sum())))
+
+    return app
+
+
+async def _answer(request: Request, vectors: Awaitable[np.ndarray], limit_s: float) -> np.ndarray | None:
+    """The vectors, or None once the client has hung up; what it asked for is then not embedded.
+
+    Raises:
+        Refused: 503, it takes longer than `limit_s`.
+    """
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    asked, gone = asyncio.ensure_future(vectors), asyncio.ensure_future(hung_up())
+    try:
+        done, _ = await asyncio.wait({asked, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if asked in done:
+            return asked.result()
+        if not done:
+            raise Refused(503, f"no answer within {limit_s:g} s", code="timeout")
+        return None
+    finally:
+        asked.cancel()
+        gone.cancel()
+
+
+def _body(wanted: Wanted, name: str, vectors: np.ndarray, tokens: int) -> dict[str, Any]:
+    def shown(vector: np.ndarray) -> Any:
+        if wanted.encoding_format == "base64":
+            return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        return vector.tolist()
+
+    rows = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": rows, "model": name, "usage": usage}

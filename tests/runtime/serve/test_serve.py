@@ -1,0 +1,235 @@
+"""The server as its clients meet it: OpenAI's own client, 200 requests at once, and bodies that nobody should send."""
+
+import asyncio
+import base64
+import json
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from tiny_models import TEXTS, tiny_checkpoint
+
+from flashvec import Encoder
+from flashvec.runtime.serve.app import create_app
+from flashvec.runtime.serve.body import Limits
+
+KEY = "a key"
+
+
+@pytest.fixture(scope="module")
+def enc(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_checkpoint(folder, "llama")
+    return Encoder.load(folder, dtype="float32", max_length=64)
+
+
+class Server:
+    """An app behind a real socket."""
+
+    def __init__(self, app):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *error):
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(enc):
+    limits = Limits(inputs=50, body_bytes=100_000, body_s=1.0)
+    with Server(create_app(enc, name="tiny", api_key=KEY, limits=limits)) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
+        yield client
+
+
+def refused(response, status):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error["message"]
+
+
+# --- OpenAI's client ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_openai_client(server, enc, encoding):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
+    texts = list(TEXTS[:4])
+    answer = client.embeddings.create(model="tiny", input=texts, encoding_format=encoding)
+    rows = [item.embedding for item in answer.data]
+    if encoding == "base64":
+        rows = [np.frombuffer(base64.b64decode(row), "<f4") if isinstance(row, str) else row for row in rows]
+    assert np.array_equal(np.array(rows, dtype=np.float32), enc.embed(texts))
+    assert [item.index for item in answer.data] == [0, 1, 2, 3] and answer.model == "tiny"
+    assert answer.usage.prompt_tokens == enc.count_tokens(texts).sum() == answer.usage.total_tokens
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_dimensions_are_those_of_truncate_dim(server, enc):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
+    answer = client.embeddings.create(model="tiny", input=TEXTS[1], dimensions=8)
+    assert np.array_equal(np.float32(answer.data[0].embedding), enc.embed(TEXTS[1], truncate_dim=8))
+
+
+def test_openai_client_gets_its_own_errors(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="another", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="API key"):
+        client.embeddings.create(model="tiny", input="x")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="only tiny"):
+        client.embeddings.create(model="gpt", input="x")
+
+
+# --- load ---------------------------------------------------------------------------------------------------
+
+
+def test_two_hundred_at_once_are_neither_lost_nor_mixed(server, enc):
+    texts = [[f"text {i} {j} " + TEXTS[i % 3] for j in range(i % 3 + 1)] for i in range(200)]
+
+    async def all_of_them():
+        limits = httpx.Limits(max_connections=200)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits, timeout=120) as client:
+            asked = [client.post("/v1/embeddings", json={"model": "tiny", "input": own}) for own in texts]
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(all_of_them())
+    assert [answer.status_code for answer in answers] == [200] * 200
+    for own, answer in zip(texts, answers, strict=True):
+        got = np.float32([item["embedding"] for item in answer.json()["data"]])
+        assert np.array_equal(got, enc.embed(own))
+
+
+def test_too_much_is_turned_away_with_a_time(enc):
+    app = create_app(enc, name="tiny", limits=Limits(waiting_tokens=20), batch_tokens=20)
+    text = "a long text " * 5
+
+    async def all_of_them(url):
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            return await asyncio.gather(
+                *(client.post("/v1/embeddings", json={"model": "tiny", "input": text}) for _ in range(40))
+            )
+
+    with Server(app) as server:
+        answers = asyncio.run(all_of_them(server.url))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 429}
+    turned_away = next(answer for answer in answers if answer.status_code == 429)
+    assert int(turned_away.headers["Retry-After"]) >= 1 and "try again" in refused(turned_away, 429)
+
+
+# --- hostile bodies -----------------------------------------------------------------------------------------
+
+BODIES = {
+    "not JSON": (b"{", 400, "not JSON"),
+    "not UTF-8": (b'{"model": "tiny", "input": "\xff"}', 400, "not UTF-8"),
+    "nested deeply": (b"[" * 50_000, 400, "nested too deeply"),
+    "a list": (b"[]", 400, "JSON object"),
+    "no model": (b'{"input": "x"}', 400, "model"),
+    "no input": (b'{"model": "tiny"}', 400, "input"),
+    "no texts": (b'{"model": "tiny", "input": []}', 400, "input is empty"),
+    "token numbers": (b'{"model": "tiny", "input": [1, 2]}', 400, "token numbers"),
+    "mixed": (b'{"model": "tiny", "input": ["x", null]}', 400, "a text or a list of texts"),
+    "too many texts": (json.dumps({"model": "tiny", "input": ["x"] * 51}).encode(), 400, "51 texts, at most 50"),
+    "too large": (b" " * 100_001, 413, "larger than 100000 bytes"),
+    "too long a text": (json.dumps({"model": "tiny", "input": "word " * 500}).encode(), 400, "at most 64 fit"),
+    "dimensions 0": (b'{"model": "tiny", "input": "x", "dimensions": 0}', 400, "dimensions"),
+    "too many dimensions": (b'{"model": "tiny", "input": "x", "dimensions": 33}', 400, "the model has 32"),
+    "another encoding": (b'{"model": "tiny", "input": "x", "encoding_format": "hex"}', 400, "encoding_format"),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_bad_body_is_refused_in_words(client, name):
+    content, status, message = BODIES[name]
+    assert message in refused(client.post("/v1/embeddings", content=content), status)
+
+
+def test_no_message_repeats_what_was_sent(client):
+    answer = client.post("/v1/embeddings", json={"model": "tiny", "input": {"secret words": 1}})
+    assert "secret" not in refused(answer, 400)
+
+
+@pytest.mark.filterwarnings("ignore::flashvec.runtime.texts.TextWarning")
+def test_a_lone_surrogate_is_embedded_as_encoder_embed_does(client, enc):
+    answer = client.post("/v1/embeddings", content=b'{"model": "tiny", "input": "a \\ud800 b"}')
+    assert answer.status_code == 200
+    assert np.array_equal(np.float32(answer.json()["data"][0]["embedding"]), enc.embed("a \ufffd b"))
+
+
+def test_a_body_without_length_is_counted_while_it_arrives(client):
+    answer = client.post("/v1/embeddings", content=(b" " * 10_000 for _ in range(1000)))
+    assert "larger than" in refused(answer, 413)
+
+
+def test_a_body_that_does_not_come_is_given_up(server):
+    with socket.create_connection(server.socket.getsockname()) as slow:
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 50\r\n\r\n"
+        slow.sendall(head.encode() + b"{")
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_hangs_up_harms_nobody(server, client):
+    body = json.dumps({"model": "tiny", "input": ["a b c"] * 50}).encode()
+    for _ in range(5):
+        with socket.create_connection(server.socket.getsockname()) as gone:
+            head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            gone.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert client.post("/v1/embeddings", json={"model": "tiny", "input": "x"}).status_code == 200
+
+
+def test_other_paths_and_methods(client):
+    refused(client.get("/v1/embeddings"), 405)
+    refused(client.get("/v2"), 404)
+
+
+# --- health, figures, ends ----------------------------------------------------------------------------------
+
+
+def test_health_and_metrics_ask_for_no_key(server, client):
+    client.post("/v1/embeddings", json={"model": "tiny", "input": ["x", "y"]})
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "model": "tiny"}
+    figures = httpx.get(f"{server.url}/metrics").text
+    assert 'flashvec_requests_total{status="200"}' in figures and "flashvec_round_seconds_count" in figures
+    assert refused(httpx.get(f"{server.url}/v1/models"), 401)
+
+
+@pytest.mark.filterwarnings("ignore::flashvec.runtime.encoder.TruncationWarning")
+def test_cut_where_told_to(enc):
+    with Server(create_app(enc, name="tiny", truncate=True)) as server:
+        answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": "word " * 500})
+    assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == 64
+
+
+def test_what_is_being_embedded_is_answered_before_it_stops(enc):
+    with Server(create_app(enc, name="tiny")) as server:
+        answers = []
+        body = {"model": "tiny", "input": ["a b c d"] * 1000}
+        ask = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60))
+        )
+        ask.start()
+        while not server.server.server_state.tasks:
+            time.sleep(0.005)
+    ask.join()
+    assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 1000
