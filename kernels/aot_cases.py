@@ -59,11 +59,6 @@ ALLOWED_SPILLS = {
         (OPERANDS_IN_REGISTERS, "attention bwd 64 window", "8 bytes; 64 keys a step instead of 32 spill 24"),
         (
             OPERANDS_IN_REGISTERS,
-            "attention bwd 256 dropout",
-            "at most 152 bytes; larger tiles need more shared memory than there is, smaller ones compute scores thrice",
-        ),
-        (
-            OPERANDS_IN_REGISTERS,
             "lora 4096 rank 64",
             "at most 120 bytes at a rank rarely chosen; eight warps run already",
         ),
