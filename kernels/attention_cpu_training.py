@@ -31,10 +31,10 @@ class _Settings(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Queries `first` to `stop` of `count` neighbouring sequences of `length` tokens, the first at row `start`."""
+    """Queries `first` to `stop` of neighbouring sequences of `length` tokens, the first at row `start`."""
 
     start: int
-    count: int
+    num_sequences: int
     length: int
     first: int
     stop: int
@@ -42,7 +42,8 @@ class _Block(NamedTuple):
 
     def rows(self, x_TXK: Tensor) -> Tensor:
         """The sequences' rows as [c, n, X, K]."""
-        return x_TXK[self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
+        count, n = self.num_sequences, self.length
+        return x_TXK[self.start : self.start + count * n].unflatten(0, (count, n))
 
 
 def attention_cpu_training(
@@ -129,14 +130,14 @@ def _blocks(schedule: Schedule, num_heads: int) -> Iterator[_Block]:
 def _queries(block: _Block, x_THK: Tensor, num_kv_heads: int) -> Tensor:
     """fp32 [c G, (H / G) m, K]: the block's queries, those that share keys under one another."""
     x = block.rows(x_THK)[:, block.first : block.stop].unflatten(2, (num_kv_heads, -1))
-    return x.permute(0, 2, 3, 1, 4).float().reshape(block.count * num_kv_heads, -1, x_THK.shape[2])
+    return x.permute(0, 2, 3, 1, 4).float().reshape(block.num_sequences * num_kv_heads, -1, x_THK.shape[2])
 
 
 def _put_queries(block: _Block, out_THK: Tensor, x: Tensor, scale: float) -> None:
     """The inverse of `_queries`."""
     num_queries = block.stop - block.first
     place = block.rows(out_THK)[:, block.first : block.stop]
-    x = x.view(block.count, -1, num_queries, x.shape[-1]).transpose(1, 2)
+    x = x.view(block.num_sequences, -1, num_queries, x.shape[-1]).transpose(1, 2)
     place.copy_(x if scale == 1.0 else x * scale)
 
 
@@ -147,7 +148,7 @@ def _keys(block: _Block, x_TGK: Tensor) -> Tensor:
 
 def _put_keys(block: _Block, out_TGK: Tensor, x: Tensor) -> None:
     """The inverse of `_keys`."""
-    block.rows(out_TGK).copy_(x.view(block.count, -1, block.length, x.shape[-1]).transpose(1, 2))
+    block.rows(out_TGK).copy_(x.view(block.num_sequences, -1, block.length, x.shape[-1]).transpose(1, 2))
 
 
 def _probabilities(block: _Block, q: Tensor, k: Tensor, settings: _Settings) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""The command line: `flashvec info`, `convert`, `verify`.
+"""The command line: `flashvec info`, `convert`, `verify`, and the groups `train` and `evaluate`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage. `--json` prints one object for machines instead of tables.
 """
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flashvec
+from flashvec.training.cli import evaluate_app, train_app
 
 app = typer.Typer(
     name="flashvec",
@@ -23,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.add_typer(train_app, name="train")
+app.add_typer(evaluate_app, name="evaluate")
 stdout, stderr = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
