@@ -41,7 +41,9 @@ def write_pairs(path: Path, count: int = 40, negatives: int = 1, scored: bool = 
 
 
 def tiny_base(folder: Path, **keys: Any) -> Path:
-    tiny_checkpoint(folder, "llama", **{"num_hidden_layers": 2, "tie_word_embeddings": True, **keys})
+    tiny_checkpoint(
+        folder, "llama", **{"num_hidden_layers": 2, "tie_word_embeddings": True, "initializer_range": 0.1, **keys}
+    )
     return folder
 
 
