@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from training_runs import config_for
 
 from flashvec.training.distributed import World
-from flashvec.training.model import load_model
+from flashvec.training.model import LoraTrainable, load_model
 from flashvec.training.run import OBJECTIVES
 
 
@@ -18,6 +18,7 @@ def step_gradient(name: str, folder: Path, values: dict) -> tuple[float, torch.T
     config = config_for(name, folder, dtype="float32", **values)
     world = World()
     model = load_model(config, wants_head=name == "mntp")
+    assert isinstance(model.trainable, LoraTrainable)
     generator = torch.Generator().manual_seed(5)
     for _, _, b in model.trainable.lora.matrices():
         b.copy_(torch.randn(b.shape, generator=generator) * 0.05)
@@ -26,7 +27,7 @@ def step_gradient(name: str, folder: Path, values: dict) -> tuple[float, torch.T
     leaves = list(model.trainable.parameters().values())
     world.sum_gradients(leaves)
     world.check_equal(leaves, 1)
-    gradient = torch.cat([x.grad.flatten() for x in leaves])
+    gradient = torch.cat([x.grad.flatten() for x in leaves if x.grad is not None])
     rank, size = world.rank, world.size
     world.close()
     if rank == 0:
