@@ -34,7 +34,13 @@ class World:
         return self.rank == 0
 
     def share(self, lengths: np.ndarray) -> np.ndarray:
-        """int64: this process's rows, dealt by falling length so that all have like work."""
+        """int64: this process's rows, dealt by falling length so that all have like work.
+
+        Raises:
+            ValueError: fewer rows than processes; every process raises it.
+        """
+        if len(lengths) < self.size:
+            raise ValueError(f"a batch has {len(lengths)} sequences for {self.size} processes: take larger batches")
         order = np.argsort(-np.asarray(lengths), kind="stable")
         turns = np.arange(len(order))
         back_and_forth = np.where(turns // self.size % 2 == 0, turns % self.size, self.size - 1 - turns % self.size)

@@ -56,7 +56,7 @@ def backward_through(
         if keeps:
             kept.append((pack, z))
     if own is None:
-        raise ValueError("a process has no rows of this batch: take larger batches or fewer processes")
+        raise ValueError("packs is empty: every process takes part with at least one row")
     vectors = exchange(own).requires_grad_()
     loss = loss_of(vectors)
     loss.backward()

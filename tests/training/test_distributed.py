@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from gloo_worker import step_gradient
 from safetensors.torch import load_file
@@ -74,6 +75,13 @@ def test_shares_hold_every_row_once_and_have_like_work(monkeypatch):
     assert sorted(np.concatenate(shares)) == list(range(37))
     tokens = [lengths[share].sum() for share in shares]
     assert max(tokens) < 1.25 * min(tokens)
+
+
+def test_fewer_rows_than_processes_are_refused():
+    world = World()
+    world.size = 3
+    with pytest.raises(ValueError, match="2 sequences for 3 processes"):
+        world.share(np.array([4, 5]))
 
 
 def test_alone_nothing_is_exchanged():
