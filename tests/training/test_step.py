@@ -145,7 +145,7 @@ def test_recomputation_keeps_a_fraction(tmp_path):
 
 
 def test_what_a_graph_holds_is_what_backward_reads(tmp_path):
-    """Of a layer and token: five rows of the stream's width, q, k, v, and gate, up and their product; no scores."""
+    """Of a layer and token: five rows of the stream's width, q, k, v, and q, k rotated, gate, up, product."""
     tiny_base(tmp_path / "base", num_hidden_layers=6)  # so many that what pooling holds hardly counts
     objective = objective_for("contrastive", tmp_path)
     rows, model = objective.batch(0).rows, objective.model
@@ -154,7 +154,7 @@ def test_what_a_graph_holds_is_what_backward_reads(tmp_path):
     everyone = np.arange(len(rows.lengths))
     held = graph_bytes(partial(encode, model, rows, everyone, training), known) / 4 / len(rows.ids)
     spec, rank = model.decoder.spec, objective.config.lora.r
-    heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size
+    heads = (2 * spec.num_heads + 3 * spec.num_kv_heads) * spec.head_size
     layer = 5 * spec.hidden_size + heads + 3 * spec.mlp_size + 7 * rank + 2 * 7  # 7 updates: x Aᵀ, and masks' keys
     assert held == pytest.approx(spec.num_layers * layer, rel=0.15)
 
