@@ -18,6 +18,8 @@ from flashvec.runtime.checkpoint.chain import adapter_chain
 from flashvec.runtime.checkpoint.hf import read_config
 from flashvec.runtime.checkpoint.llm2vec import llm2vec_spec
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
+from flashvec.runtime.checkpoint.saved import SPEC_FILE
+from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE
 from flashvec.runtime.decoder import Decoder, DecoderLoader, Training
 from flashvec.runtime.placement import choose_dtype
 from flashvec.runtime.spec import ModelSpec
@@ -149,17 +151,18 @@ def load_model(config: TrainConfig, *, wants_head: bool = False) -> Model:
         CheckpointError, ConfigError: files or settings; the message names them and the cure.
     """
     path = resolve(config.model)
-    overrides = Overrides("bidirectional", config.pooling, config.max_length)
-    checkpoint = open_checkpoint(path, overrides, config.adapters)
-    folder = path
-    if path.is_dir() and not (path / "modules.json").is_file():
-        folder, _ = adapter_chain(path)
-    values = read_config(folder) if folder.is_dir() and (folder / "config.json").is_file() else None
-    if checkpoint.spec.layout == "hf" and values is not None and config.train == "lora":
+    folder, has_rules = path, path.is_file()
+    if path.is_dir():
+        folder, _ = (path, []) if _states_rules(path) else adapter_chain(path)
+        has_rules = _states_rules(folder)
+    # Rules that a folder states hold again when it is opened with what was trained: they are not overridden here.
+    own = Overrides(None if has_rules else "bidirectional", None if has_rules else config.pooling, config.max_length)
+    checkpoint = open_checkpoint(path, own, config.adapters)
+    values = read_config(folder) if (folder / "config.json").is_file() else None
+    if not has_rules and values is not None and config.train == "lora":
         # The adapter's folder will be an LLM2Vec one: its rules hold while training, too.
-        checkpoint.spec = llm2vec_spec(values, {}, overrides, values.get("_name_or_path"))
-    if checkpoint.spec.attention != "bidirectional":
-        raise ConfigError(f"{config.model}: its attention is causal and it keeps that; nothing would be learnt")
+        checkpoint.spec = llm2vec_spec(values, {}, own, checkpoint.spec.base_model)
+    _check_rules(config, checkpoint.spec)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if config.dtype is None:
         dtype = torch.bfloat16 if has_hardware_bf16(device) else torch.float32
@@ -180,6 +183,24 @@ def load_model(config: TrainConfig, *, wants_head: bool = False) -> Model:
         None if read_head is None else read_head(decoder),
         (values or {}).get("final_logit_softcapping"),
     )
+
+
+def _states_rules(folder: Path) -> bool:
+    """Does a folder say itself how it is to be pooled and in which direction it is read."""
+    return any((folder / name).is_file() for name in (SPEC_FILE, MODULES_FILE))
+
+
+def _check_rules(config: TrainConfig, spec: ModelSpec) -> None:
+    if spec.attention != "bidirectional":
+        raise ConfigError(
+            f"model: {config.model} states causal attention, which an adapter cannot change: convert it with "
+            "attention=bidirectional first"
+        )
+    if config.pooling is not None and spec.pooling != (config.pooling,):
+        raise ConfigError(
+            f"pooling is {config.pooling}, but {config.model} states {'+'.join(spec.pooling)}, which an adapter cannot "
+            "change: convert it with that pooling first"
+        )
 
 
 def _trainable(config: TrainConfig, decoder: Decoder) -> Trainable:

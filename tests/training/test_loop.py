@@ -7,10 +7,12 @@ import torch
 from training_runs import config_for, write_pairs
 
 from flashvec.runtime.encoder import Encoder
+from flashvec.training.adapter import read_adapter
 from flashvec.training.checkpoint import checkpoints
-from flashvec.training.config import OptimizerConfig
+from flashvec.training.config import ConfigError, OptimizerConfig
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distributed import World
+from flashvec.training.evaluate import embed_with
 from flashvec.training.loop import TrainingStopped, learning_rate, train
 from flashvec.training.model import load_model
 from flashvec.training.run import run_training
@@ -97,11 +99,22 @@ def test_a_matrix_that_stays_zero_stops(tmp_path):
     assert "step 1 left 1 parameters as they were, layers.1.mlp.down_proj" in stopping(tmp_path, change)
 
 
-def test_a_folder_that_says_causal_is_trained_both_ways(tmp_path):
+def test_rules_that_a_folder_states_are_kept_or_refused(tmp_path):
+    """They hold again when the folder is opened with the adapter, whatever the run was told."""
     config = config_for("contrastive", tmp_path)
     Encoder.load(config.model, attention="causal", pooling="last").save(tmp_path / "causal")
-    override = load_model(dataclasses.replace(config, model=str(tmp_path / "causal"), pooling="mean"))
-    assert override.spec.attention == "bidirectional"
+    with pytest.raises(ConfigError, match="states causal attention"):
+        load_model(dataclasses.replace(config, model=str(tmp_path / "causal")))
+    Encoder.load(config.model).save(tmp_path / "mean")
+    own = dataclasses.replace(config, model=str(tmp_path / "mean"), dtype="float32")
+    with pytest.raises(ConfigError, match=r"pooling is last, but .* states mean"):
+        load_model(dataclasses.replace(own, pooling="last"))
+    run_training(own)
+    model = load_model(own)
+    read_adapter(tmp_path / "out", model.trainable.lora)
+    want = embed_with(model)(["a river"])
+    for loaded in (Encoder.load(tmp_path / "out"), Encoder.load(tmp_path / "mean", adapters=(tmp_path / "out",))):
+        np.testing.assert_allclose(loaded.embed(["a river"]), want / np.linalg.norm(want), atol=1e-5)
 
 
 @pytest.mark.parametrize(
