@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flashvec
-from flashvec.training.cli import evaluate_app, train_app
+from flashvec.training.cli import evaluate_app, mine, train_app
 
 app = typer.Typer(
     name="flashvec",
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
+app.command()(mine)
 stdout, stderr = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
