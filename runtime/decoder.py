@@ -187,12 +187,28 @@ class Decoder:
         Returns:
             The residual stream and what the last block adds to it, for `mean_pool` to add.
         """
+        last = (len(self.layers),)
+        return self.streams(ids_T, schedule, row_plan, causal, last, queries=queries, training=training)[0]
+
+    def streams(
+        self,
+        ids_T: Tensor,
+        schedule: Schedule,
+        row_plan: Sequence[int],
+        causal: bool,
+        depths: Sequence[int],
+        *,
+        queries: Queries | None = None,
+        training: Training | None = None,
+    ) -> list[Stream]:
+        """As `run`, of several depths: the stream after each of these numbers of layers, rising."""
         training = training or Training()
         drops_inputs = training.lora_dropout is not None and training.lora_dropout.p > 0
         rows = Rows(row_plan, schedule.positions, schedule.identity_of_rows() if drops_inputs else None)
         tables, query_scale_T = self._rope_rows(schedule), self._query_scale(schedule)
         batch = Batch(schedule, rows, causal, tables, query_scale_T, training)
         h_TD, y_TD, post_norm_D = self._embed(ids_T, schedule), None, None
+        found: list[Stream] = []
         for index, layer in enumerate(self.layers):
             turn = Turn(index, layer, training.lora[index] if training.lora else LayerLora())
             last = queries if index == len(self.layers) - 1 else None
@@ -205,8 +221,9 @@ class Decoder:
             else:
                 h_TD, y_TD = self._layer(turn, h_TD, y_TD, post_norm_D, batch, last)
             post_norm_D = layer.mlp_post_norm
-        assert y_TD is not None  # a decoder has layers
-        return Stream(h_TD, y_TD, post_norm_D)
+            if index + 1 in depths:
+                found.append(Stream(h_TD, y_TD, post_norm_D))
+        return found
 
     def _layer(
         self,

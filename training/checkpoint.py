@@ -111,6 +111,23 @@ def load_checkpoint(
     return 0
 
 
+def average_parameters(output: Path, parameters: Mapping[str, Tensor], count: int) -> int:
+    """Fill parameters with the mean of the last `count` checkpoints that are whole; returns how many there were."""
+    found: list[dict[str, Tensor]] = []
+    for folder in reversed(checkpoints(output)):
+        if len(found) == count:
+            break
+        try:
+            found.append(_read(folder)[1])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            logger.warning("%s is damaged (%s) and is left out of the mean", folder.name, error)
+    with torch.no_grad():
+        for name, x in parameters.items():
+            if found:
+                x.copy_(torch.stack([tensors[name] for tensors in found]).mean(0))
+    return len(found)
+
+
 def optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state by parameter name: its moments and its count of steps."""
     return {

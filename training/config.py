@@ -66,6 +66,7 @@ class LoopConfig:
     log_every: int = 10
     save_every: int = 200
     keep_checkpoints: int = 2
+    average_checkpoints: int = 1  # the result is the mean of the last so many
     evaluate_every: int = 0
 
 
@@ -131,6 +132,7 @@ class DistillConfig(TrainConfig):
     teacher_layers: int | None = None  # default all but two
     temperature: float = 0.05  # of the rows' softmax, for both sides
     squared_weight: float = 1.0  # of the squared error of similarities, beside the divergence
+    depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone
     attention_dropout: float = 0.0
     max_length: int = 128
 
@@ -304,6 +306,8 @@ def _check(config: TrainConfig, where: str) -> None:
         ("loop.log_every", loop.log_every, loop.log_every > 0, "1 or more"),
         ("loop.save_every", loop.save_every, loop.save_every > 0, "1 or more"),
         ("loop.keep_checkpoints", loop.keep_checkpoints, loop.keep_checkpoints > 0, "1 or more"),
+        ("loop.average_checkpoints", loop.average_checkpoints, 1 <= loop.average_checkpoints <= loop.keep_checkpoints,
+         "1 to loop.keep_checkpoints"),
         ("max_length", config.max_length, config.max_length > 1, "2 or more"),
     ]  # fmt: skip
     for name in ("mask_probability", "attention_dropout", "temperature", "batch_size"):

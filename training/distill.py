@@ -41,6 +41,9 @@ class Distill:
         self.rates = Rates(
             config.attention_dropout, config.lora.dropout if config.train == "lora" else 0.0, config.loop.seed
         )
+        count = len(model.decoder.layers)
+        if list(config.depths) != sorted(set(config.depths)) or not all(1 <= d <= count for d in config.depths):
+            raise ConfigError(f"depths are {list(config.depths)}, expected rising numbers from 1 to {count}")
         self.teacher = frozen_teacher(model, config)
         self.retention = Retention(config.loop.activation_gib)
 
@@ -57,7 +60,7 @@ class Distill:
         target = self.teach(texts)
 
         def vectors_of(own: np.ndarray) -> Tensor:
-            return encode(self.model, rows.take(own), own, training)
+            return encode(self.model, rows.take(own), own, training, self.config.depths)
 
         share = self.world.share(rows.lengths)
         packs = [share[p] for p in micro_batches(rows.lengths[share], loop.micro_batch_tokens, device)]
@@ -84,7 +87,11 @@ class Distill:
         return total / len(self.config.prompts)
 
     def loss(self, vectors: Tensor, target: Tensor) -> Tensor:
-        """The loss of a batch's vectors [n, D] against cosines [n, n]."""
+        """The loss of a batch's vectors [n, D] against cosines [n, n]; of several depths side by side their mean."""
+        parts = vectors.chunk(max(1, len(self.config.depths)), 1)
+        return torch.stack([self._loss(part, target) for part in parts]).mean()
+
+    def _loss(self, vectors: Tensor, target: Tensor) -> Tensor:
         n = len(vectors)
         unit = F.normalize(vectors.float(), dim=-1)
         other = ~torch.eye(n, dtype=torch.bool, device=vectors.device)

@@ -63,20 +63,42 @@ def micro_batches(lengths: np.ndarray, budget: int | None, device: torch.device)
 
 
 def run_rows(
-    model: Model, rows: TokenRows, identities: Sequence[int] | np.ndarray, training: Training, causal: bool = False
-) -> tuple[Stream, Schedule]:
-    """The decoder's pass over packed rows, differentiable where gradients are enabled."""
+    model: Model,
+    rows: TokenRows,
+    identities: Sequence[int] | np.ndarray,
+    training: Training,
+    depths: Sequence[int] = (),
+) -> tuple[list[Stream], Schedule]:
+    """The decoder's pass over packed rows, differentiable where gradients are enabled.
+
+    Returns:
+        The stream after each of `depths` layers (default all of them), and the batch's geometry.
+    """
     decoder = model.decoder
     num_tokens = len(rows.ids)
     plan = (num_tokens,) if decoder.device.type == "cpu" else decoder.row_plan(num_tokens)
     own = [int(identity) for identity in identities]
     schedule = build_schedule(rows.lengths.tolist(), sum(plan), decoder.device, identities=own)
     ids_T = torch.from_numpy(rows.ids).to(decoder.device)
-    return decoder.run(ids_T, schedule, plan, causal, training=training), schedule
+    wanted = depths or (len(decoder.layers),)
+    return decoder.streams(ids_T, schedule, plan, False, wanted, training=training), schedule
 
 
-def encode(model: Model, rows: TokenRows, identities: Sequence[int] | np.ndarray, training: Training) -> Tensor:
-    """Pooled vectors, fp32 [n, D], not normalised: the loss does that."""
-    stream, schedule = run_rows(model, rows, identities, training)
-    states = States(stream.hidden_TD, schedule, stream.delta_TD, stream.post_norm_D)
-    return pool(model.spec, model.decoder, states, torch.from_numpy(rows.spans).to(model.decoder.device))
+def encode(
+    model: Model,
+    rows: TokenRows,
+    identities: Sequence[int] | np.ndarray,
+    training: Training,
+    depths: Sequence[int] = (),
+) -> Tensor:
+    """Pooled vectors, fp32 [n, D], not normalised: the loss does that.
+
+    With `depths` the vectors after each of these numbers of layers, side by side, as models cut there would give them.
+    """
+    streams, schedule = run_rows(model, rows, identities, training, depths)
+    spans_B2 = torch.from_numpy(rows.spans).to(model.decoder.device)
+    vectors = [
+        pool(model.spec, model.decoder, States(s.hidden_TD, schedule, s.delta_TD, s.post_norm_D), spans_B2)
+        for s in streams
+    ]
+    return torch.cat(vectors, 1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashvec.runtime.memory import host_memory
-from flashvec.training.checkpoint import load_checkpoint, save_checkpoint
+from flashvec.training.checkpoint import average_parameters, load_checkpoint, save_checkpoint
 from flashvec.training.config import OptimizerConfig, TrainConfig, to_yaml
 from flashvec.training.distributed import World
 from flashvec.training.encode import run_rows
@@ -70,7 +70,15 @@ def fingerprint(config: TrainConfig, files: Iterable[str]) -> str:
     settings = dataclasses.asdict(config)
     for key in ("output", "sts", "device"):
         settings.pop(key)
-    for key in ("log_every", "save_every", "keep_checkpoints", "evaluate_every", "activation_gib", "recompute"):
+    for key in (
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "average_checkpoints",
+        "evaluate_every",
+        "activation_gib",
+        "recompute",
+    ):
         settings["loop"].pop(key)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in files:
@@ -144,6 +152,10 @@ class _Run:
                 if (step + 1) % loop.save_every == 0 or step + 1 == stop:
                     self._save(step + 1)
                 bar.advance(last)
+        if stop == loop.steps and loop.average_checkpoints > 1:
+            self.world.barrier()  # the last one is written
+            average_parameters(self.output, self.parameters, loop.average_checkpoints)
+            self.model.trainable.give_values()
         if stop == loop.steps and self.world.is_first:
             self.model.save(self.output)
             self._write_seen()
@@ -210,7 +222,7 @@ def check_bidirectional(model: Model) -> None:
     first = np.array([1, 2, 3, 1, 2, 4], np.int32) % model.decoder.spec.vocab_size
     rows = TokenRows(first, np.array([3, 3], np.int32), np.array([[0, 3]] * 2, np.int64))
     with torch.no_grad():
-        stream, _ = run_rows(model, rows, [0, 1], model.trainable.training())
+        (stream,), _ = run_rows(model, rows, [0, 1], model.trainable.training())
         states = stream.hidden_TD + stream.delta_TD
     if torch.equal(states[0], states[3]):
         raise TrainingStopped("attention is still causal: a text's last token does not reach its first one's state")

@@ -157,7 +157,7 @@ class Mntp:
             read, targets = _rows_read(masked, own)
             if not len(read):
                 continue
-            stream, _ = run_rows(self.model, rows.take(own), own, training)
+            (stream,), _ = run_rows(self.model, rows.take(own), own, training)
             loss = self._loss(stream, torch.from_numpy(read).to(device), torch.from_numpy(targets).to(device))
             loss = loss / len(masked.positions)
             loss.backward()

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from training_runs import config_for
 
 from flashvec.training import checkpoint
-from flashvec.training.checkpoint import ResumeError, checkpoints, load_checkpoint, save_checkpoint
+from flashvec.training.checkpoint import ResumeError, average_parameters, checkpoints, load_checkpoint, save_checkpoint
 from flashvec.training.config import to_yaml
 from flashvec.training.run import run_training
 
@@ -102,6 +103,20 @@ def test_other_settings_are_refused(tmp_path):
 def test_only_the_last_are_kept(tmp_path):
     saved(tmp_path, range(1, 6), keep=2)
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["4", "5"]
+
+
+def test_the_mean_of_the_last_is_the_result(tmp_path):
+    run_training(config_for("mntp", tmp_path, loop={"steps": 6, "average_checkpoints": 2}))
+    last, before = (load_file(folder / "parameters.safetensors") for folder in checkpoints(tmp_path / "out"))
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    name = "base_model.model.layers.1.mlp.down_proj.lora_B.weight"
+    want = (last["model/layers.1.down.b"] + before["model/layers.1.down.b"]) / 2
+    torch.testing.assert_close(stored[name], want)
+    assert not torch.equal(stored[name], last["model/layers.1.down.b"])
+    damaged = checkpoints(tmp_path / "out")[-1] / "state.json"
+    damaged.write_text("")
+    parameters = {key: torch.zeros_like(x) for key, x in last.items()}
+    assert average_parameters(tmp_path / "out", parameters, 2) == 1
 
 
 def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):

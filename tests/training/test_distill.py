@@ -6,6 +6,7 @@ from flashvec.runtime.encoder import Encoder
 from flashvec.training.config import ConfigError
 from flashvec.training.distill import Distill, frozen_teacher
 from flashvec.training.distributed import World
+from flashvec.training.encode import encode, token_rows
 from flashvec.training.model import load_model
 
 TEXTS = ["a river", "two grey stones", "winter", "the lantern and the falcon"]
@@ -48,9 +49,27 @@ def test_loss_is_zero_where_similarities_agree_and_positive_else(tmp_path):
     assert float(objective.loss(vectors, torch.eye(6))) > 0.01
 
 
+def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
+    objective = objective_for(tmp_path, depths=[1, 2], attention_dropout=0.0, lora={"dropout": 0.0})
+    model = objective.model
+    rows = token_rows(model, TEXTS)
+    both = encode(model, rows, range(4), model.trainable.training(), (1, 2))
+    alone = [encode(model, rows, range(4), model.trainable.training())]
+    layers, model.decoder.layers = model.decoder.layers, model.decoder.layers[:1]
+    alone.insert(0, encode(model, rows, range(4), model.trainable.training()))
+    model.decoder.layers = layers
+    torch.testing.assert_close(both, torch.cat(alone, 1), rtol=0, atol=1e-5)
+    target = torch.eye(4)
+    want = (objective._loss(alone[0], target) + objective._loss(alone[1], target)) / 2
+    torch.testing.assert_close(objective.loss(both, target), want)
+    objective.step(0)
+    assert all(x.grad is not None for x in model.trainable.parameters().values())
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
+        ({"depths": [1, 3]}, "depths are .1, 3., expected rising numbers from 1 to 2"),
         ({"teacher_layers": 3}, "teacher_layers is 3, the model has 2"),
         ({"prompts": ["one word"]}, r"each with \{text\} in it"),
         ({"prompts": []}, "give at least one"),

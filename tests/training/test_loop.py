@@ -85,8 +85,10 @@ def test_a_gradient_that_is_not_finite_stops(tmp_path):
 
 def test_causal_attention_stops(tmp_path):
     def change(objective):
-        run = objective.model.decoder.run
-        objective.model.decoder.run = lambda ids, schedule, plan, causal, **more: run(ids, schedule, plan, True, **more)
+        run = objective.model.decoder.streams
+        objective.model.decoder.streams = lambda ids, schedule, plan, _, *more, **rest: run(
+            ids, schedule, plan, True, *more, **rest
+        )
 
     assert "attention is still causal" in stopping(tmp_path, change)
 
