@@ -32,7 +32,7 @@ def launch(size, code_or_file, *arguments):
         env = {**os.environ, **env, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *code_or_file, *arguments]
         processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    return [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
+    return [(p.communicate(timeout=300)[1], p.returncode) for p in processes]
 
 
 def test_two_and_four_processes_give_the_gradient_of_one(tmp_path):
