@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flashvec.kernels.attention_bwd import backward_tiles, gradients, save_for_backward
 from flashvec.kernels.attention_cpu import Reach, attention_cpu, visible
+from flashvec.kernels.attention_cpu_training import attention_cpu_training
 from flashvec.kernels.attention_tiles import (
     forward_configs,
     fp32_precision,
@@ -410,7 +411,11 @@ def attention(
         return _attention_triton(q_THK, k_TGK, v_TGK, schedule, scale, reach, softcap, rotation, dropout, queries)
     if queries is not None:  # a row's result does not depend on other rows: attend with all, keep the asked-for
         q_THK = _whole(q_THK, k_TGK, queries)
-    if run == "cpu" and not needs_gradient(q_THK, k_TGK, v_TGK) and not (dropout and dropout.p):
+    if run == "cpu" and (needs_gradient(q_THK, k_TGK, v_TGK) or (dropout and dropout.p)):
+        out_THK = attention_cpu_training(
+            q_THK, k_TGK, v_TGK, schedule, scale=scale, reach=reach, softcap=softcap, dropout=dropout
+        )
+    elif run == "cpu":
         out_THK = attention_cpu(q_THK, k_TGK, v_TGK, schedule, scale=scale, reach=reach, softcap=softcap)
     else:
         out_THK, _ = attention_reference(

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import tl, triton
@@ -151,17 +150,14 @@ def drop_cpu(
     R, C = sources[0].shape
     if R == 0:
         return outs
-    whole = -(-C // 64) * 64
-    if whole != C:
-        padded = drop_cpu(key, threshold, [F.pad(x, (0, whole - C)) for x in sources])
-        return [out.copy_(x[:, :C]) for out, x in zip(outs, padded, strict=True)]
-    golden = torch.arange(C // 4, dtype=torch.int32, device=key[0].device) * _signed(_GOLDEN)
+    num_blocks, tail = C // 64, C % 64
+    golden = torch.arange((num_blocks + (tail > 0)) * 16, dtype=torch.int32, device=key[0].device) * _signed(_GOLDEN)
     words = [_WORD_OF_SIZE[x.element_size()] for x in sources]
     parts, written = (
-        [x.view(word).view(R, -1, 4, 16).unbind(2) for x, word in zip(group, words, strict=True)]
+        [_columns_of_bytes(x.view(word), num_blocks) for x, word in zip(group, words, strict=True)]
         for group in (sources, outs)
     )
-    rows = max(1, min(R, _DRAWS // max(1, C // 4)))
+    rows = max(1, min(R, _DRAWS // len(golden)))
     draws, work = (torch.empty_like(golden.expand(rows, -1)) for _ in range(2))
     for start in range(0, R, rows):
         here = slice(start, min(start + rows, R))
@@ -171,12 +167,25 @@ def drop_cpu(
         torch.bitwise_and(x, 0x7F7F7F7F, out=y)
         y.add_(((128 - threshold) % 128) * 0x01010101)
         keep = y.bitwise_and_(x) if threshold > 128 else y.bitwise_or_(x)
-        x_3d = x.view(len(x), -1, 16)
-        for byte in range(4):
+        own = _columns_of_draws(x, num_blocks)
+        for byte in range(4 if num_blocks else -(-tail // 16)):
             torch.bitwise_left_shift(keep, 24 - 8 * byte, out=x).bitwise_right_shift_(31)
             for part, out, word in zip(parts, written, words, strict=True):
-                torch.bitwise_and(part[byte][here], x_3d.to(word), out=out[byte][here])
+                for source, place, mask in zip(part[byte], out[byte], own, strict=True):
+                    if place.shape[-1]:
+                        torch.bitwise_and(source[here], mask[..., : place.shape[-1]].to(word), out=place[here])
     return outs
+
+
+def _columns_of_bytes(x: Tensor, num_blocks: int) -> list[tuple[Tensor, Tensor]]:
+    """For each byte of a draw the columns that it decides: those of whole blocks [R, blocks, 16], and of the rest."""
+    blocks = x[:, : num_blocks * 64].view(len(x), num_blocks, 4, 16)
+    rest = x[:, num_blocks * 64 :]
+    return [(blocks[:, :, byte], rest[:, byte * 16 : byte * 16 + 16]) for byte in range(4)]
+
+
+def _columns_of_draws(x: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    return x[:, : num_blocks * 16].view(len(x), num_blocks, 16), x[:, num_blocks * 16 :]
 
 
 def _draw_cpu(a: Tensor, b: Tensor, golden: Tensor, x: Tensor, work: Tensor) -> None:

@@ -30,7 +30,7 @@ from flashvec.kernels.precision import widen
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 128
-ROWS_CPU = 2048  # rows of masked copies held at a time
+ROWS_CPU = 1024  # rows of masked copies held at a time
 
 
 # --- reference ---------------------------------------------------------------------------------------

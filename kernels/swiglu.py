@@ -10,12 +10,14 @@ Source: Shazeer 2020; Hendrycks and Gimpel 2016.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvec.kernels.backend import define_op, implementation, launch, tl, triton
+from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, tl, triton
 from flashvec.kernels.precision import widen
 from flashvec.kernels.rms_norm import check_rows
 
@@ -37,6 +39,33 @@ def _swiglu_cpu(gate_up_T2F: Tensor, activation: str) -> Tensor:
     """Two passes in the input's dtype: the exponential bounds the first, a fp32 round trip would double both."""
     gate_TF, up_TF = gate_up_T2F.chunk(2, -1)
     return ACTIVATIONS[activation](gate_TF).mul_(up_TF)
+
+
+_DERIVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+}
+
+
+class _SwigluCpu(torch.autograd.Function):
+    """`_swiglu_cpu` with a gradient of one merged tensor: between the passes only its input lives."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_T2F: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate_up_T2F)
+        ctx.activation = activation
+        return _swiglu_cpu(gate_up_T2F, activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dout_TF,), (gate_up_T2F,) = grads, ctx.saved_tensors
+        gate_TF, up_TF = gate_up_T2F.chunk(2, -1)
+        dgate_up_T2F = gate_up_T2F.new_empty(gate_up_T2F.shape)
+        dgate_TF, dup_TF = dgate_up_T2F.chunk(2, -1)
+        torch.mul(ACTIVATIONS[ctx.activation](gate_TF), dout_TF, out=dup_TF)
+        dgate_TF.copy_(_DERIVED[ctx.activation](dout_TF * up_TF, gate_TF))
+        return dgate_up_T2F, None
 
 
 # --- kernels: one program per row and block of columns ------------------------------------------------------
@@ -189,4 +218,6 @@ def swiglu(gate_up_T2F: Tensor, activation: str = "silu") -> Tensor:
     form = implementation(gate_up_T2F)
     if form == "triton" and gate_up_T2F.dtype != torch.float64:
         return _swiglu(gate_up_T2F, activation)
+    if form == "cpu" and needs_gradient(gate_up_T2F) and gate_up_T2F.dtype != torch.float64:
+        return _SwigluCpu.apply(gate_up_T2F, activation)
     return (_swiglu_cpu if form == "cpu" else swiglu_reference)(gate_up_T2F, activation)

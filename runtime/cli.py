@@ -1,4 +1,4 @@
-"""The command line: `flashvec info`, `convert`, `verify`, `serve`.
+"""The command line: `flashvec info`, `convert`, `verify`, `serve`, and the groups `train` and `evaluate`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage. `--json` prints one object for machines instead of tables.
 """
@@ -15,6 +15,7 @@ from rich.table import Table
 
 import flashvec
 from flashvec.runtime.cli_serve import serve
+from flashvec.training.cli import evaluate_app, mine, train_app
 
 app = typer.Typer(
     name="flashvec",
@@ -24,6 +25,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.add_typer(train_app, name="train")
+app.add_typer(evaluate_app, name="evaluate")
+app.command()(mine)
 stdout, stderr = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]

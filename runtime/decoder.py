@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from flashvec.kernels.add_rms_norm import add_rms_norm
 from flashvec.kernels.attention import Rotation, attention, rotate
@@ -78,11 +79,16 @@ class LayerLora:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training pass adds to the forward: updates of the products, and what is dropped."""
+    """What a training pass adds to the forward: updates of the products, and what is dropped.
+
+    With `recompute` a layer keeps its inputs alone, and backward runs it again; masks, keyed by identity, come out the
+    same.
+    """
 
     lora: Sequence[LayerLora] = ()
     attention_dropout: Dropout | None = None
     lora_dropout: Dropout | None = None
+    recompute: bool = False
 
 
 class Stream(NamedTuple):
@@ -181,25 +187,61 @@ class Decoder:
         Returns:
             The residual stream and what the last block adds to it, for `mean_pool` to add.
         """
+        last = (len(self.layers),)
+        return self.streams(ids_T, schedule, row_plan, causal, last, queries=queries, training=training)[0]
+
+    def streams(
+        self,
+        ids_T: Tensor,
+        schedule: Schedule,
+        row_plan: Sequence[int],
+        causal: bool,
+        depths: Sequence[int],
+        *,
+        queries: Queries | None = None,
+        training: Training | None = None,
+    ) -> list[Stream]:
+        """As `run`, of several depths: the stream after each of these numbers of layers, rising."""
         training = training or Training()
         drops_inputs = training.lora_dropout is not None and training.lora_dropout.p > 0
         rows = Rows(row_plan, schedule.positions, schedule.identity_of_rows() if drops_inputs else None)
         tables, query_scale_T = self._rope_rows(schedule), self._query_scale(schedule)
         batch = Batch(schedule, rows, causal, tables, query_scale_T, training)
         h_TD, y_TD, post_norm_D = self._embed(ids_T, schedule), None, None
+        found: list[Stream] = []
         for index, layer in enumerate(self.layers):
             turn = Turn(index, layer, training.lora[index] if training.lora else LayerLora())
-            h_TD, x_TD = self._add_norm(h_TD, y_TD, post_norm_D, layer.attention_norm)
-            if queries is not None and index == len(self.layers) - 1:
-                h_TD, rows = h_TD[queries.rows], self._select(rows, queries)
-                y_TD = self._attend(turn, x_TD, batch, rows, queries)
+            last = queries if index == len(self.layers) - 1 else None
+            if training.recompute and torch.is_grad_enabled():
+                h_TD, y_TD = checkpoint(
+                    *(self._layer, turn, h_TD, y_TD, post_norm_D, batch, last),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             else:
-                y_TD = self._attend(turn, x_TD, batch, rows, None)
-            h_TD, x_TD = self._add_norm(h_TD, y_TD, layer.attention_post_norm, layer.mlp_norm)
-            y_TD = self._mlp(turn, x_TD, rows, training)
+                h_TD, y_TD = self._layer(turn, h_TD, y_TD, post_norm_D, batch, last)
             post_norm_D = layer.mlp_post_norm
-        assert y_TD is not None  # a decoder has layers
-        return Stream(h_TD, y_TD, post_norm_D)
+            if index + 1 in depths:
+                found.append(Stream(h_TD, y_TD, post_norm_D))
+        return found
+
+    def _layer(
+        self,
+        turn: Turn,
+        h_TD: Tensor,
+        y_TD: Tensor | None,
+        post_norm_D: Tensor | None,
+        batch: Batch,
+        queries: Queries | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream within a layer, and what its MLP adds to it."""
+        layer, rows = turn.layer, batch.rows
+        h_TD, x_TD = self._add_norm(h_TD, y_TD, post_norm_D, layer.attention_norm)
+        if queries is not None:
+            h_TD, rows = h_TD[queries.rows], self._select(rows, queries)
+        y_TD = self._attend(turn, x_TD, batch, rows, queries)
+        h_TD, x_TD = self._add_norm(h_TD, y_TD, layer.attention_post_norm, layer.mlp_norm)
+        return h_TD, self._mlp(turn, x_TD, rows, batch.training)
 
     def _select(self, rows: Rows, queries: Queries) -> Rows:
         identities = None if rows.identities_T is None else rows.identities_T[queries.rows]

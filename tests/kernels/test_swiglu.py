@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
@@ -19,6 +21,20 @@ def test_matches_reference(shape, activation, dtype, device):
         truth = swiglu_reference(x.to(wider(dtype)), activation)
         gate, up = x.chunk(2, -1)
         assert_as_close_as_torch(got, ACTIVATIONS[activation](gate) * up, truth)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_processors_gradient_and_what_it_keeps(activation, dtype, device):
+    if device == "cuda":
+        pytest.skip("the CPU's own form")
+    leaf = torch.randn(37, 2 * 48).to(dtype)
+    reference = partial(swiglu_reference, activation=activation)
+    assert_op_and_gradients(partial(swiglu, activation=activation), reference, [leaf])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        swiglu(leaf.requires_grad_(), activation)
+    assert kept == [leaf.shape]
 
 
 def test_definition(device):

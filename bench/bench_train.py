@@ -1,0 +1,161 @@
+"""A LoRA training step on the CPU: ours against transformers with PEFT on the same batches, and the bare products.
+
+Both views of each text, rank 16 on every product, a contrastive loss, forward and backward, no optimiser. PEFT runs as
+training scripts do: padded to the longest text, torch's own attention, adapters in fp32. Losses are compared before
+time is taken. The ceiling is the products alone at four FLOPs a weight and token: forward, and each input's gradient.
+
+    OMP_NUM_THREADS=1 python -m flashvec.bench.bench_train --model smollm2-encoder --keep
+
+With one thread the clock is that thread's processor time, which a busy machine disturbs less.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+from flashvec.bench.bench_embed import Texts
+from flashvec.bench.gpu_train import ALPHA, RANK, TEMPERATURE, Peft
+from flashvec.bench.timing import append_rows, interleave, spread
+from flashvec.kernels.info_nce import info_nce
+from flashvec.runtime.batches import TokenRows
+from flashvec.training.config import ContrastiveConfig, build
+from flashvec.training.encode import Rates, encode, micro_batches
+from flashvec.training.model import LoraTrainable, Model, load_model
+
+TEXTS_PER_STEP = 32  # two views of each
+SAME_LOSS = 1e-3  # relative difference above which two sides do not compute the same thing
+RATES = {"flashvec": (0.0, 0.0), "flashvec, dropout 0.1 and 0.05": (0.1, 0.05)}
+
+
+class Ours:
+    """Our packed step, with or without dropout."""
+
+    def __init__(self, model: Model, attention: float, lora: float) -> None:
+        self.model, self.rates = model, Rates(attention, lora, seed=1)
+
+    def step(self, texts: Sequence[np.ndarray]) -> float:
+        lengths = np.array([len(t) for t in texts], np.int32)
+        spans = np.stack([np.zeros_like(lengths), lengths], 1).astype(np.int64)
+        rows = TokenRows(np.concatenate(texts).astype(np.int32), lengths, spans)
+        leaves = self.model.trainable.parameters().values()
+        for x in leaves:
+            x.grad = None
+        training = self.rates.training(self.model.trainable.training(), step=1)
+        packs = micro_batches(lengths, None, self.model.decoder.device)
+        parts = [encode(self.model, rows.take(pack), pack, training) for pack in packs]
+        vectors = torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(packs)))]
+        queries, documents = (x.contiguous() for x in vectors.chunk(2))
+        loss = info_nce(queries, documents, torch.arange(len(queries)), TEMPERATURE).mean()
+        loss.backward()
+        return float(loss)
+
+
+class Products:
+    """The bare matrix products of a step."""
+
+    def __init__(self, model: Model) -> None:
+        layer = model.decoder.layers[0]
+        self.weights = [layer.qkv, layer.out, layer.gate_up, layer.down]
+        self.num_layers = len(model.decoder.layers)
+
+    def step(self, texts: Sequence[np.ndarray]) -> float:
+        num_tokens = sum(map(len, texts))
+        for weight in self.weights:
+            x, dy = (torch.zeros(num_tokens, size, dtype=weight.dtype) for size in reversed(weight.shape))
+            for _ in range(self.num_layers):
+                F.linear(x, weight)
+                dy @ weight
+        return 0.0
+
+
+def load(folder: Path, peft: Peft) -> Model:
+    """Our model with PEFT's updates."""
+    values = {"model": str(folder), "output": "unused", "dtype": "float32", "lora": {"r": RANK, "alpha": ALPHA}}
+    model = load_model(build(ContrastiveConfig, values))
+    assert isinstance(model.trainable, LoraTrainable)
+    for name, a, b in model.trainable.lora.matrices():
+        a.copy_(peft.updates[f"{name}.lora_A"].detach())
+        b.copy_(peft.updates[f"{name}.lora_B"].detach())
+    return model
+
+
+def bench(folder: Path, profile: str, repetitions: int) -> list[dict[str, Any]]:
+    """Rows of one length profile."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.is_causal = False
+    module = transformers.AutoModel.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    peft = Peft(module)
+    model = load(folder, peft)
+    sides: dict[str, Any] = {"transformers + PEFT, sdpa padded": peft}
+    sides |= {name: Ours(model, *rates) for name, rates in RATES.items()}
+    texts = Texts(None, 1.4)
+    batches = []
+    for seed in range(repetitions + 1):
+        drawn = texts.draw(profile, TEXTS_PER_STEP * 200, seed)[:TEXTS_PER_STEP]
+        tokens = model.tokenizer.encode(drawn, model.spec.max_length)
+        ids = np.split(tokens.ids.astype(np.int64), np.cumsum(tokens.lengths)[:-1])
+        batches.append(ids * 2)
+    losses = {name: float(side.step(batches[-1])) for name, side in sides.items()}
+    first = next(iter(losses.values()))
+    if abs(losses["flashvec"] - first) > SAME_LOSS * abs(first):
+        raise SystemExit(f"losses differ: {losses}")
+    sides["bare products"] = Products(model)
+    sides["bare products"].step(batches[-1])
+    runs: dict[str, Callable[[int], Any]] = {name: partial(_step, side, batches) for name, side in sides.items()}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds = interleave(runs, repetitions, clock)
+    counts = [sum(map(len, batch)) for batch in batches]
+    rates = {name: median(n / s for n, s in zip(counts, found, strict=False)) for name, found in seconds.items()}
+    same = {"benchmark": "train", "model": folder.name, "profile": profile, "dtype": "float32"}
+    return [
+        {
+            **same,
+            "variant": name,
+            "tokens_per_s": round(rates[name], 1),
+            "of_ceiling": round(rates[name] / rates["bare products"], 3),
+            "over_peft": round(median(b / a for a, b in zip(found, next(iter(seconds.values())), strict=True)), 3),
+            "tokens": counts[0],
+            "spread": spread(found),
+            "clock": clock.__name__,
+            "repetitions": repetitions,
+        }
+        for name, found in seconds.items()
+    ]
+
+
+def _step(side: Any, batches: Sequence[Any], repetition: int) -> None:
+    side.step(batches[repetition])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("demo-cache/smollm2-135m"))
+    parser.add_argument("--profiles", nargs="*", default=["sentences"])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--keep", action="store_true", help="append the rows to bench/results")
+    options = parser.parse_args()
+    for profile in options.profiles:
+        rows = bench(options.model, profile, options.repetitions)
+        for row in rows:
+            print(
+                f"{row['profile']:10} {row['variant']:34} {row['tokens_per_s']:8,.0f} tokens/s {row['spread']:>5} "
+                f"{row['of_ceiling']:6.0%} of the products  {row['over_peft']:.2f} x PEFT",
+                flush=True,
+            )
+        if options.keep:
+            append_rows(rows)
+
+
+if __name__ == "__main__":
+    main()

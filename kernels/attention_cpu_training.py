@@ -1,0 +1,186 @@
+"""Attention on the CPU where it has a gradient or drops probabilities: batched products over sequences of equal length.
+
+torch's own CPU kernel knows no dropout, and the reference's gradient, sequence by sequence, writes a tensor of the
+whole batch for every one of them. Here neighbours of equal length are one batched product, nothing is padded, a
+gradient is written where it belongs, and scores are made again in the backward instead of being kept: between the two
+passes only q, k and v live. A block of scores is bounded, so that long texts and many short ones need the same memory.
+
+Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size; in a block c = sequences, n = their
+tokens, m = their queries of this block. Rows of a block's matrices run over a kv head's query heads, then over queries.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashvec.kernels.attention_cpu import Reach, visible
+from flashvec.kernels.dropout import Dropout, drop_cpu, fold_reference
+from flashvec.kernels.schedule import Schedule
+
+BLOCK_SCORES = 1 << 22  # elements of a block of scores: 16 MB of fp32, several of which live at once
+
+
+class _Settings(NamedTuple):
+    scale: float
+    reach: Reach
+    softcap: float | None
+    dropout: Dropout | None  # None where nothing is dropped
+
+
+class _Block(NamedTuple):
+    """Queries `first` to `stop` of neighbouring sequences of `length` tokens, the first at row `start`."""
+
+    start: int
+    num_sequences: int
+    length: int
+    first: int
+    stop: int
+    sequences: slice  # among those that have tokens
+
+    def rows(self, x_TXK: Tensor) -> Tensor:
+        """The sequences' rows as [c, n, X, K]."""
+        count, n = self.num_sequences, self.length
+        return x_TXK[self.start : self.start + count * n].unflatten(0, (count, n))
+
+
+def attention_cpu_training(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    schedule: Schedule,
+    *,
+    scale: float,
+    reach: Reach,
+    softcap: float | None,
+    dropout: Dropout | None,
+) -> Tensor:
+    """As `attention`, differentiable in q, k and v: [T, H, K] in the dtype of `q_THK`, fp32 inside."""
+    dropped = dropout if dropout is not None and dropout.p else None
+    return _Attention.apply(q_THK, k_TGK, v_TGK, schedule, _Settings(scale, reach, softcap, dropped))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, schedule: Schedule, settings: _Settings
+    ) -> Tensor:
+        ctx.save_for_backward(q_THK, k_TGK, v_TGK)
+        ctx.schedule, ctx.settings = schedule, settings
+        out_THK = q_THK.new_empty(q_THK.shape)
+        out_THK[schedule.num_tokens :] = 0
+        for block in _blocks(schedule, q_THK.shape[1]):
+            q, k, v = _queries(block, q_THK, k_TGK.shape[1]), _keys(block, k_TGK), _keys(block, v_TGK)
+            p, _ = _probabilities(block, q, k, settings)
+            if settings.dropout is not None:
+                _drop(block, schedule, settings.dropout, q_THK.shape[1], [p])
+            _put_queries(block, out_THK, torch.bmm(p, v), 1.0 if settings.dropout is None else settings.dropout.scale)
+        return out_THK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dout_THK,) = grads
+        q_THK, k_TGK, v_TGK = ctx.saved_tensors
+        schedule, settings = ctx.schedule, ctx.settings
+        dropout, scale = settings.dropout, settings.scale
+        dq_THK, dk_TGK, dv_TGK = (x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
+        for x in (dq_THK, dk_TGK, dv_TGK):
+            x[schedule.num_tokens :] = 0
+        dk = dv = None
+        for block in _blocks(schedule, q_THK.shape[1]):
+            q, k, v = _queries(block, q_THK, k_TGK.shape[1]), _keys(block, k_TGK), _keys(block, v_TGK)
+            dout = _queries(block, dout_THK, k_TGK.shape[1])
+            p, slope = _probabilities(block, q, k, settings)
+            dp = torch.bmm(dout, v.transpose(1, 2))
+            thinned = p
+            if dropout is not None:
+                thinned = torch.empty_like(p)
+                _drop(block, schedule, dropout, q_THK.shape[1], [p, dp], [thinned, dp])
+                thinned.mul_(dropout.scale)
+                dp.mul_(dropout.scale)
+            ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
+            if slope is not None:
+                ds.mul_(slope)
+            is_first, is_last = block.first == 0, block.stop == block.length
+            more_v, more_k = torch.bmm(thinned.transpose(1, 2), dout), torch.bmm(ds.transpose(1, 2), q)
+            dv, dk = (more_v, more_k) if is_first or dv is None or dk is None else (dv.add_(more_v), dk.add_(more_k))
+            _put_queries(block, dq_THK, torch.bmm(ds, k), scale)
+            if is_last:
+                _put_keys(block, dk_TGK, dk.mul_(scale))
+                _put_keys(block, dv_TGK, dv)
+        return dq_THK, dk_TGK, dv_TGK, None, None
+
+
+def _blocks(schedule: Schedule, num_heads: int) -> Iterator[_Block]:
+    """What is multiplied at once; all blocks of a run of sequences follow each other, first queries first."""
+    start = sequence = 0
+    for n, same in groupby(n for n in schedule.lengths if n):
+        left = len(list(same))
+        while left:
+            count = min(left, max(1, BLOCK_SCORES // (num_heads * n * n)))
+            step = n if count > 1 else max(1, min(n, BLOCK_SCORES // (num_heads * n)))
+            for first in range(0, n, step):
+                sequences = slice(sequence, sequence + count)
+                yield _Block(start, count, n, first, min(first + step, n), sequences)
+            start, sequence, left = start + count * n, sequence + count, left - count
+
+
+def _queries(block: _Block, x_THK: Tensor, num_kv_heads: int) -> Tensor:
+    """fp32 [c G, (H / G) m, K]: the block's queries, those that share keys under one another."""
+    x = block.rows(x_THK)[:, block.first : block.stop].unflatten(2, (num_kv_heads, -1))
+    return x.permute(0, 2, 3, 1, 4).float().reshape(block.num_sequences * num_kv_heads, -1, x_THK.shape[2])
+
+
+def _put_queries(block: _Block, out_THK: Tensor, x: Tensor, scale: float) -> None:
+    """The inverse of `_queries`."""
+    num_queries = block.stop - block.first
+    place = block.rows(out_THK)[:, block.first : block.stop]
+    x = x.view(block.num_sequences, -1, num_queries, x.shape[-1]).transpose(1, 2)
+    place.copy_(x if scale == 1.0 else x * scale)
+
+
+def _keys(block: _Block, x_TGK: Tensor) -> Tensor:
+    """fp32 [c G, n, K]."""
+    return block.rows(x_TGK).transpose(1, 2).float().reshape(-1, block.length, x_TGK.shape[2])
+
+
+def _put_keys(block: _Block, out_TGK: Tensor, x: Tensor) -> None:
+    """The inverse of `_keys`."""
+    block.rows(out_TGK).copy_(x.view(block.num_sequences, -1, block.length, x.shape[-1]).transpose(1, 2))
+
+
+def _probabilities(block: _Block, q: Tensor, k: Tensor, settings: _Settings) -> tuple[Tensor, Tensor | None]:
+    """Softmax of the scores, fp32 [c G, (H / G) m, n], and the soft-cap's derivative where there is one."""
+    scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=settings.scale)
+    slope = None
+    if settings.softcap is not None:
+        share = scores.div_(settings.softcap).tanh_()
+        slope = 1 - share.square()
+        scores = share.mul_(settings.softcap)
+    see = visible(block.first, block.stop, 0, block.length, settings.reach, q.device)
+    if see is not None:
+        scores.view(-1, block.stop - block.first, block.length).masked_fill_(~see, float("-inf"))
+    return torch.softmax(scores, -1), slope
+
+
+def _drop(
+    block: _Block,
+    schedule: Schedule,
+    dropout: Dropout,
+    num_heads: int,
+    sources: list[Tensor],
+    outs: list[Tensor] | None = None,
+) -> None:
+    """Clear what is dropped, in place or into `outs`: rows are named by sequence, head and query."""
+    assert schedule.identities is not None
+    identities = schedule.identities
+    if min(schedule.lengths) == 0:
+        identities = identities[torch.tensor(schedule.lengths) > 0]
+    key = fold_reference(dropout.key(), identities[block.sequences])
+    for word in (torch.arange(num_heads), torch.arange(block.first, block.stop)):
+        key = fold_reference((key[0][..., None], key[1][..., None]), word.to(torch.int32))
+    flat = [x.view(-1, block.length) for x in sources]
+    own = flat if outs is None else [x.view(-1, block.length) for x in outs]
+    drop_cpu((key[0].flatten(), key[1].flatten()), dropout.threshold, flat, own)

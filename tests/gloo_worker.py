@@ -1,0 +1,40 @@
+"""One process of `test_distributed.py`: a step's gradient, written by the first process."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from training_runs import config_for
+
+from flashvec.training.distributed import World
+from flashvec.training.model import LoraTrainable, load_model
+from flashvec.training.run import OBJECTIVES
+
+
+def step_gradient(name: str, folder: Path, values: dict) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of a step, summed over all processes."""
+    config = config_for(name, folder, dtype="float32", **values)
+    world = World()
+    model = load_model(config, wants_head=name == "mntp")
+    assert isinstance(model.trainable, LoraTrainable)
+    generator = torch.Generator().manual_seed(5)
+    for _, _, b in model.trainable.lora.matrices():
+        b.copy_(torch.randn(b.shape, generator=generator) * 0.05)
+    objective = OBJECTIVES[type(config)](model, config, world)
+    loss = objective.step(1)["loss"]
+    leaves = list(model.trainable.parameters().values())
+    world.sum_gradients(leaves)
+    world.check_equal(leaves, 1)
+    gradient = torch.cat([x.grad.flatten() for x in leaves if x.grad is not None])
+    rank, size = world.rank, world.size
+    world.close()
+    if rank == 0:
+        save_file({"loss": torch.tensor(loss), "gradient": gradient}, folder / f"{name}-{size}.safetensors")
+    return loss, gradient
+
+
+if __name__ == "__main__":
+    for name, values in json.loads(sys.argv[2]).items():
+        step_gradient(name, Path(sys.argv[1]), values)

@@ -1,0 +1,81 @@
+"""The CPU's attention with a gradient, and with dropout, against the reference."""
+
+from functools import partial
+
+import pytest
+import torch
+from gradients import assert_op_and_gradients
+
+from flashvec.kernels import attention_cpu_training
+from flashvec.kernels.attention import attention, attention_reference
+from flashvec.kernels.dropout import Dropout
+from flashvec.kernels.schedule import build_schedule
+
+LENGTHS = [70, 33, 33, 33, 20, 5, 1, 1, 0]
+OPTIONS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (4, 9)},
+    "softcap causal window": {"softcap": 0.7, "causal": True, "window": 9},
+    "dropout": {"dropout": Dropout(0.3, seed=5, step=1, site=2)},
+    "dropout softcap window": {"dropout": Dropout(0.6, seed=5), "softcap": 0.7, "window": 30},
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(device):
+    if device == "cuda":
+        pytest.skip("the CPU's own form")
+
+
+def problem(K, dtype, filling=4):
+    schedule = build_schedule(LENGTHS, sum(LENGTHS) + filling, identities=range(7, 7 + len(LENGTHS)))
+    return schedule, [torch.randn(len(schedule.positions), x, K).to(dtype) for x in (6, 2, 2)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_scores", [1 << 22, 6 * 33 * 33 * 2, 6 * 33 * 10])
+def test_output_and_gradients(name, dtype, block_scores, monkeypatch):
+    """Also in blocks: of two sequences of a group, and of a few queries of one."""
+    monkeypatch.setattr(attention_cpu_training, "BLOCK_SCORES", block_scores)
+    schedule, leaves = problem(16, dtype)
+    run = partial(attention, schedule=schedule, scale=0.3, **OPTIONS[name])
+    reference = partial(attention_reference, schedule=schedule, scale=0.3, **OPTIONS[name])
+    assert_op_and_gradients(run, lambda *x: reference(*x)[0], leaves)
+
+
+def test_dropout_without_a_gradient_has_the_bits_of_the_pass_with_one():
+    """A pass that only reads vectors and the one that is differentiated later must not differ."""
+    schedule, leaves = problem(16, torch.float32)
+    run = partial(attention, schedule=schedule, scale=0.3, dropout=Dropout(0.3, seed=1))
+    with torch.no_grad():
+        plain = run(*leaves)
+    assert torch.equal(plain, run(*(x.requires_grad_() for x in leaves)).detach())
+
+
+def test_masks_go_by_identity_not_by_place():
+    schedule, (q, k, v) = problem(16, torch.float32, filling=0)
+    drop = Dropout(0.3, seed=1)
+    whole = attention(q, k, v, schedule, scale=0.3, dropout=drop)
+    rows = slice(70, 103)  # the second sequence
+    alone = build_schedule([33], identities=[8])
+    got = attention(q[rows], k[rows], v[rows], alone, scale=0.3, dropout=drop)
+    torch.testing.assert_close(got, whole[rows], rtol=0, atol=1e-6)
+    other = attention(q[rows], k[rows], v[rows], build_schedule([33], identities=[9]), scale=0.3, dropout=drop)
+    assert float((got - other).abs().max()) > 0.01
+
+
+def test_scores_are_not_kept():
+    """Between forward and backward q, k and v live, and nothing of the size of scores."""
+    schedule = build_schedule([256])
+    leaves = [torch.randn(256, 4, 8).requires_grad_() for _ in range(3)]
+    sizes: list[int] = []
+
+    def note(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        attention(*leaves, schedule, scale=0.3)
+    assert sizes == [256 * 4 * 8] * 3

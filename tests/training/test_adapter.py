@@ -1,0 +1,190 @@
+"""Low-rank parameters against PEFT: what is computed, what is written, what is read."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from family_models import models
+from safetensors.torch import load_file
+from tiny_models import PROJECTIONS, tiny_adapter, tiny_checkpoint, tiny_model
+from training_runs import config_for, write_texts
+
+from flashvec.runtime.batches import TokenRows
+from flashvec.runtime.checkpoint.source import CheckpointError
+from flashvec.runtime.decoder import Training
+from flashvec.runtime.encoder import Encoder
+from flashvec.training.adapter import read_adapter, write_adapter
+from flashvec.training.config import LoraConfig, MntpConfig, build
+from flashvec.training.encode import run_rows, token_rows
+from flashvec.training.evaluate import embed_with
+from flashvec.training.lora import PRODUCTS, Lora
+from flashvec.training.model import load_model
+from flashvec.training.run import run_training
+
+CASES = {
+    "all": {"r": 4, "alpha": 8.0},
+    "few targets": {"r": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj", "up_proj"]},
+    "rslora": {"r": 8, "alpha": 3.0, "rslora": True},
+}
+
+
+def loaded(tmp_path, lora):
+    tiny_checkpoint(tmp_path / "base", "llama", num_hidden_layers=2)
+    write_texts(tmp_path / "texts.txt")
+    values = {"model": str(tmp_path / "base"), "output": str(tmp_path / "out"), "lora": lora, "dtype": "float32"}
+    return load_model(build(MntpConfig, values))
+
+
+def fill(lora):
+    """Random values in every target's A and B; B starts as zero."""
+    generator = torch.Generator().manual_seed(3)
+    for _, a, b in lora.matrices():
+        a.copy_(torch.randn(a.shape, generator=generator) * 0.1)
+        b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
+
+
+def hidden(model, ids):
+    """Our final residual stream of one text, with a graph."""
+    rows = TokenRows(np.array(ids, np.int32), np.array([len(ids)], np.int32), np.array([[0, len(ids)]], np.int64))
+    (stream,), _ = run_rows(model, rows, [0], model.trainable.training())
+    return stream.hidden_TD + stream.delta_TD
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_states_and_gradients_are_pefts(case, tmp_path):
+    model = loaded(tmp_path, {**CASES[case], "dropout": 0.0})
+    fill(model.trainable.lora)
+    write_adapter(tmp_path / "adapter", model.trainable.lora, "base")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    base.config.is_causal = False
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
+    norm = base.norm
+    captured = {}
+    norm.register_forward_pre_hook(lambda module, args: captured.update(h=args[0]))
+    ids = [5, 17, 300, 44, 9, 128, 77]
+    theirs(input_ids=torch.tensor([ids]))
+    ours = hidden(model, ids)
+    scale = float(captured["h"].abs().max())
+    torch.testing.assert_close(ours / scale, captured["h"][0] / scale, rtol=0, atol=1e-5)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)) / scale
+    (ours * weights).sum().backward()
+    (captured["h"][0] * weights).sum().backward()
+    want = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): x.grad
+        for name, x in theirs.named_parameters()
+        if x.grad is not None
+    }
+    parts = dict(gradients(model.trainable.lora))
+    assert parts.keys() == want.keys() and len(want) == 2 * 2 * len(CASES[case].get("targets", PROJECTIONS))
+    largest = max(float(x.abs().max()) for x in want.values())
+    for name, x in want.items():
+        assert float((parts[name] - x).abs().max()) <= 1e-5 * largest, name
+
+
+def gradients(lora):
+    """By PEFT's names; of projections that are no target there must be none but zeros."""
+    for index, layer in enumerate(lora.layers()):
+        for product, names in PRODUCTS.items():
+            if (pair := getattr(layer, product)) is None:
+                continue
+            for p, (name, b) in enumerate(zip(names, pair.b_NR.grad.split(lora.splits[product]), strict=True)):
+                if pair.scales[p]:
+                    yield f"layers.{index}.{name}.lora_A", pair.a_PRC.grad[p]
+                    yield f"layers.{index}.{name}.lora_B", b
+                else:
+                    assert not pair.a_PRC.grad[p].any() and not b.any()
+
+
+@pytest.mark.parametrize("wrapped", ["headless", "causal_lm"])
+def test_what_is_written_peft_and_the_encoder_read(wrapped, tmp_path):
+    model = loaded(tmp_path, {"r": 4, "alpha": 8.0})
+    fill(model.trainable.lora)
+    write_adapter(tmp_path / "adapter", model.trainable.lora, "base", wrapped)
+    ids = [5, 17, 300, 44]
+    with torch.no_grad():
+        ours = hidden(model, ids)
+    merged = Encoder.load(tmp_path / "base", adapters=tmp_path / "adapter", dtype="float32", attention="bidirectional")
+    with torch.no_grad():
+        model.decoder.layers = merged.decoder.layers
+        model.trainable.training = Training
+        torch.testing.assert_close(hidden(model, ids), ours, rtol=1e-4, atol=1e-4)
+    cls = "LlamaModel" if wrapped == "headless" else "LlamaForCausalLM"
+    theirs = peft.PeftModel.from_pretrained(
+        getattr(transformers, cls).from_pretrained(tmp_path / "base"), str(tmp_path / "adapter")
+    )
+    got = {n.split(".layers.")[1].replace(".default", ""): x for n, x in theirs.named_parameters() if "lora_" in n}
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(got) == len(stored) == 2 * 14
+    for name, x in stored.items():
+        assert torch.equal(got[name.split(".layers.")[1]], x) and x.any()
+
+
+def test_reads_what_peft_wrote_and_goes_on_from_it(tmp_path):
+    model = loaded(tmp_path, {"r": 4, "alpha": 8.0})
+    tiny_adapter(tiny_model(None, num_hidden_layers=2), tmp_path / "theirs", r=4, lora_alpha=8)
+    read_adapter(tmp_path / "theirs", model.trainable.lora)
+    write_adapter(tmp_path / "ours", model.trainable.lora, "base")
+    theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys() and all(torch.equal(x, ours[name]) for name, x in theirs.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"r": 8, "alpha": 8.0}, "r is 4; set lora.r to it"),
+        ({"r": 4, "alpha": 9.0}, "lora_alpha is 8; set lora.alpha to it"),
+        ({"r": 4, "alpha": 8.0, "targets": ["q_proj"]}, "fits nowhere"),
+    ],
+)
+def test_refuses_to_go_on_from_another_adapter(config, named, tmp_path):
+    tiny_adapter(tiny_model(None, num_hidden_layers=2), tmp_path / "theirs", r=4, lora_alpha=8)
+    with pytest.raises(CheckpointError, match=named):
+        loaded(tmp_path, {**config, "start": str(tmp_path / "theirs")})
+
+
+def test_chain_of_two_trained_folders(tmp_path):
+    """MNTP first, then contrastive on it: the second folder leads to the first, and that to the base."""
+    run_training(config_for("mntp", tmp_path, output=str(tmp_path / "mntp"), loop={"steps": 2}))
+    second = config_for("contrastive", tmp_path, model=str(tmp_path / "mntp"), output=str(tmp_path / "simcse"))
+    run_training(second, until=None)
+    config = json.loads((tmp_path / "simcse" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "../mntp"
+    chained = Encoder.load(tmp_path / "simcse", dtype="float32")
+    by_hand = Encoder.load(tmp_path / "base", adapters=(tmp_path / "mntp", tmp_path / "simcse"), dtype="float32")
+    text = "a river of copper"
+    assert np.array_equal(chained.embed(text), by_hand.embed(text))
+    assert not np.array_equal(chained.embed(text), Encoder.load(tmp_path / "mntp", dtype="float32").embed(text))
+
+
+def test_trained_text_is_read_as_it_will_be_embedded(tmp_path):
+    """Vectors while training, with the update beside the weights, are those of the saved folder."""
+    config = config_for("contrastive", tmp_path, loop={"steps": 2}, dtype="float32")
+    run_training(config)
+    model = load_model(config)
+    read_adapter(tmp_path / "out", model.trainable.lora)
+    texts = ["one", "two willows in a meadow"]
+    ours = torch.nn.functional.normalize(torch.from_numpy(embed_with(model)(texts)))
+    want = torch.from_numpy(Encoder.load(tmp_path / "out", dtype="float32").embed(texts))
+    torch.testing.assert_close(ours, want, rtol=0, atol=1e-5)
+    rows = token_rows(model, texts)
+    assert (rows.spans[:, 0] == 1).all()  # without the first token, as LLM2Vec folders are pooled
+
+
+def test_body_is_saved_as_an_encoder(tmp_path):
+    config = config_for("contrastive", tmp_path, train="body", loop={"steps": 2}, optimizer={"learning_rate": 1e-3})
+    run_training(config)
+    trained, plain = Encoder.load(tmp_path / "out" / "encoder"), Encoder.load(tmp_path / "base")
+    assert np.abs(trained.embed("ember") - plain.embed("ember")).max() > 1e-4
+    assert torch.equal(trained.decoder.embedding_VD, plain.decoder.embedding_VD)
+
+
+def test_same_seed_same_start():
+    model = tiny_model(None)
+    del model
+    _, decoder = models("llama", "bidirectional")
+    first, again, other = (Lora(decoder, LoraConfig(r=2), seed).parameters() for seed in (1, 1, 2))
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
+    assert any(not torch.equal(x, other[name]) for name, x in first.items())

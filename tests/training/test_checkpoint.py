@@ -1,0 +1,133 @@
+"""Checkpoints: kill -9 and go on, damage, other settings, a full disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_runs import config_for
+
+from flashvec.training import checkpoint
+from flashvec.training.checkpoint import ResumeError, average_parameters, checkpoints, load_checkpoint, save_checkpoint
+from flashvec.training.config import to_yaml
+from flashvec.training.run import run_training
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_killed_at_any_moment_and_resumed_gives_the_same_bits(tmp_path):
+    config = config_for("mntp", tmp_path, output=str(tmp_path / "whole"), loop={"steps": 30})
+    run_training(config)
+    values = yaml.safe_load(to_yaml(config)) | {"output": str(tmp_path / "killed")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "flashvec.runtime.cli", "train", "mntp", str(tmp_path / "run.yaml"), "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while len(checkpoints(tmp_path / "killed")) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = checkpoints(tmp_path / "killed")
+    assert done and not (tmp_path / "killed" / "adapter_model.safetensors").exists(), "it was to be killed midway"
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 0
+    whole, killed = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+    log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 31))
+
+
+def small_state(value=1.0):
+    parameters = {"x": torch.full((3,), value, requires_grad=True)}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    parameters["x"].grad = torch.ones(3)
+    optimizer.step()
+    return parameters, optimizer
+
+
+def saved(tmp_path, steps=(1, 2), keep=5):
+    for step in steps:
+        parameters, optimizer = small_state(float(step))
+        save_checkpoint(tmp_path, step, parameters, optimizer, "own", keep)
+    return parameters
+
+
+@pytest.mark.parametrize("file", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(file, damage, tmp_path, caplog):
+    saved(tmp_path)
+    path = checkpoints(tmp_path)[-1] / file
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-7] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+        if file == "state.json" and damage == "changed":
+            path.write_text("{}")
+    parameters, optimizer = small_state(9.0)
+    assert load_checkpoint(tmp_path, parameters, optimizer, "own") == 1
+    assert "checkpoint-00000002 is damaged" in caplog.text
+    assert torch.equal(parameters["x"].detach(), small_state(1.0)[0]["x"].detach())
+
+
+def test_all_damaged_is_an_error_and_no_checkpoint_is_a_start(tmp_path):
+    parameters, optimizer = small_state()
+    assert load_checkpoint(tmp_path, parameters, optimizer, "own") == 0
+    saved(tmp_path)
+    for folder in checkpoints(tmp_path):
+        (folder / "state.json").write_text("half")
+    with pytest.raises(ResumeError, match="all 2 checkpoints are damaged"):
+        load_checkpoint(tmp_path, parameters, optimizer, "own")
+
+
+def test_other_settings_are_refused(tmp_path):
+    parameters, optimizer = small_state()
+    saved(tmp_path)
+    with pytest.raises(ResumeError, match="other settings"):
+        load_checkpoint(tmp_path, parameters, optimizer, "another")
+    run_training(config_for("mntp", tmp_path, loop={"steps": 2}))
+    with pytest.raises(ResumeError, match="other settings"):
+        run_training(config_for("mntp", tmp_path, loop={"steps": 2}, mask_probability=0.5))
+    (tmp_path / "texts.txt").write_text("another text of this run\n" * 9)
+    with pytest.raises(ResumeError, match="or other files"):
+        run_training(config_for("mntp", tmp_path, loop={"steps": 2}))
+
+
+def test_only_the_last_are_kept(tmp_path):
+    saved(tmp_path, range(1, 6), keep=2)
+    assert [p.name[-1] for p in checkpoints(tmp_path)] == ["4", "5"]
+
+
+def test_the_mean_of_the_last_is_the_result(tmp_path):
+    run_training(config_for("mntp", tmp_path, loop={"steps": 6, "average_checkpoints": 2}))
+    last, before = (load_file(folder / "parameters.safetensors") for folder in checkpoints(tmp_path / "out"))
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    name = "base_model.model.layers.1.mlp.down_proj.lora_B.weight"
+    want = (last["model/layers.1.down.b"] + before["model/layers.1.down.b"]) / 2
+    torch.testing.assert_close(stored[name], want)
+    assert not torch.equal(stored[name], last["model/layers.1.down.b"])
+    damaged = checkpoints(tmp_path / "out")[-1] / "state.json"
+    damaged.write_text("")
+    parameters = {key: torch.zeros_like(x) for key, x in last.items()}
+    assert average_parameters(tmp_path / "out", parameters, 2) == 1
+
+
+def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):
+    saved(tmp_path, (1,))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path, (2,))
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001"]
+    assert load_checkpoint(tmp_path, *small_state(), "own") == 1

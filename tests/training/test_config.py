@@ -1,0 +1,133 @@
+import json
+
+import pytest
+import yaml
+
+from flashvec.training.config import ConfigError, ContrastiveConfig, MntpConfig, build, read_config, to_yaml
+from flashvec.training.reference_config import is_reference, translate
+
+LEAST = {"model": "base", "output": "out"}
+
+
+def test_file_overrides_and_printed_settings_agree(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: base\noutput: out\ntexts: a.txt\nlora: {r: 8}\noptimizer:\n  learning_rate: 1e-4\n")
+    config = read_config(MntpConfig, path, ["lora.r=4", "loop.steps=7", "texts=[b.txt, c.txt]", "lora.targets=q_proj"])
+    assert config.lora.r == 4 and config.lora.alpha == 32 and config.loop.steps == 7
+    assert config.texts == ("b.txt", "c.txt") and config.lora.targets == ("q_proj",)
+    assert config.optimizer.learning_rate == 1e-4  # which YAML takes for a text
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert read_config(MntpConfig, tmp_path / "again.yaml") == config
+    (tmp_path / "again.json").write_text(json.dumps(yaml.safe_load(to_yaml(config))))
+    assert read_config(MntpConfig, tmp_path / "again.json") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"model": "base"}, "output is missing"),
+        ({**LEAST, "learning_rate": 1}, "learning_rate is unknown; known are model"),
+        ({**LEAST, "lora": {"rank": 4}}, r"lora\.rank is unknown; known are lora\.r"),
+        ({**LEAST, "lora": 4}, "lora is 4; expected keys"),
+        ({**LEAST, "lora": {"r": "four"}}, r"lora\.r is 'four'; expected int"),
+        ({**LEAST, "lora": {"r": 4.5}}, r"lora\.r is 4\.5; expected int"),
+        ({**LEAST, "lora": {"r": True}}, r"lora\.r is True; expected int"),
+        ({**LEAST, "lora": {"r": 500}}, r"lora\.r is 500; expected 1 to 128"),
+        ({**LEAST, "lora": {"targets": ["lm_head"]}}, r"lora\.targets is"),
+        ({**LEAST, "lora": {"rslora": "yes"}}, r"lora\.rslora is 'yes'; expected bool"),
+        ({**LEAST, "loop": {"steps": 0}}, r"loop\.steps is 0"),
+        ({**LEAST, "optimizer": {"schedule": "step"}}, r"optimizer\.schedule is 'step'; one of constant, linear"),
+        ({**LEAST, "optimizer": {"learning_rate": float("nan")}}, r"optimizer\.learning_rate is nan"),
+        ({**LEAST, "optimizer": {"betas": [0.9]}}, r"optimizer\.betas"),
+        ({**LEAST, "temperature": 0}, "temperature is 0"),
+        ({**LEAST, "attention_dropout": 1.0}, "attention_dropout is 1"),
+        ({**LEAST, "batch_size": 0}, "batch_size is 0"),
+        ({**LEAST, "texts": {"a": 1}}, "texts is {'a': 1}; expected a list"),
+        ({**LEAST, "texts": [1]}, r"texts\[0\] is 1; expected str"),
+    ],
+    ids=str,
+)
+def test_refuses_by_key(values, named):
+    with pytest.raises(ConfigError, match=named):
+        build(ContrastiveConfig, values, "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("run.toml", "", "give a .yaml or .json file"),
+        ("run.yaml", "a: [", "not valid YAML"),
+        ("run.yaml", "- 1", "expected keys and values"),
+        ("run.json", "{", "not valid JSON"),
+        ("run.yaml", "model: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_refuses_files(name, text, named, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        read_config(MntpConfig, tmp_path / name)
+    with pytest.raises(ConfigError, match="no such file"):
+        read_config(MntpConfig, tmp_path / "other.yaml")
+
+
+def test_refuses_overrides_that_are_none(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(LEAST))
+    with pytest.raises(ConfigError, match="write key=value"):
+        read_config(MntpConfig, tmp_path / "run.json", ["lora.r"])
+    with pytest.raises(ConfigError, match="model holds 'base', no keys"):
+        read_config(MntpConfig, tmp_path / "run.json", ["model.r=3"])
+
+
+# Settings as the reference's files for its three scripts state them.
+MNTP = {
+    "model_name_or_path": "owner/llama", "dataset_name": "wikitext", "dataset_config_name": "wikitext-103-raw-v1",
+    "per_device_train_batch_size": 32, "per_device_eval_batch_size": 32, "gradient_accumulation_steps": 1,
+    "do_train": True, "do_eval": True, "max_seq_length": 512, "mask_token_type": "blank",
+    "data_collator_type": "default", "mlm_probability": 0.2, "overwrite_output_dir": True, "output_dir": "output/mntp",
+    "evaluation_strategy": "steps", "eval_steps": 100, "save_steps": 200, "stop_after_n_steps": 1000, "lora_r": 16,
+    "gradient_checkpointing": True, "torch_dtype": "bfloat16", "attn_implementation": "flash_attention_2",
+}  # fmt: skip
+SIMCSE = {
+    "model_name_or_path": "owner/llama", "peft_model_name_or_path": "owner/mntp", "simcse_dropout": 0.3,
+    "bidirectional": True, "pooling_mode": "mean", "remove_unused_columns": False, "dataset_name": "Wiki1M",
+    "dataset_file_path": "cache/wiki.txt", "learning_rate": 3e-5, "loss_scale": 20, "per_device_train_batch_size": 128,
+    "gradient_accumulation_steps": 1, "do_train": True, "max_seq_length": 128, "overwrite_output_dir": True,
+    "output_dir": "output/simcse", "logging_steps": 50, "save_steps": 200, "save_only_model": True,
+    "stop_after_n_steps": 1000, "lora_r": 16, "gradient_checkpointing": True, "torch_dtype": "bfloat16",
+    "attn_implementation": "flash_attention_2", "seed": 42,
+}  # fmt: skip
+
+
+def test_the_references_files_are_taken_as_they_are(tmp_path):
+    (tmp_path / "mntp.json").write_text(json.dumps(MNTP))
+    config = read_config(MntpConfig, tmp_path / "mntp.json", ["texts=[wiki.txt]"])
+    assert (config.model, config.output, config.batch_size, config.max_length) == (
+        "owner/llama",
+        "output/mntp",
+        32,
+        512,
+    )
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32, 0.05)
+    assert (config.mask_probability, config.mask_token, config.masking) == (0.2, "_", "bert")
+    assert config.llm2vec_compat and config.loop.recompute and config.loop.steps == 1000
+    assert config.optimizer.learning_rate == 5e-5 and config.optimizer.clip == 1 and config.texts == ("wiki.txt",)
+    all_mask = translate({**MNTP, "data_collator_type": "all_mask", "mlm_probability": 0.8}, "MntpConfig", "x.json")
+    assert (all_mask["masking"], all_mask["mask_probability"]) == ("all", 0.8)
+
+    (tmp_path / "simcse.json").write_text(json.dumps(SIMCSE))
+    simcse = read_config(ContrastiveConfig, tmp_path / "simcse.json")
+    assert simcse.adapters == ("owner/mntp",) and simcse.texts == ("cache/wiki.txt",) and not simcse.pairs
+    assert (simcse.temperature, simcse.attention_dropout, simcse.pooling) == (0.05, 0.3, "mean")
+    supervised = translate({**SIMCSE, "dataset_name": "E5", "warmup_steps": 300}, "ContrastiveConfig", "x.json")
+    supervised.pop("temperature")
+    assert supervised["pairs"] == ["cache/wiki.txt"] and supervised["optimizer"]["warmup_steps"] == 300
+
+
+def test_the_references_unknown_keys_are_refused():
+    assert is_reference(MNTP) and not is_reference(LEAST)
+    with pytest.raises(ConfigError, match="lora_bias is not known"):
+        translate({**MNTP, "lora_bias": True}, "MntpConfig", "x.json")
+    with pytest.raises(ConfigError, match="no such objective"):
+        translate(MNTP, "DistillConfig", "x.json")
+    with pytest.raises(ConfigError, match="mask_token_type is 'eos'"):
+        translate({**MNTP, "mask_token_type": "eos"}, "MntpConfig", "x.json")

@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+from training_runs import config_for, write_pairs, write_texts
+
+from flashvec.runtime.batches import TokenRows
+from flashvec.training.config import ConfigError
+from flashvec.training.contrastive import Contrastive, cosent, crop, joined
+from flashvec.training.data import DataError
+from flashvec.training.distributed import World
+from flashvec.training.encode import token_rows
+from flashvec.training.model import load_model
+
+
+def objective_for(tmp_path, **values):
+    config = config_for("contrastive", tmp_path, dtype="float32", **values)
+    return Contrastive(load_model(config), config, World())
+
+
+def vectors_for(columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(columns.rows.lengths), 32, generator=generator, requires_grad=True)
+
+
+def test_loss_is_cross_entropy_of_cosines_over_positives_and_all_negatives(tmp_path):
+    objective = objective_for(tmp_path, pairs=[str(write_pairs(tmp_path / "p.jsonl", negatives=3))], temperature=0.2)
+    columns = objective.batch(0)
+    n, vectors = columns.num_queries, vectors_for(columns)
+    assert len(vectors) > 2 * n  # ragged hard negatives
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    want = torch.nn.functional.cross_entropy(unit[:n] @ unit[n:].T / 0.2, torch.arange(n))
+    torch.testing.assert_close(objective.loss(vectors, columns), want, rtol=1e-5, atol=1e-6)
+
+
+def test_copies_of_a_positive_are_left_out(tmp_path):
+    objective = objective_for(tmp_path, pairs=[str(write_pairs(tmp_path / "p.jsonl"))])
+    columns = objective.batch(0)
+    n, vectors = columns.num_queries, vectors_for(columns)
+    ids = columns.ids.copy()
+    ids[2 * n] = ids[n]  # the first negative is a copy of the first positive
+    without = objective.loss(vectors, columns._replace(ids=ids))
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    scores = unit[:n] @ unit[n:].T / 0.05
+    scores[0, n] = float("-inf")
+    torch.testing.assert_close(
+        without, torch.nn.functional.cross_entropy(scores, torch.arange(n)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_matryoshka_is_the_mean_over_prefixes(tmp_path):
+    pairs = {"pairs": [str(write_pairs(tmp_path / "p.jsonl"))]}
+    objective = objective_for(tmp_path, prefixes=[8, 32], **pairs)
+    columns = objective.batch(0)
+    vectors = vectors_for(columns)
+    whole = objective_for(tmp_path, **pairs)
+    parts = [whole.loss(vectors[:, :size].contiguous(), columns) for size in (8, 32)]
+    torch.testing.assert_close(objective.loss(vectors, columns), sum(parts) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_cosent_counts_pairs_in_the_wrong_order():
+    left = torch.randn(5, 8, requires_grad=True)
+    right, scores = torch.randn(5, 8), np.array([0.0, 3.0, 1.0, 3.0, 2.0])
+    cosines = torch.nn.functional.cosine_similarity(left, right) / 0.05
+    total = torch.zeros(())
+    for i in range(5):
+        for j in range(5):
+            if scores[i] > scores[j]:
+                total = total + torch.exp((cosines[j] - cosines[i]).double())
+    torch.testing.assert_close(cosent(left, right, scores, 0.05), torch.log1p(total).float(), rtol=1e-5, atol=1e-5)
+    assert float(cosent(left.detach(), right, np.zeros(5), 0.05)) == 0  # nothing is to be ordered
+
+
+def test_scored_pairs_train(tmp_path):
+    scored = str(write_pairs(tmp_path / "p.jsonl", scored=True, negatives=0))
+    objective = objective_for(tmp_path, pairs=[scored], loss="cosent")
+    assert objective.step(0)["loss"] > 0
+    assert any(x.grad.any() for x in objective.model.trainable.parameters().values())
+
+
+def test_crops_are_runs_of_the_text_and_keep_what_stands_around():
+    ids = np.arange(100, 120, dtype=np.int32)
+    rows = TokenRows(ids, np.array([12, 8], np.int32), np.array([[1, 12], [0, 7]], np.int64))
+    lengths = set()
+    for seed in range(30):
+        cut = crop(rows, np.random.default_rng(seed))
+        first, second = cut.ids[: cut.lengths[0]], cut.ids[cut.lengths[0] :]
+        assert first[0] == 100 and second[-1] == 119
+        assert (np.diff(first[1:]) == 1).all() and (np.diff(second[:-1]) == 1).all()
+        assert 6 <= cut.lengths[0] <= 12 and 5 <= cut.lengths[1] <= 8
+        assert cut.spans.tolist() == [[1, cut.lengths[0]], [0, cut.lengths[1] - 1]]
+        lengths.add(int(cut.lengths[0]))
+    assert len(lengths) > 4
+    both = joined(rows, cut)
+    assert np.array_equal(both.ids, np.concatenate([rows.ids, cut.ids])) and len(both.spans) == 4
+
+
+def test_crop_views_of_a_text_differ(tmp_path):
+    objective = objective_for(tmp_path, view="crop", attention_dropout=0.0, lora={"dropout": 0.0})
+    columns = objective.batch(0)
+    n = columns.num_queries
+    assert (columns.rows.lengths[:n] != columns.rows.lengths[n:]).any()
+    assert objective.step(0)["loss"] > 0
+
+
+def test_instructions_stand_before_queries_alone_and_are_not_pooled(tmp_path):
+    pairs = str(write_pairs(tmp_path / "p.jsonl"))
+    plain = objective_for(tmp_path, pairs=[pairs], max_length=60).batch(0)
+    asked = objective_for(tmp_path, pairs=[pairs], max_length=60, instruction="Find the same: ").batch(0)
+    n = plain.num_queries
+    assert np.array_equal(plain.rows.lengths[n:], asked.rows.lengths[n:])
+    assert (asked.rows.lengths[:n] > plain.rows.lengths[:n]).all()
+    assert (asked.rows.spans[:n, 0] > 1).all() and (asked.rows.spans[n:, 0] == 1).all()
+
+
+def test_a_text_cut_to_nothing_is_refused(tmp_path):
+    objective = objective_for(tmp_path, max_length=8)
+    with pytest.raises(ValueError, match=r"nothing is left of the text|leaves nothing"):
+        token_rows(objective.model, ["a river"], ["a very long instruction that takes all of the room: "])
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "named"),
+    [
+        ({"texts": []}, ConfigError, "give either texts"),
+        ({"batch_size": 50}, DataError, "batch_size is 50, and no file holds as many"),
+        ({"attention_dropout": 0.0, "lora": {"dropout": 0.0}}, ConfigError, "nothing is dropped"),
+        ({"loss": "cosent"}, ConfigError, "scores belong to cosent"),
+        ({"prefixes": [8, 64]}, ConfigError, "prefixes end at 64, vectors have 32"),
+        ({"batch_size": 1}, DataError, "queries got no gradient"),
+    ],
+    ids=str,
+)
+def test_refuses(values, error, named, tmp_path):
+    write_texts(tmp_path / "texts.txt")
+    with pytest.raises(error, match=named):
+        objective_for(tmp_path, **values).step(0)

@@ -1,0 +1,107 @@
+import json
+
+import numpy as np
+import pytest
+
+from flashvec.training.data import DataError, SourceBatches, read_pairs, read_texts, rows_of_step, text_hash
+
+
+def write(path, *lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def test_texts_of_both_kinds_of_files(tmp_path):
+    first = write(tmp_path / "a.txt", "one", "", "  two ")
+    second = write(tmp_path / "b.jsonl", {"text": "three", "id": 7})
+    assert read_texts([first, second]) == ["one", "two", "three"]
+
+
+def test_pairs_in_the_forms_that_people_have(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        {"query": "q", "pos": ["p"], "neg": ["n1", "n2"]},
+        {"anchor": "q", "positive": "p", "negative_1": "n1", "negative_2": "n2", "instruction": "find"},
+        {"sentence1": "q", "sentence2": "p"},
+    )
+    other = write(tmp_path / "b.jsonl", {"text1": "q", "text2": "p"})
+    pairs = read_pairs([path, other])
+    assert [(p.query, p.positive, p.negatives, p.instruction, p.source) for p in pairs] == [
+        ("q", "p", ("n1", "n2"), None, 0),
+        ("q", "p", ("n1", "n2"), "find", 0),
+        ("q", "p", (), None, 0),
+        ("q", "p", (), None, 1),
+    ]
+    scored = write(tmp_path / "c.jsonl", {"sentence1": "a", "sentence2": "b", "score": 3})
+    assert read_pairs([scored])[0].score == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("{", "a.jsonl line 2: not valid JSON"),
+        ("[1]", "line 2: expected a JSON object"),
+        ({"query": "q"}, "line 2: has none of positive"),
+        ({"positive": "q"}, "line 2: has none of query"),
+        ({"query": "q", "anchor": "q", "positive": "p"}, "line 2: has more than one of query"),
+        ({"query": "", "positive": "p"}, "line 2: a text is empty"),
+        ({"query": "q", "positive": 3}, "line 2: a text is empty or no text"),
+        ({"query": "q", "positive": "p", "neg": ["", "x"]}, "line 2: a text is empty"),
+        ({"query": "q", "positive": "p", "score": "high"}, "line 2: score is not a number"),
+        ({"query": "q", "positive": "p", "score": 1}, "some lines have a score and some have none"),
+        ({"query": "q", "positive": "p", "instruction": 1}, "line 2: instruction is not a text"),
+    ],
+    ids=str,
+)
+def test_bad_lines_are_named(line, named, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"query": "q", "positive": "p"}, line)
+    with pytest.raises(DataError, match=named):
+        read_pairs([path])
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(DataError, match="texts is empty: name the files"):
+        read_texts([])
+    with pytest.raises(DataError, match="no such file"):
+        read_texts([str(tmp_path / "none.txt")])
+    with pytest.raises(DataError, match="hold no text"):
+        read_texts([write(tmp_path / "a.txt", "", " ")])
+    with pytest.raises(DataError, match=r"give \.txt"):
+        read_texts([write(tmp_path / "a.csv", "x")])
+    with pytest.raises(DataError, match=r'b\.jsonl line 1: "text" is missing'):
+        read_texts([write(tmp_path / "b.jsonl", {"body": "x"})])
+    (tmp_path / "c.txt").write_bytes(b"fine\n\xff\n")
+    with pytest.raises(DataError, match=r"c\.txt line 2: not UTF-8"):
+        read_texts([str(tmp_path / "c.txt")])
+
+
+def test_rows_are_a_function_of_seed_and_step_and_cover_every_epoch():
+    per_epoch = [np.concatenate([rows_of_step(23, 5, 1, step) for step in range(e * 4, e * 4 + 4)]) for e in (0, 1)]
+    for rows in per_epoch:
+        assert len(set(rows)) == 20
+    assert not np.array_equal(*per_epoch)
+    assert np.array_equal(rows_of_step(23, 5, 1, 6), rows_of_step(23, 5, 1, 6))
+    with pytest.raises(DataError, match="batch_size is 24, the files hold 23 rows"):
+        rows_of_step(23, 24, 1, 0)
+
+
+def test_batches_are_of_one_file_and_hold_no_text_twice():
+    sources = np.array([0] * 20 + [1] * 11)
+    names = [frozenset([i // 2]) for i in range(31)]  # every text comes twice
+    batches = SourceBatches(sources, names, 4, seed=3)
+    for epoch in range(2):
+        seen: list[int] = []
+        for step in range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch):
+            rows = batches.rows(step)
+            assert len(rows) == 4 and len({int(sources[r]) for r in rows}) == 1
+            assert len({i for r in rows for i in names[r]}) == 4
+            seen += rows.tolist()
+        assert len(seen) >= len(set(seen)) >= 20
+    assert np.array_equal(batches.rows(2), SourceBatches(sources, names, 4, seed=3).rows(2))
+    with pytest.raises(DataError, match="no file holds as many rows with different texts"):
+        SourceBatches(sources, [frozenset([0])] * 31, 2, seed=3)
+
+
+def test_hashes_go_by_what_is_read():
+    assert text_hash("Ａ  cat\n") == text_hash("a cat") != text_hash("a cot")
+    assert 0 <= text_hash("x") < 1 << 63

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from training_runs import config_for
+
+from flashvec.runtime.encoder import Encoder
+from flashvec.training.config import ConfigError
+from flashvec.training.distill import Distill, frozen_teacher
+from flashvec.training.distributed import World
+from flashvec.training.encode import encode, token_rows
+from flashvec.training.model import load_model
+
+TEXTS = ["a river", "two grey stones", "winter", "the lantern and the falcon"]
+
+
+def objective_for(tmp_path, **values):
+    config = config_for("distill", tmp_path, dtype="float32", **values)
+    return Distill(load_model(config), config, World())
+
+
+def test_teacher_is_the_model_run_causally_under_its_prompts(tmp_path):
+    prompts = ['"{text}" means', "In a word, {text} is"]
+    objective = objective_for(tmp_path, prompts=prompts, teacher_layers=1)
+    base = tmp_path / "base"
+    causal = Encoder.load(base, attention="causal", pooling="last", layers=1, dtype="float32")
+    want = torch.zeros(len(TEXTS), len(TEXTS))
+    for prompt in prompts:
+        vectors = torch.from_numpy(causal.embed(TEXTS, instruction=prompt, normalize=False))
+        unit = torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
+        want += unit @ unit.T / 2
+    torch.testing.assert_close(objective.teach(TEXTS), want, rtol=0, atol=1e-5)
+
+
+def test_teacher_stays_as_it_was_while_the_body_is_trained(tmp_path):
+    config = config_for("distill", tmp_path, dtype="float32", train="body")
+    model = load_model(config)
+    teacher = frozen_teacher(model, config)
+    before = teacher.embed(TEXTS)
+    with torch.no_grad():
+        for x in model.trainable.parameters().values():
+            x.mul_(1.5)
+    assert (teacher.embed(TEXTS) == before).all()
+
+
+def test_loss_is_zero_where_similarities_agree_and_positive_else(tmp_path):
+    objective = objective_for(tmp_path)
+    vectors = torch.randn(6, 32)
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    assert float(objective.loss(vectors, unit @ unit.T)) == pytest.approx(0, abs=1e-6)
+    assert float(objective.loss(vectors, torch.eye(6))) > 0.01
+
+
+def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
+    objective = objective_for(tmp_path, depths=[1, 2], attention_dropout=0.0, lora={"dropout": 0.0})
+    model = objective.model
+    rows = token_rows(model, TEXTS)
+    both = encode(model, rows, range(4), model.trainable.training(), (1, 2))
+    alone = [encode(model, rows, range(4), model.trainable.training())]
+    layers, model.decoder.layers = model.decoder.layers, model.decoder.layers[:1]
+    alone.insert(0, encode(model, rows, range(4), model.trainable.training()))
+    model.decoder.layers = layers
+    torch.testing.assert_close(both, torch.cat(alone, 1), rtol=0, atol=1e-5)
+    target = torch.eye(4)
+    want = (objective._loss(alone[0], target) + objective._loss(alone[1], target)) / 2
+    torch.testing.assert_close(objective.loss(both, target), want)
+    objective.step(0)
+    assert all(x.grad is not None for x in model.trainable.parameters().values())
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"depths": [1, 3]}, "depths are .1, 3., expected rising numbers from 1 to 2"),
+        ({"teacher_layers": 3}, "teacher_layers is 3, the model has 2"),
+        ({"prompts": ["one word"]}, r"each with \{text\} in it"),
+        ({"prompts": []}, "give at least one"),
+    ],
+    ids=str,
+)
+def test_refuses(values, named, tmp_path):
+    with pytest.raises(ConfigError, match=named):
+        objective_for(tmp_path, **values)

@@ -1,0 +1,90 @@
+"""Several processes over gloo give the gradient of one, and refuse to drift apart."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gloo_worker import step_gradient
+from safetensors.torch import load_file
+from training_runs import write_pairs
+
+from flashvec.training.distributed import World
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def launch(size, code_or_file, *arguments):
+    """Start `size` processes as torchrun would, and wait for them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), str(HERE.parent)])
+    processes = []
+    for rank in range(size):
+        env = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {**os.environ, **env, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *code_or_file, *arguments]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    return [(p.communicate(timeout=300)[1], p.returncode) for p in processes]
+
+
+def test_two_and_four_processes_give_the_gradient_of_one(tmp_path):
+    """Unequal tokens, ragged negatives, numbers of micro-batches that differ."""
+    shared = {"batch_size": 7, "loop": {"micro_batch_tokens": 60}}
+    pairs = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "temperature": 0.5}
+    values = {"contrastive": {**shared, **pairs}, "mntp": shared}
+    want = {name: step_gradient(name, tmp_path, own) for name, own in values.items()}
+    for size in (2, 4):
+        for error, code in launch(size, [str(HERE.parent / "gloo_worker.py")], str(tmp_path), json.dumps(values)):
+            assert code == 0, error[-2000:]
+        for name, (loss, gradient) in want.items():
+            found = load_file(tmp_path / f"{name}-{size}.safetensors")
+            assert abs(float(found["loss"]) - loss) <= 1e-6
+            assert gradient.any() and float((found["gradient"] - gradient).norm() / gradient.norm()) <= 1e-6
+
+
+DRIFT = """
+import torch
+from flashvec.training.distributed import World
+world = World()
+world.check_equal([torch.ones(3)], 4)
+world.check_equal([torch.ones(3) + world.rank * 1e-6], 5)
+"""
+
+
+def test_processes_that_differ_stop():
+    for error, code in launch(2, ["-c", DRIFT]):
+        assert code == 1 and "step 5: processes hold different parameters" in error
+
+
+def test_shares_hold_every_row_once_and_have_like_work(monkeypatch):
+    lengths = np.random.default_rng(0).integers(3, 60, 37)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        world = World()
+        world.size = 4
+        shares.append(world.share(lengths))
+    assert sorted(np.concatenate(shares)) == list(range(37))
+    tokens = [lengths[share].sum() for share in shares]
+    assert max(tokens) < 1.25 * min(tokens)
+
+
+def test_fewer_rows_than_processes_are_refused():
+    world = World()
+    world.size = 3
+    with pytest.raises(ValueError, match="2 sequences for 3 processes"):
+        world.share(np.array([4, 5]))
+
+
+def test_alone_nothing_is_exchanged():
+    world, x = World(), torch.ones(2)
+    assert world.is_first and world.sum(x) is x
+    world.check_equal([x], 1)

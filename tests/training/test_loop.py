@@ -1,0 +1,134 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from training_runs import config_for, write_pairs
+
+from flashvec.runtime.encoder import Encoder
+from flashvec.training.adapter import read_adapter
+from flashvec.training.checkpoint import checkpoints
+from flashvec.training.config import ConfigError, OptimizerConfig
+from flashvec.training.contrastive import Contrastive
+from flashvec.training.distributed import World
+from flashvec.training.evaluate import embed_with
+from flashvec.training.loop import TrainingStopped, learning_rate, train
+from flashvec.training.model import load_model
+from flashvec.training.run import run_training
+
+OBJECTIVES = ["mntp", "contrastive", "distill"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_leaves_an_encoder_a_log_and_the_names_of_what_it_saw(objective, tmp_path):
+    own = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl"))]} if objective == "contrastive" else {}
+    config = config_for(objective, tmp_path, loop={"steps": 12}, optimizer={"learning_rate": 3e-3}, **own)
+    last = run_training(config)
+    out = tmp_path / "out"
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 13)) and last["step"] == 12
+    assert np.mean([line["loss"] for line in log[-3:]]) < np.mean([line["loss"] for line in log[:3]])
+    seen = np.load(out / "seen.npy", allow_pickle=False)
+    assert (np.diff(seen) > 0).all() and 36 <= len(seen) <= (120 if own else 40)
+    trained, plain = Encoder.load(out), Encoder.load(config.model)
+    assert (trained.spec.layout, trained.spec.attention, trained.spec.pooling) == (
+        "llm2vec",
+        "bidirectional",
+        ("mean",),
+    )
+    text = "river willow winter"
+    assert np.abs(trained.embed(text) - plain.embed(text)).max() > 1e-3
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_resumed_is_uninterrupted_bit_for_bit(objective, tmp_path):
+    whole = config_for(objective, tmp_path, output=str(tmp_path / "whole"), loop={"steps": 5})
+    run_training(whole)
+    parts = config_for(objective, tmp_path, output=str(tmp_path / "parts"), loop={"steps": 5})
+    run_training(parts, until=3)
+    run_training(parts)
+    for name in ("adapter_model.safetensors", "checkpoint-00000005/optimizer.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+    assert [p.name for p in checkpoints(tmp_path / "parts")] == ["checkpoint-00000004", "checkpoint-00000005"]
+
+
+def stopping(tmp_path, change, **values):
+    """A run whose objective was changed by `change`; returns the error it stops with."""
+    config = config_for("contrastive", tmp_path, **values)
+    model = load_model(config)
+    objective = Contrastive(model, config, World())
+    change(objective)
+    with pytest.raises(TrainingStopped) as error:
+        train(config, objective, World())
+    return str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(tmp_path):
+    def change(objective):
+        step = objective.step
+        objective.step = lambda number: {**step(number), "loss": float("nan")} if number == 2 else step(number)
+
+    assert "step 3: the loss is not finite" in stopping(tmp_path, change)
+    assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-00000002"]
+
+
+def test_a_gradient_that_is_not_finite_stops(tmp_path):
+    def change(objective):
+        loss = objective.loss
+        objective.loss = lambda vectors, columns: loss(vectors, columns) + (vectors - vectors.detach()).sqrt().sum()
+
+    assert "step 1: the gradient is not finite" in stopping(tmp_path, change)
+
+
+def test_causal_attention_stops(tmp_path):
+    def change(objective):
+        run = objective.model.decoder.streams
+        objective.model.decoder.streams = lambda ids, schedule, plan, _, *more, **rest: run(
+            ids, schedule, plan, True, *more, **rest
+        )
+
+    assert "attention is still causal" in stopping(tmp_path, change)
+
+
+def test_a_matrix_that_stays_zero_stops(tmp_path):
+    def change(objective):
+        lora = objective.model.trainable.lora
+        lora.parameters()["layers.1.down.b"].register_hook(torch.zeros_like)
+
+    assert "step 1 left 1 parameters as they were, layers.1.mlp.down_proj" in stopping(tmp_path, change)
+
+
+def test_rules_that_a_folder_states_are_kept_or_refused(tmp_path):
+    """They hold again when the folder is opened with the adapter, whatever the run was told."""
+    config = config_for("contrastive", tmp_path)
+    Encoder.load(config.model, attention="causal", pooling="last").save(tmp_path / "causal")
+    with pytest.raises(ConfigError, match="states causal attention"):
+        load_model(dataclasses.replace(config, model=str(tmp_path / "causal")))
+    Encoder.load(config.model).save(tmp_path / "mean")
+    own = dataclasses.replace(config, model=str(tmp_path / "mean"), dtype="float32")
+    with pytest.raises(ConfigError, match=r"pooling is last, but .* states mean"):
+        load_model(dataclasses.replace(own, pooling="last"))
+    run_training(own)
+    model = load_model(own)
+    read_adapter(tmp_path / "out", model.trainable.lora)
+    want = embed_with(model)(["a river"])
+    for loaded in (Encoder.load(tmp_path / "out"), Encoder.load(tmp_path / "mean", adapters=(tmp_path / "out",))):
+        np.testing.assert_allclose(loaded.embed(["a river"]), want / np.linalg.norm(want), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "want"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.8536, 0.5, 0.1464]),
+    ],
+)
+def test_schedules(schedule, want):
+    config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=2)
+    assert [learning_rate(config, 6, step) for step in range(6)] == pytest.approx(want, abs=1e-4)
+    longer = OptimizerConfig(learning_rate=1.0, decay_steps=60)
+    assert learning_rate(longer, 6, 5) == pytest.approx(55 / 60)

@@ -1,0 +1,118 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_models import tiny_tokenizer
+from training_runs import config_for, sentences
+
+from flashvec.runtime.tokenize import Tokenizer
+from flashvec.training.config import ConfigError
+from flashvec.training.data import DataError
+from flashvec.training.distributed import World
+from flashvec.training.mntp import Mntp, cut_blocks, mask_blocks, mask_token_id
+from flashvec.training.model import load_model
+
+SETTINGS = {"probability": 0.3, "mask_id": 7, "vocab_size": 420, "special_ids": (1,), "all_mask": False}
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    tiny_tokenizer(tmp_path)
+    return Tokenizer.from_folder(tmp_path)
+
+
+def objective_for(tmp_path, **values):
+    config = config_for("mntp", tmp_path, dtype="float32", **values)
+    return Mntp(load_model(config, wants_head=True), config, World())
+
+
+def test_blocks_end_with_their_text(tokenizer):
+    texts = sentences(9)
+    blocks = cut_blocks(tokenizer, texts, 6, joined=False)
+    lengths = tokenizer.encode(texts, 10_000).lengths
+    assert max(blocks.spans[:, 1] - blocks.spans[:, 0]) == 6
+    ends = set(np.cumsum(lengths))
+    for text, (start, stop) in zip(blocks.texts, blocks.spans, strict=True):
+        assert sum(lengths[:text]) <= start < stop <= sum(lengths[: text + 1])
+        assert stop - start == 6 or stop in ends
+
+
+def test_joined_blocks_are_all_full_and_cross_texts(tokenizer):
+    texts = sentences(9)
+    blocks = cut_blocks(tokenizer, texts, 16, joined=True)
+    assert ((blocks.spans[:, 1] - blocks.spans[:, 0]) == 16).all()
+    assert blocks.spans[0].tolist() == [0, 16] and len(blocks.spans) == len(blocks.ids) // 16
+    with pytest.raises(DataError, match="no block of 4096 tokens"):
+        cut_blocks(tokenizer, texts, 4096, joined=True)
+
+
+def test_masks_spare_first_and_special_tokens_and_keep_their_shares(tokenizer):
+    blocks = cut_blocks(tokenizer, sentences(3000), 64, joined=False)
+    rows = np.arange(len(blocks.spans))
+    masked = mask_blocks(blocks, rows, np.random.default_rng(0), **SETTINGS)
+    firsts = masked.rows.starts[:-1]
+    assert not np.isin(masked.positions, firsts).any()
+    original = np.concatenate([blocks.ids[a:b] for a, b in blocks.spans])
+    assert np.array_equal(original[masked.positions], masked.targets) and 1 not in masked.targets
+    assert not np.delete(masked.rows.ids != original, masked.positions).any()
+    count, now = len(masked.positions), masked.rows.ids[masked.positions]
+    eligible = len(original) - len(np.union1d(firsts, np.flatnonzero(original == 1)))
+
+    def within(share, expected, size):
+        return abs(share - expected) < 5 * (expected * (1 - expected) / size) ** 0.5
+
+    assert within(count / eligible, 0.3, eligible)
+    assert within((now == masked.targets).mean(), 0.1 + 0.1 / 420, count)
+    assert within((now == 7).mean(), 0.8, count)
+    everything = mask_blocks(blocks, rows, np.random.default_rng(0), **{**SETTINGS, "all_mask": True})
+    assert (everything.rows.ids[everything.positions] == 7).all()
+
+
+def test_at_least_one_token_is_masked(tokenizer):
+    blocks = cut_blocks(tokenizer, ["stone river"], 64, joined=False)
+    few = {**SETTINGS, "probability": 1e-12}
+    assert len(mask_blocks(blocks, np.array([0]), np.random.default_rng(0), **few).positions) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_is_hugging_faces_on_the_same_labels(tied, tmp_path):
+    """Its shift reads token i at i - 1; segment by segment, so that no state predicts another text's start."""
+    from tiny_models import tiny_model
+
+    (tmp_path / "base").mkdir()
+    tiny_tokenizer(tmp_path / "base")
+    tiny_model(tmp_path / "base", causal_lm=True, num_hidden_layers=2, tie_word_embeddings=tied)
+    objective = objective_for(tmp_path, lora={"dropout": 0.0}, max_length=12)
+    masked = objective.batch(1)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    theirs.config.is_causal = False
+    theirs.model.config.is_causal = False
+    total, starts = 0.0, masked.rows.starts
+    for start, stop in itertools.pairwise(starts):
+        labels = torch.full((1, stop - start), -100)
+        inside = (masked.positions >= start) & (masked.positions < stop)
+        labels[0, masked.positions[inside] - start] = torch.from_numpy(masked.targets[inside])
+        ids = torch.from_numpy(masked.rows.ids[start:stop].astype(np.int64))[None]
+        if inside.any():
+            with torch.no_grad():
+                total += float(theirs(input_ids=ids, labels=labels).loss) * inside.sum()
+    assert objective.step(1)["loss"] == pytest.approx(total / len(masked.positions), abs=1e-4)
+
+
+def test_head_is_trained_only_where_asked_for(tmp_path):
+    frozen = objective_for(tmp_path)
+    frozen.step(0)
+    assert frozen.parameters() == {} and frozen.head_VD.grad is None
+    trained = objective_for(tmp_path, train_head=True)
+    before = trained.model.decoder.embedding_VD.clone()
+    trained.step(0)
+    assert trained.parameters()["head"].grad.any()
+    assert torch.equal(trained.model.decoder.embedding_VD, before) and not before.requires_grad
+
+
+def test_mask_token_must_be_one_token(tokenizer):
+    assert tokenizer.backend.id_to_token(mask_token_id(tokenizer, "_")) == "_"
+    with pytest.raises(ConfigError, match="mask_token '_ _ _' is"):
+        mask_token_id(tokenizer, "_ _ _")

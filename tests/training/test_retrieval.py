@@ -1,0 +1,113 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from scipy.spatial.distance import cosine
+from sklearn.metrics import ndcg_score
+from tiny_models import tiny_tokenizer
+from training_runs import tiny_base
+from typer.testing import CliRunner
+
+from flashvec.runtime.cli import app
+from flashvec.training.data import DataError
+from flashvec.training.hf_encoder import HfEncoder
+from flashvec.training.retrieval import ndcg, read_collection, retrieval_score
+
+SMART = {
+    "x.ALL": ".I 1\n.T\nThe river\n.A\nSomebody\n.W\nflows to\nthe sea.\n.X\n1\t2\n.I 2\n.T\nStones\n.W\nlie still.\n",
+    "x.QRY": ".I 1\n.W\nWhat flows?\n.I 2\n.W\nWhat lies?\n",
+    "x.REL": "     1      1 0 0.0\n     2      2 0 0.0\n",
+}
+
+
+def write_smart(folder):
+    for name, text in SMART.items():
+        (folder / name).write_text(text)
+    return folder / "x.ALL"
+
+
+def write_beir(folder):
+    (folder / "qrels").mkdir(parents=True)
+    documents = [{"_id": "d1", "title": "River", "text": "to the sea"}, {"_id": "d2", "title": "", "text": "stones"}]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "water"}) + "\n")
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n")
+    return folder
+
+
+def test_reads_both_forms(tmp_path):
+    smart = read_collection(write_smart(tmp_path))
+    assert smart.documents == {"1": "The river flows to the sea.", "2": "Stones lie still."}
+    assert smart.queries == {"1": "What flows?", "2": "What lies?"} and smart.relevance["2"] == {"2": 1.0}
+    beir = read_collection(write_beir(tmp_path / "beir"))
+    assert beir.documents == {"d1": "River to the sea", "d2": "stones"} and beir.relevance == {"q1": {"d1": 2, "d2": 0}}
+
+
+def test_ndcg_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        gains, scores = rng.integers(0, 4, 30).astype(float), rng.normal(size=30)
+        gains[0] = 1.0
+        ranked = gains[np.argsort(-scores)]
+        assert ndcg(ranked[:10], gains, 10) == pytest.approx(ndcg_score([gains], [scores], k=10))
+
+
+def test_score_of_a_known_ranking(tmp_path):
+    collection = read_collection(write_smart(tmp_path))
+    table = {
+        "The river flows to the sea.": [1, 0],
+        "Stones lie still.": [0, 1],
+        "What flows?": [2, 1],
+        "What lies?": [3, 1],
+    }
+    embed = lambda texts: np.array([table[t] for t in texts], float)  # noqa: E731
+    found = retrieval_score(embed, embed, collection)
+    assert found["ndcg@10"] == pytest.approx(100 * (1 + 1 / np.log2(3)) / 2, abs=1e-3)
+    assert (found["recall@100"], found["queries"], found["documents"]) == (100, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("queries.jsonl", "{", "queries.jsonl line 1: expected a JSON object"),
+        ("corpus.jsonl", '{"text": "x"}\n', "corpus.jsonl line 1: _id is missing"),
+        ("qrels/test.tsv", "q1\td1\tmuch\n", "test.tsv line 1: expected query, document and score"),
+        ("qrels/test.tsv", "q9\td1\t1\n", "1 queries that are not there, q9"),
+        ("qrels/test.tsv", "q1\td1\t0\n", "no query has a relevant document"),
+    ],
+)
+def test_bad_files_are_named(name, text, named, tmp_path):
+    folder = write_beir(tmp_path / "beir")
+    (folder / name).write_text(text)
+    with pytest.raises(DataError, match=named):
+        read_collection(folder)
+    with pytest.raises(DataError, match=r"give a BEIR folder"):
+        read_collection(folder / "corpus.jsonl")
+
+
+def test_command_runs_ours_and_hugging_faces_encoders(tmp_path):
+    write_smart(tmp_path)
+    tiny_base(tmp_path / "base")
+    bert = transformers.BertConfig(
+        vocab_size=420, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(bert).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer(tmp_path / "bert")
+    for model, more in (("base", []), ("bert", ["--backend", "hf"])):
+        command = ["evaluate", "retrieval", str(tmp_path / model), str(tmp_path / "x.ALL"), "--json", *more]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert 0 < json.loads(result.stdout)["ndcg@10"] <= 100
+    result = CliRunner().invoke(app, ["evaluate", "retrieval", "x", str(tmp_path / "x.ALL"), "--backend", "onnx"])
+    assert "known are flashvec and hf" in str(result.exception)
+
+
+def test_hugging_face_vectors_do_not_depend_on_padding(tmp_path):
+    tiny_base(tmp_path / "base")
+    encoder = HfEncoder(str(tmp_path / "base"))
+    texts = ["a river", "stones " * 9, "x"]
+    for text, vector in zip(texts, encoder.embed(texts), strict=True):
+        assert cosine(vector, encoder.embed([text])[0]) < 1e-5

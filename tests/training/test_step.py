@@ -1,0 +1,184 @@
+"""One gradient, however it is made: in one piece, in micro-batches of any split and order, kept, recomputed, spread."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from training_runs import config_for, tiny_base, write_pairs
+
+from flashvec.kernels import backend
+from flashvec.training.contrastive import Contrastive
+from flashvec.training.distributed import World
+from flashvec.training.encode import Rates, encode, micro_batches
+from flashvec.training.memory import graph_bytes
+from flashvec.training.model import load_model
+from flashvec.training.run import OBJECTIVES
+from flashvec.training.step import Retention, backward_through
+
+TOLERANCE = 1e-6  # relative error of a gradient, fp32: sums in another order, nothing else
+
+
+def objective_for(name, tmp_path, **values):
+    config = config_for(name, tmp_path, **{"dtype": "float32", "batch_size": 6, **values})
+    model = load_model(config, wants_head=name == "mntp")
+    generator = torch.Generator().manual_seed(5)
+    for _, _, b in model.trainable.lora.matrices():  # with B zero A had no gradient
+        b.copy_(torch.randn(b.shape, generator=generator) * 0.05)
+    return OBJECTIVES[type(config)](model, config, World())
+
+
+def gradient_of(objective, step=3):
+    for x in objective.model.trainable.parameters().values():
+        x.grad = None
+    found = objective.step(step)
+    return found["loss"], torch.cat([x.grad.flatten() for x in objective.model.trainable.parameters().values()])
+
+
+def assert_same(got, want):
+    assert abs(got[0] - want[0]) <= 1e-6 * max(1.0, abs(want[0]))
+    assert want[1].any() and relative(got[1], want[1]) <= TOLERANCE
+
+
+def relative(got, want):
+    """Length of the difference over length."""
+    return float((got - want).norm() / want.norm())
+
+
+WAYS = {
+    "one piece": {"micro_batch_tokens": 10_000, "activation_gib": 1.0},
+    "all kept": {"micro_batch_tokens": 50, "activation_gib": 1.0},
+    "none kept": {"micro_batch_tokens": 50, "activation_gib": 0.0},
+    "some kept": {"micro_batch_tokens": 50, "activation_gib": 0.0007},
+    "other split": {"micro_batch_tokens": 33, "activation_gib": 0.0},
+    "recomputed": {"micro_batch_tokens": 50, "activation_gib": 1.0, "recompute": True},
+    "recomputed, none kept": {"micro_batch_tokens": 50, "activation_gib": 0.0, "recompute": True},
+}
+
+
+@pytest.mark.parametrize("name", ["views", "hard negatives", "mntp", "distill"])
+def test_every_way_gives_the_same_gradient_with_dropout_on(name, tmp_path):
+    values = {}
+    if name == "hard negatives":
+        values = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "attention_dropout": 0.2}
+    kind = {"views": "contrastive", "hard negatives": "contrastive"}.get(name, name)
+    want = None
+    for way, loop in WAYS.items():
+        objective = objective_for(kind, tmp_path, loop=loop, **values)
+        got = gradient_of(objective)
+        assert_same(got, want := want or got)
+        if way == "some kept" and kind == "contrastive":
+            rows = objective.batch(3).rows
+            packs = micro_batches(rows.lengths, 50, torch.device("cpu"))
+            kept = objective.retention.num_kept(objective.model, None, packs, rows.lengths)
+            assert 0 < kept < len(packs)
+
+
+def test_dropout_is_really_on_and_differs_between_steps_and_views(tmp_path):
+    objective = objective_for("contrastive", tmp_path)
+    columns = objective.batch(0)
+    training = [objective.rates.training(objective.model.trainable.training(), step) for step in (0, 0, 1)]
+    n = columns.num_queries
+    with torch.no_grad():
+        first, again, later = (encode(objective.model, columns.rows, range(2 * n), t) for t in training)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert np.array_equal(columns.ids[:n], columns.ids[n:])  # two views of the same texts
+    assert (first[:n] - first[n:]).abs().amax(1).gt(1e-4).all()
+
+
+def test_other_masks_give_another_gradient(tmp_path):
+    """The tests of equal gradients would hold, too, if nothing were dropped."""
+    objective = objective_for("contrastive", tmp_path)
+    _, want = gradient_of(objective)
+    objective.rates = Rates(0.2, 0.1, seed=7)
+    assert relative(gradient_of(objective)[1], want) > 0.1
+
+
+def test_order_of_packs_and_rows_does_not_matter(tmp_path):
+    objective = objective_for("contrastive", tmp_path, temperature=0.5)
+    columns = objective.batch(1)
+    model, count = objective.model, len(columns.rows.lengths)
+    training = objective.rates.training(model.trainable.training(), 1)
+
+    def run(packs, kept):
+        for x in model.trainable.parameters().values():
+            x.grad = None
+        loss, _ = backward_through(
+            lambda own: encode(model, columns.rows.take(own), own, training),
+            packs,
+            count,
+            lambda vectors: objective.loss(vectors, columns),
+            num_kept=kept,
+        )
+        return float(loss), torch.cat([x.grad.flatten() for x in model.trainable.parameters().values()])
+
+    order = np.random.default_rng(0).permutation(count)
+    want = run([np.arange(count)], 1)
+    assert_same(run([order[:5], order[5:6], order[6:]], 2), want)
+    assert_same(run([order[8:], order[:8]], 0), want)
+
+
+def test_kernels_interpreted_give_the_references_gradient(tmp_path):
+    objective = objective_for("contrastive", tmp_path, batch_size=2, max_length=8, loop={"micro_batch_tokens": 10_000})
+    want = gradient_of(objective)
+    before = backend.launches.copy()
+    with backend.interpreted():
+        got = gradient_of(objective)
+    assert abs(got[0] - want[0]) <= 1e-5
+    assert relative(got[1], want[1]) <= 1e-5
+    assert {"_attention_bwd_dkv_kernel", "_low_rank_reduce_kernel", "_info_nce_bwd_kernel"} <= set(
+        backend.launches - before
+    )
+
+
+def test_recomputation_keeps_a_fraction(tmp_path):
+    sizes = []
+    for recompute in (False, True):
+        objective = objective_for("contrastive", tmp_path)
+        rows, model = objective.batch(0).rows, objective.model
+        training = objective.rates.training(model.trainable.training(), 0, recompute)
+        known = [*model.weights(), *model.trainable.parameters().values()]
+        everyone = np.arange(len(rows.lengths))
+        sizes.append(graph_bytes(partial(encode, model, rows, everyone, training), known))
+    assert 0 < sizes[1] < 0.3 * sizes[0]
+
+
+def test_what_a_graph_holds_is_what_backward_reads(tmp_path):
+    """Of a layer and token: five rows of the stream's width, q, k, v, and q, k rotated, gate, up, product."""
+    tiny_base(tmp_path / "base", num_hidden_layers=6)  # so many that what pooling holds hardly counts
+    objective = objective_for("contrastive", tmp_path)
+    rows, model = objective.batch(0).rows, objective.model
+    training = objective.rates.training(model.trainable.training(), 0)
+    known = [*model.weights(), *model.trainable.parameters().values()]
+    everyone = np.arange(len(rows.lengths))
+    held = graph_bytes(partial(encode, model, rows, everyone, training), known) / 4 / len(rows.ids)
+    spec, rank = model.decoder.spec, objective.config.lora.r
+    heads = (2 * spec.num_heads + 3 * spec.num_kv_heads) * spec.head_size
+    layer = 5 * spec.hidden_size + heads + 3 * spec.mlp_size + 7 * rank + 2 * 7  # 7 updates: x Aᵀ, and masks' keys
+    assert held == pytest.approx(spec.num_layers * layer, rel=0.15)
+
+
+def test_retention_fills_its_budget():
+    class Fake:
+        decoder = type("D", (), {"device": torch.device("cpu")})()
+        trainable = type("T", (), {"parameters": lambda self: {}})()
+
+        def weights(self):
+            return []
+
+    leaf = torch.ones(1, 1 << 18, requires_grad=True)
+    packs = [np.arange(4), np.arange(4, 6), np.array([6])]
+    lengths = np.full(7, 1)
+    retention = Retention(3.5 / 1024)
+    assert retention.num_kept(Fake(), lambda own: (leaf * 2).exp() * len(own), packs, lengths) == 2  # 1 MiB a token
+    assert Retention(1.0).num_kept(Fake(), lambda own: (leaf * 2).exp() * len(own), packs, lengths) == 3
+    assert Retention(0.0).num_kept(Fake(), lambda own: (leaf * 2).exp() * len(own), packs, lengths) == 0
+
+
+def test_columns_without_a_gradient_are_refused(tmp_path):
+    objective = objective_for("contrastive", tmp_path)
+    assert isinstance(objective, Contrastive)
+    objective.loss = lambda vectors, columns: vectors[: columns.num_queries].square().sum()
+    with pytest.raises(ValueError, match="positives got no gradient"):
+        objective.step(0)

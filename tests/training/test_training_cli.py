@@ -1,0 +1,74 @@
+import json
+
+import pytest
+import yaml
+from training_runs import config_for, write_pairs
+from typer.testing import CliRunner
+
+from flashvec.runtime.cli import app
+from flashvec.training.cli import evaluate_app, train_app
+from flashvec.training.config import MntpConfig, read_config, to_yaml
+from flashvec.training.progress import TrainingBar
+
+runner = CliRunner()
+
+
+def written(objective, tmp_path, **values):
+    """A configuration file of a short run, without what is its default anyway."""
+    path = tmp_path / f"{objective}.yaml"
+    path.write_text(to_yaml(config_for(objective, tmp_path, **values)))
+    return str(path)
+
+
+@pytest.mark.parametrize("objective", ["mntp", "contrastive", "distill"])
+def test_trains_and_evaluates(objective, tmp_path):
+    run = written(objective, tmp_path, loop={"steps": 2})
+    result = runner.invoke(app, ["train", objective, run, "loop.steps=3", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["step"] == 3
+    (tmp_path / "dev.tsv").write_text("score\tsentence1\tsentence2\n1\ta\tb\n3\tb\tc\n2\ta\ta\n")
+    result = runner.invoke(app, ["evaluate", "sts", str(tmp_path / "out"), str(tmp_path / "dev.tsv"), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["pairs"] == 3
+    result = runner.invoke(app, ["evaluate", "sts", str(tmp_path / "out"), str(tmp_path / "dev.tsv")])
+    assert "Spearman" in result.stdout
+
+
+def test_prints_its_settings_and_does_nothing_else(tmp_path):
+    result = runner.invoke(train_app, ["mntp", written("mntp", tmp_path), "lora.r=2", "--print-config"])
+    (tmp_path / "printed.yaml").write_text(result.stdout)
+    assert read_config(MntpConfig, tmp_path / "printed.yaml").lora.r == 2
+    assert yaml.safe_load(result.stdout)["optimizer"]["clip"] == 1.0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_users_mistake_is_an_error_that_names_the_key(tmp_path):
+    result = runner.invoke(app, ["train", "mntp", written("mntp", tmp_path), "lora.q=2"])
+    assert result.exit_code == 1 and "lora.q is unknown" in str(result.exception)
+    assert runner.invoke(evaluate_app, ["sts"]).exit_code == 2
+
+
+def test_every_command_shows_an_example():
+    for group, command in (("train", "mntp"), ("train", "contrastive"), ("train", "distill"), ("evaluate", "sts")):
+        result = runner.invoke(app, [group, command, "--help"])
+        assert result.exit_code == 0 and "Example" in result.stdout
+
+
+def test_evaluation_while_training_is_logged(tmp_path):
+    write_pairs(tmp_path / "dev.jsonl", scored=True, negatives=0)
+    lines = (tmp_path / "dev.jsonl").read_text().replace("query", "sentence1").replace("positive", "sentence2")
+    (tmp_path / "dev.jsonl").write_text(lines)
+    run = written("mntp", tmp_path, sts=str(tmp_path / "dev.jsonl"), loop={"steps": 4, "evaluate_every": 2})
+    assert runner.invoke(app, ["train", "mntp", run]).exit_code == 0
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "sts" in line] == [2, 4]
+
+
+def test_progress_line(capsys):
+    line = {"loss": 1.0, "tokens_per_s": 10.0, "memory_gib": 1.0, "sts": 50.0}
+    with TrainingBar(2, 0, True) as bar:
+        bar.advance(line)
+        bar.advance(line)
+    assert "2/2" in capsys.readouterr().err
+    with TrainingBar(2, 0, False) as bar:
+        bar.advance(line)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,116 @@
+"""PEFT adapters in and out: what `Lora` holds as adapter_model.safetensors and adapter_config.json.
+
+A trained folder also carries config.json, llm2vec_config.json and the tokenizer, so that `Encoder.load(folder)` finds
+direction, pooling and base by itself. PEFT reads the two adapter files and passes over the rest.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE
+from flashvec.runtime.checkpoint.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
+from flashvec.runtime.checkpoint.source import CheckpointError
+from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.tokenize import Tokenizer
+from flashvec.training.lora import Lora
+
+POOLING_NAMES = {"mean": "mean", "weighted_mean": "weighted_mean", "last": "last_token", "cls": "bos_token"}
+PREFIXES = {"headless": "base_model.model.", "causal_lm": "base_model.model.model."}
+
+
+def write_adapter(
+    folder: Path, lora: Lora, base_name: str | None, wrapped: Literal["headless", "causal_lm"] = "headless"
+) -> None:
+    """Write adapter_model.safetensors (fp32) and adapter_config.json.
+
+    Args:
+        folder: where to; made if it is not there.
+        base_name: the base's id or path, for whoever loads the adapter alone.
+        wrapped: which of Hugging Face's classes PEFT will put it on: its keys carry one more `model.` for the class
+            with a language-model head. `Encoder.load` takes both.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, a_RC, b_nR in lora.matrices():
+        for letter, x in (("A", a_RC), ("B", b_nR)):
+            tensors[f"{PREFIXES[wrapped]}{name}.lora_{letter}.weight"] = x.float().cpu().contiguous().clone()
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_name,
+        "r": lora.config.r,
+        "lora_alpha": lora.config.alpha,
+        "lora_dropout": lora.config.dropout,
+        "target_modules": sorted(lora.config.targets),
+        "use_rslora": lora.config.rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    _write_json(folder / CONFIG_FILE, config)
+
+
+def read_adapter(folder: Path, lora: Lora) -> None:
+    """Fill `lora` from an adapter folder, either key prefix.
+
+    Raises:
+        CheckpointError: another rank, scaling or set of targets, a tensor that is missing or fits nowhere.
+    """
+    config = read_adapter_config(folder)
+    for key, mine in (("r", lora.config.r), ("lora_alpha", lora.config.alpha), ("use_rslora", lora.config.rslora)):
+        if (config.get(key) or 0) != mine:
+            ours = "lora." + key.removeprefix("lora_").removeprefix("use_")
+            raise CheckpointError(f"{folder.name}/{CONFIG_FILE}: {key} is {config.get(key)!r}; set {ours} to it")
+    for key in ("rank_pattern", "alpha_pattern", "use_dora"):
+        if config.get(key):
+            raise CheckpointError(f"{folder.name}/{CONFIG_FILE}: {key} is set; merge it (adapters:) to go on from it")
+    source = SafetensorsSource.from_file(folder / WEIGHTS_FILE)
+    try:
+        stored = {key.removeprefix("base_model.model.").removeprefix("model."): key for key in source.names()}
+        for name, a_RC, b_nR in lora.matrices():
+            for letter, x in (("A", a_RC), ("B", b_nR)):
+                key = stored.pop(f"{name}.lora_{letter}.weight", "")
+                if not key:
+                    raise CheckpointError(f"{folder.name}/{WEIGHTS_FILE}: has no {name}.lora_{letter}: other targets")
+                if source.shape(key) != tuple(x.shape):
+                    raise CheckpointError(
+                        f"{folder.name}/{WEIGHTS_FILE}: {key} has shape {source.shape(key)}, the base asks for "
+                        f"{tuple(x.shape)}: the adapter is for another model"
+                    )
+                with torch.no_grad():
+                    x.copy_(source.read(key))
+        if stored:
+            raise CheckpointError(f"{folder.name}/{WEIGHTS_FILE}: {sorted(stored)[0]} fits nowhere in the base")
+    finally:
+        source.close()
+
+
+def write_surroundings(folder: Path, spec: ModelSpec, config: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
+    """What makes an adapter folder one that `Encoder.load` opens by itself: config.json, pooling, tokenizer.
+
+    Args:
+        config: the base's config.json; None for a base that has none (GGUF): such an adapter is named as
+            `Encoder.load(base, adapters=[folder])`.
+    """
+    if config is not None:
+        _write_json(folder / "config.json", config)
+    if len(spec.pooling) == 1 and spec.pooling[0] in POOLING_NAMES:
+        settings = {
+            "pooling_mode": POOLING_NAMES[spec.pooling[0]],
+            "max_length": spec.max_length,
+            "skip_instruction": spec.span != "prompt_tokens",
+        }
+        _write_json(folder / SETTINGS_FILE, settings)
+    tokenizer.save(folder)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

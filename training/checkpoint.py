@@ -1,0 +1,167 @@
+"""Checkpoints of a run: whole or not there, checked before they are believed, exact enough to go on bit for bit.
+
+    <output>/checkpoint-00000200/    parameters.safetensors, optimizer.safetensors, state.json
+
+state.json comes last and holds the digests of the other two. A folder is written under another name and renamed; one
+that is damaged is passed over for the one before it, with a notice.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+PREFIX = "checkpoint-"
+STATE_FILE = "state.json"
+TENSOR_FILES = ("parameters.safetensors", "optimizer.safetensors")
+
+logger = logging.getLogger("flashvec")
+
+
+class ResumeError(ValueError):
+    """A run that cannot be resumed; says why and what to do."""
+
+
+def save_checkpoint(
+    output: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
+    keep: int,
+) -> Path:
+    """Write one checkpoint and remove all but the last `keep`.
+
+    Raises:
+        OSError: the disk is full or not writable; earlier checkpoints are as they were.
+    """
+    target = output / f"{PREFIX}{step:08d}"
+    partial = output / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        contents = {
+            TENSOR_FILES[0]: {name: x.detach().cpu().contiguous().clone() for name, x in parameters.items()},
+            TENSOR_FILES[1]: optimizer_tensors(parameters, optimizer),
+        }
+        for name, tensors in contents.items():
+            save_file(tensors, partial / name)
+        digests = {name: _digest(partial / name) for name in TENSOR_FILES}
+        state = {"step": step, "fingerprint": fingerprint, "digests": digests, "torch": torch.__version__}
+        (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        for path in partial.iterdir():
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _sync(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in checkpoints(output)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(p for p in output.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit())
+
+
+def load_checkpoint(
+    output: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
+) -> int:
+    """Go on from the newest whole checkpoint: fills parameters and optimiser.
+
+    Returns:
+        Steps already done; 0 where there is no checkpoint.
+
+    Raises:
+        ResumeError: it belongs to a run with other settings, or all are damaged.
+    """
+    found = checkpoints(output)
+    for folder in reversed(found):
+        try:
+            state, tensors, moments = _read(folder)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            logger.warning("%s is damaged (%s); going back to the one before it", folder.name, error)
+            continue
+        if state["fingerprint"] != fingerprint:
+            raise ResumeError(
+                f"{folder.name} was written with other settings (or other files): give the run another output, or the "
+                "settings it had"
+            )
+        if tensors.keys() != parameters.keys():
+            raise ResumeError(f"{folder.name} holds other parameters: give the run another output")
+        with torch.no_grad():
+            for name, x in parameters.items():
+                x.copy_(tensors[name])
+        _give_optimizer(parameters, optimizer, moments)
+        return int(state["step"])
+    if found:
+        raise ResumeError(f"all {len(found)} checkpoints are damaged: remove them to start again")
+    return 0
+
+
+def average_parameters(output: Path, parameters: Mapping[str, Tensor], count: int) -> int:
+    """Fill parameters with the mean of the last `count` checkpoints that are whole; returns how many there were."""
+    found: list[dict[str, Tensor]] = []
+    for folder in reversed(checkpoints(output)):
+        if len(found) == count:
+            break
+        try:
+            found.append(_read(folder)[1])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            logger.warning("%s is damaged (%s) and is left out of the mean", folder.name, error)
+    with torch.no_grad():
+        for name, x in parameters.items():
+            if found:
+                x.copy_(torch.stack([tensors[name] for tensors in found]).mean(0))
+    return len(found)
+
+
+def optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter name: its moments and its count of steps."""
+    return {
+        f"{name}/{key}": value.detach().cpu().clone().reshape(value.shape)
+        for name, x in parameters.items()
+        for key, value in optimizer.state.get(x, {}).items()
+    }
+
+
+def _give_optimizer(
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
+) -> None:
+    for key, value in moments.items():
+        name, _, part = key.rpartition("/")
+        x = parameters[name]
+        optimizer.state[x][part] = value.clone() if part == "step" else value.to(x.device)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    for name in TENSOR_FILES:
+        if _digest(folder / name) != state["digests"][name]:
+            raise ValueError(f"{name} is not what was written")
+    return state, load_file(folder / TENSOR_FILES[0]), load_file(folder / TENSOR_FILES[1])
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

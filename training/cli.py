@@ -1,0 +1,188 @@
+"""`flashvec train` and `flashvec evaluate`: the command line of training."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+train_app = typer.Typer(help="Train an encoder: mntp, contrastive or distill.", no_args_is_help=True)
+evaluate_app = typer.Typer(help="Measure an encoder on files.", no_args_is_help=True)
+stdout = Console()
+
+Config = Annotated[Path, typer.Argument(help="YAML or JSON file of settings.", show_default=False)]
+Settings = Annotated[list[str] | None, typer.Argument(help="key=value, over the file's; lora.r=8", show_default=False)]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show all settings and stop.")]
+Backend = Annotated[str, typer.Option(help="flashvec, or hf: Hugging Face's own model, for any encoder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _train(name: str, config: Path, settings: list[str] | None, print_config: bool, as_json: bool) -> None:
+    from flashvec.training import config as configs
+    from flashvec.training.loop import TrainingStopped
+    from flashvec.training.run import run_training
+
+    cls: Any = getattr(configs, name)
+    read = configs.read_config(cls, config, settings or ())
+    if print_config:
+        print(configs.to_yaml(read), end="")
+        return
+    try:
+        last = run_training(read, show=False if as_json else None)
+    except TrainingStopped as error:
+        raise ValueError(str(error)) from error
+    if as_json:
+        print(json.dumps({"output": read.output, **last}))
+    elif last:
+        stdout.print(f"step {last['step']}, loss {last['loss']:.4f}: {read.output}", highlight=False)
+
+
+@train_app.command()
+def mntp(config: Config, settings: Settings = None, print_config: PrintConfig = False, as_json: Json = False) -> None:
+    """Masked next token prediction: a decoder learns to look both ways.
+
+    Example: `flashvec train mntp mntp.yaml texts=[wiki.txt] loop.steps=200`
+    """
+    _train("MntpConfig", config, settings, print_config, as_json)
+
+
+@train_app.command()
+def contrastive(
+    config: Config, settings: Settings = None, print_config: PrintConfig = False, as_json: Json = False
+) -> None:
+    """Contrastive learning: SimCSE on texts alone, or pairs with hard negatives or scores.
+
+    Example: `flashvec train contrastive simcse.yaml batch_size=64`
+    """
+    _train("ContrastiveConfig", config, settings, print_config, as_json)
+
+
+@train_app.command()
+def distill(
+    config: Config, settings: Settings = None, print_config: PrintConfig = False, as_json: Json = False
+) -> None:
+    """Self-distillation: the model's own one-word answers teach its mean of all tokens.
+
+    Example: `flashvec train distill distill.yaml texts=[wiki.txt]`
+    """
+    _train("DistillConfig", config, settings, print_config, as_json)
+
+
+def _embedder(model: str, backend: str, choices: dict[str, Any]) -> Any:
+    """Texts and an instruction to vectors, by this package or by the model's own."""
+    if backend == "flashvec":
+        from flashvec.runtime.encoder import Encoder
+
+        encoder = Encoder.load(model, **choices)
+        return lambda texts, instruction: encoder.embed(list(texts), instruction=instruction)
+    if backend != "hf":
+        raise ValueError(f"backend is {backend!r}; known are flashvec and hf")
+    given = [name for name, value in choices.items() if value]
+    if given:
+        raise ValueError(f"backend hf runs a model as it is, without {', '.join(given)}")
+    from flashvec.training.hf_encoder import HfEncoder
+
+    return HfEncoder(model).embed
+
+
+@evaluate_app.command()
+def sts(
+    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
+    pairs: Annotated[Path, typer.Argument(help="Scored pairs: .csv, .tsv, .txt or .jsonl.", show_default=False)],
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
+    attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")] = None,
+    layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Before each text, or around its {text}.")] = None,
+    backend: Backend = "flashvec",
+    as_json: Json = False,
+) -> None:
+    """Correlation of cosines with people's scores of sentence pairs, times 100.
+
+    Example: `flashvec evaluate sts ./my-encoder sts-dev.csv`
+    """
+    from flashvec.training.evaluate import read_scored_pairs, sts_score
+
+    read = read_scored_pairs(pairs)
+    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
+    embed = _embedder(model, backend, choices)
+    found = sts_score(lambda texts: embed(texts, instruction), read)
+    if as_json:
+        print(json.dumps({"model": model, "file": pairs.name, **found}))
+        return
+    facts = f"Spearman {found['spearman']:.2f}, Pearson {found['pearson']:.2f}"
+    stdout.print(f"{pairs.name}: {facts} over {found['pairs']} pairs", highlight=False)
+
+
+@evaluate_app.command()
+def retrieval(
+    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
+    collection: Annotated[
+        Path, typer.Argument(help="BEIR folder, or a SMART collection's .ALL file.", show_default=False)
+    ],
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
+    attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")] = None,
+    layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Before each query.")] = None,
+    backend: Backend = "flashvec",
+    as_json: Json = False,
+) -> None:
+    """Search a judged collection by cosine: nDCG@10 and recall@100, times 100.
+
+    Example: `flashvec evaluate retrieval ./my-encoder ./scifact --instruction "Query: "`
+    """
+    from flashvec.training.retrieval import read_collection, retrieval_score
+
+    read = read_collection(collection)
+    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
+    embed = _embedder(model, backend, choices)
+    found = retrieval_score(lambda texts: embed(texts, instruction), lambda texts: embed(texts, None), read)
+    if as_json:
+        print(json.dumps({"model": model, "collection": collection.name, **found}))
+        return
+    facts = f"nDCG@10 {found['ndcg@10']:.2f}, recall@100 {found['recall@100']:.2f}"
+    stdout.print(f"{collection.name}: {facts} over {found['queries']} queries", highlight=False)
+
+
+def mine(
+    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
+    pairs: Annotated[Path, typer.Argument(help=".jsonl file of queries and positives.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help=".jsonl file to write.", show_default=False)],
+    corpus: Annotated[Path | None, typer.Option(help="Texts to choose from; default the positives.")] = None,
+    negatives: Annotated[int, typer.Option(help="For each query.", min=1)] = 4,
+    share: Annotated[float, typer.Option(help="Of the positive's cosine; closer candidates are left out.")] = 0.95,
+    margin: Annotated[float | None, typer.Option(help="Leave out what is closer to the positive's cosine.")] = None,
+    skip: Annotated[int, typer.Option(help="Closest candidates to pass over.", min=0)] = 0,
+    instruction: Annotated[str | None, typer.Option(help="Before each query.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find hard negatives: texts close to a query that are not its answer.
+
+    Example: `flashvec mine ./my-encoder pairs.jsonl triples.jsonl --negatives 7`
+    """
+    from flashvec.runtime.encoder import Encoder
+    from flashvec.training.data import read_pairs, read_texts
+    from flashvec.training.mine import mine as mine_pairs
+    from flashvec.training.mine import write_pairs
+
+    read = read_pairs([str(pairs)])
+    texts = [] if corpus is None else read_texts([str(corpus)], "corpus")
+    encoder = Encoder.load(model)
+    found = mine_pairs(
+        encoder,
+        read,
+        corpus=texts,
+        num_negatives=negatives,
+        share=share,
+        margin=margin,
+        skip=skip,
+        instruction=instruction,
+    )
+    write_pairs(out, found)
+    counts = {"pairs": len(found), "negatives": sum(len(pair.negatives) for pair in found)}
+    if as_json:
+        print(json.dumps({"out": str(out), **counts}))
+        return
+    stdout.print(f"{out}: {counts['negatives']} negatives for {counts['pairs']} pairs", highlight=False)

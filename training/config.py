@@ -1,0 +1,320 @@
+"""What a training run is: one tree of frozen settings for each objective, read from YAML or JSON, every key checked.
+
+    model: smollm2-encoder
+    output: out/mntp
+    texts: [wiki.txt]
+    lora: {r: 32}
+    optimizer: {learning_rate: 3e-4}
+
+A key on the command line overrides the file's: `lora.r=8`. Unknown keys, values of a wrong type and values out of range
+are errors that name the key. The reference's own train_configs are recognised and translated (`reference_config.py`).
+"""
+
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+MAX_CONFIG_BYTES = 1 << 20
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A training configuration that cannot be followed; names the key and the cure."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates of the decoder's products; `alpha / r` scales them (`alpha / sqrt(r)` with `rslora`)."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = PROJECTIONS
+    rslora: bool = False
+    start: str | None = None  # an adapter folder to go on from, instead of zero updates
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and clipping."""
+
+    learning_rate: float = 5e-5
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 0
+    decay_steps: int | None = None  # where the schedule reaches zero; default `loop.steps`
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Steps, their micro-batches, and what is written when."""
+
+    steps: int = 1000
+    seed: int = 42
+    micro_batch_tokens: int | None = None  # tokens run together; default 2,048 on a CPU, 16,384 on a GPU
+    recompute: bool = False  # layers' activations are made again in the backward instead of being kept
+    activation_gib: float | None = None  # for graphs of micro-batches that are kept; default half of what is free
+    log_every: int = 10
+    save_every: int = 200
+    keep_checkpoints: int = 2
+    average_checkpoints: int = 1  # the result is the mean of the last so many
+    evaluate_every: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What all objectives share."""
+
+    model: str
+    output: str
+    adapters: tuple[str, ...] = ()  # merged into the base before training
+    base_name: str | None = None  # the base's id or path as the adapter shall name it; default `model`
+    train: Literal["lora", "body"] = "lora"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    pooling: str | None = None
+    max_length: int = 512
+    sts: str | None = None  # a file of scored pairs, evaluated every `loop.evaluate_every` steps
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MntpConfig(TrainConfig):
+    """Masked next token prediction."""
+
+    texts: tuple[str, ...] = ()  # .txt files of one text a line, .jsonl files with a key "text"
+    batch_size: int = 32  # blocks of up to `max_length` tokens
+    mask_probability: float = 0.2
+    mask_token: str = "_"
+    masking: Literal["bert", "all"] = "bert"  # 80 % mask, 10 % random, 10 % kept; or all mask
+    llm2vec_compat: bool = False  # texts joined and cut into blocks across their boundaries, as the reference does
+    train_head: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig(TrainConfig):
+    """Contrastive learning: of views of one text, or of pairs, triples and scored pairs."""
+
+    texts: tuple[str, ...] = ()  # unsupervised: each text is its own positive
+    pairs: tuple[str, ...] = ()  # supervised: .jsonl files, see `data.py`
+    batch_size: int = 128
+    temperature: float = 0.05
+    attention_dropout: float = 0.0
+    view: Literal["dropout", "crop"] = "dropout"
+    loss: Literal["info_nce", "cosent"] = "info_nce"
+    margin: float | None = None  # candidates closer than the positive by more than this are left out
+    prefixes: tuple[int, ...] = ()  # Matryoshka sizes, ascending
+    instruction: str | None = None  # written before queries (or views)
+    max_length: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    """Self-distillation: the frozen weights, run causally under one-word prompts, teach mean pooling of all tokens."""
+
+    texts: tuple[str, ...] = ()
+    batch_size: int = 64
+    prompts: tuple[str, ...] = (
+        'This sentence : "{text}" means in one word:"',
+        'Summarise the sentence "{text}" in one word:"',
+    )
+    teacher_layers: int | None = None  # default all but two
+    temperature: float = 0.05  # of the rows' softmax, for both sides
+    squared_weight: float = 1.0  # of the squared error of similarities, beside the divergence
+    depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone
+    attention_dropout: float = 0.0
+    max_length: int = 128
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """A configuration file with overrides.
+
+    Args:
+        cls: `MntpConfig`, `ContrastiveConfig` or `DistillConfig`.
+        path: .yaml, .yml or .json.
+        overrides: `key=value`, a nested key with dots, the value in YAML (or JSON).
+
+    Raises:
+        ConfigError: names file and key.
+    """
+    from flashvec.training.reference_config import is_reference, translate
+
+    path = Path(path)
+    values = _read_file(path)
+    if is_reference(values):
+        values = translate(values, cls.__name__, path.name)
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise ConfigError(f"{override!r} is no override: write key=value, such as lora.r=8")
+        _set(values, key.strip(), _parse(text, f"override {key}"), override)
+    return build(cls, values, path.name)
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Settings from plain values, checked.
+
+    Raises:
+        ConfigError: an unknown or missing key, a wrong type, or a value out of range; all name the key.
+    """
+    config = _build(cls, values, where, "")
+    if isinstance(config, TrainConfig):
+        _check(config, where)
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """The whole tree, as `--print-config` shows it and `read_config` takes it back."""
+    return _yaml().safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ConfigError("YAML needs the package pyyaml: pip install 'flashvec[train]', or write JSON") from None
+    return yaml
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path.name}: {path.stat().st_size} bytes, more than a configuration can have")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path.name}: not valid JSON ({error})") from None
+    elif path.suffix in (".yaml", ".yml"):
+        values = _parse(text, path.name)
+    else:
+        raise ConfigError(f"{path.name}: give a .yaml or .json file")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.name}: expected keys and values")
+    return values
+
+
+def _parse(text: str, where: str) -> Any:
+    yaml = _yaml()
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {parent} holds {inner!r}, no keys")
+        values = inner
+    values[last] = value
+
+
+def _build(cls: type[Any], values: Any, where: str, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} is {values!r}; expected keys and values")
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ConfigError(f"{where}: {prefix}{unknown[0]} is unknown; known are {', '.join(prefix + k for k in known)}")
+    made = {}
+    for name in known:
+        if name in values:
+            made[name] = _convert(hints[name], values[name], where, prefix + name)
+    try:
+        return cls(**made)
+    except TypeError as error:  # only a missing key is left
+        missing = ", ".join(part for part in str(error).split("'")[1::2])
+        raise ConfigError(f"{where}: {prefix}{missing} is missing") from None
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    """`value` as the hint wants it: whole numbers pass for floats, "1e-4" (no float in YAML) too, a str for a list."""
+    if is_dataclass(hint):
+        return _build(hint, value, where, key + ".")  # type: ignore[arg-type]
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = (h for h in get_args(hint) if h is not type(None))
+        return _convert(inner, value, where, key)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise ConfigError(f"{where}: {key} is {value!r}; one of {', '.join(map(str, get_args(hint)))}")
+    if origin is tuple:
+        items = [value] if isinstance(value, str | int | float) and not isinstance(value, bool) else value
+        if isinstance(items, list | tuple):
+            return tuple(_convert(get_args(hint)[0], item, where, f"{key}[{i}]") for i, item in enumerate(items))
+        raise ConfigError(f"{where}: {key} is {value!r}; expected a list")
+    if hint is float and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{where}: {key} is {value!r}; expected {hint.__name__}")
+
+
+# --- ranges ---------------------------------------------------------------------------------------------------
+
+
+def _check(config: TrainConfig, where: str) -> None:
+    lora, optimizer, loop = config.lora, config.optimizer, config.loop
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("lora.r", lora.r, 1 <= lora.r <= 128, "1 to 128"),
+        ("lora.alpha", lora.alpha, lora.alpha > 0, "a positive number"),
+        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "0 to 1"),
+        ("lora.targets", lora.targets, 0 < len(lora.targets) == len(set(lora.targets) & set(PROJECTIONS)), "of "
+         + ", ".join(PROJECTIONS)),
+        ("optimizer.learning_rate", optimizer.learning_rate, optimizer.learning_rate > 0, "a positive number"),
+        ("optimizer.warmup_steps", optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
+        ("optimizer.betas", optimizer.betas, len(optimizer.betas) == 2 and all(0 <= b < 1 for b in optimizer.betas),
+         "two numbers from 0 to 1"),
+        ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number"),
+        ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 or more"),
+        ("optimizer.clip", optimizer.clip, optimizer.clip is None or optimizer.clip > 0, "a positive number or null"),
+        ("loop.steps", loop.steps, loop.steps > 0, "1 or more"),
+        ("loop.log_every", loop.log_every, loop.log_every > 0, "1 or more"),
+        ("loop.save_every", loop.save_every, loop.save_every > 0, "1 or more"),
+        ("loop.keep_checkpoints", loop.keep_checkpoints, loop.keep_checkpoints > 0, "1 or more"),
+        ("loop.average_checkpoints", loop.average_checkpoints, 1 <= loop.average_checkpoints <= loop.keep_checkpoints,
+         "1 to loop.keep_checkpoints"),
+        ("max_length", config.max_length, config.max_length > 1, "2 or more"),
+    ]  # fmt: skip
+    for name in ("mask_probability", "attention_dropout", "temperature", "batch_size"):
+        if (value := getattr(config, name, None)) is None:
+            continue
+        least = {"temperature": value > 0, "batch_size": value > 0, "mask_probability": 0 < value <= 1}
+        rules.append((name, value, least.get(name, 0 <= value < 1), "positive, and a rate below 1"))
+    for key, value, holds, expected in rules:
+        if not holds:
+            raise ConfigError(f"{where}: {key} is {value!r}; expected {expected}")

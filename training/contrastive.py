@@ -1,0 +1,178 @@
+"""Contrastive learning: two views of a text, or texts that belong together, against all others of the batch.
+
+All columns of a batch (queries, positives, hard negatives, or both views) are one list of sequences, encoded in one
+packed stream. Two views of a text differ by what is dropped (attention probabilities and the updates' inputs, as in
+SimCSE), because their identities differ; or by which part of the text they see.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashvec.kernels.info_nce import info_nce
+from flashvec.runtime.batches import TokenRows
+from flashvec.training.config import ConfigError, ContrastiveConfig
+from flashvec.training.data import DataError, Pair, SourceBatches, read_pairs, read_texts, text_hash
+from flashvec.training.distributed import World
+from flashvec.training.encode import Rates, encode, micro_batches, token_rows
+from flashvec.training.model import Model
+from flashvec.training.step import Retention, backward_through
+
+LEAST_CROP = 0.5  # share of a text that a crop keeps at least
+
+
+class Columns(NamedTuple):
+    """A batch: all its sequences, the first `num_queries` of them queries, the next as many their positives."""
+
+    rows: TokenRows
+    num_queries: int
+    ids: np.ndarray  # int64: names of the texts, to leave copies of a positive out
+    scores: np.ndarray | None  # float64 [num_queries], of graded pairs
+
+
+class Contrastive:
+    """The objective: `step` leaves gradients of one step in the model's parameters."""
+
+    def __init__(self, model: Model, config: ContrastiveConfig, world: World) -> None:
+        self.model, self.config, self.world = model, config, world
+        if bool(config.texts) == bool(config.pairs):
+            raise ConfigError("give either texts (each its own positive) or pairs")
+        self.pairs = _as_pairs(config)
+        if (config.loss == "cosent") != (self.pairs[0].score is not None):
+            raise ConfigError(f"loss is {config.loss}: scores belong to cosent, pairs without them to info_nce")
+        if config.texts and config.view == "dropout" and not config.attention_dropout and not self._lora_dropout:
+            raise ConfigError("view is dropout, but nothing is dropped: set attention_dropout or lora.dropout")
+        if config.prefixes and config.prefixes[-1] > model.decoder.spec.hidden_size:
+            raise ConfigError(f"prefixes end at {config.prefixes[-1]}, vectors have {model.decoder.spec.hidden_size}")
+        names = [frozenset(text_hash(t) for t in {p.query, p.positive}) for p in self.pairs]
+        sources = np.array([p.source for p in self.pairs])
+        self.batches = SourceBatches(sources, names, config.batch_size, config.loop.seed)
+        self.rates = Rates(config.attention_dropout, self._lora_dropout, config.loop.seed)
+        self.retention = Retention(config.loop.activation_gib)
+
+    @property
+    def _lora_dropout(self) -> float:
+        return self.config.lora.dropout if self.config.train == "lora" else 0.0
+
+    def parameters(self) -> dict[str, Tensor]:
+        """None beside the model's own."""
+        return {}
+
+    def batch(self, step: int) -> Columns:
+        """What a step sees: a function of seed and step alone."""
+        pairs = [self.pairs[row] for row in self.batches.rows(step)]
+        queries = [p.query for p in pairs]
+        documents = [p.positive for p in pairs] + [text for p in pairs for text in p.negatives]
+        texts = queries + documents
+        own = [p.instruction if p.instruction is not None else self.config.instruction or "" for p in pairs]
+        is_view = bool(self.config.texts)
+        # As they will be embedded: queries with their instruction, documents without any.
+        asked = own if any(own) else None
+        columns = token_rows(self.model, queries, asked), token_rows(self.model, documents, asked if is_view else None)
+        rows = joined(*columns)
+        if is_view and self.config.view == "crop":
+            rows = crop(rows, np.random.default_rng([self.config.loop.seed, step, 3]))
+        ids = np.array([text_hash(text) for text in texts], np.int64)
+        scores = None if pairs[0].score is None else np.array([p.score for p in pairs], np.float64)
+        return Columns(rows, len(queries), ids, scores)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Gradients of one step, of this process's share; and the loss of all."""
+        columns, loop, device = self.batch(step), self.config.loop, self.model.decoder.device
+        rows = columns.rows
+        training = self.rates.training(self.model.trainable.training(), step, loop.recompute)
+
+        def vectors_of(own: np.ndarray) -> Tensor:
+            return encode(self.model, rows.take(own), own, training)
+
+        share = self.world.share(rows.lengths)
+        packs = [share[p] for p in micro_batches(rows.lengths[share], loop.micro_batch_tokens, device)]
+        loss, gradient = backward_through(
+            vectors_of,
+            packs,
+            len(rows.lengths),
+            lambda vectors: self.loss(vectors, columns),
+            num_kept=self.retention.num_kept(self.model, vectors_of, packs, rows.lengths),
+            exchange=self.world.sum,
+        )
+        if step == 0:
+            _check_columns(gradient, columns)
+        return {"loss": float(loss), "tokens": int(rows.lengths.sum())}
+
+    def loss(self, vectors: Tensor, columns: Columns) -> Tensor:
+        """The loss of a whole batch's vectors [n, D]."""
+        n, config = columns.num_queries, self.config
+        if columns.scores is not None:
+            return cosent(vectors[:n], vectors[n : 2 * n], columns.scores, config.temperature)
+        loss = info_nce(
+            vectors[:n],
+            vectors[n:],
+            torch.arange(n, device=vectors.device),
+            config.temperature,
+            document_ids_M=torch.from_numpy(columns.ids[n:]).to(vectors.device),
+            margin=config.margin,
+            prefixes=config.prefixes or None,
+        )
+        return loss.mean()
+
+    def seen(self, step: int) -> Iterator[int]:
+        """Hashes of the texts of a step."""
+        for row in self.batches.rows(step):
+            pair = self.pairs[row]
+            yield from (text_hash(text) for text in (pair.query, pair.positive, *pair.negatives))
+
+
+def cosent(left_BD: Tensor, right_BD: Tensor, scores_B: np.ndarray, temperature: float) -> Tensor:
+    """Graded pairs: log(1 + sum over pairs i, j with score i > score j of exp((cos j - cos i) / temperature)).
+
+    Source: CoSENT (Su 2022).
+    """
+    cosines = F.cosine_similarity(left_BD.float(), right_BD.float()) / temperature
+    scores = torch.from_numpy(scores_B).to(cosines.device)
+    differences = cosines[None, :] - cosines[:, None]
+    wanted = differences[scores[:, None] > scores[None, :]]
+    return torch.cat([wanted, wanted.new_zeros(1)]).logsumexp(0)
+
+
+def joined(first: TokenRows, second: TokenRows) -> TokenRows:
+    """The texts of both, in order."""
+    both = zip(
+        (first.ids, first.lengths, first.spans),
+        (second.ids, second.lengths, second.spans),
+        strict=True,
+    )
+    return TokenRows(*(np.concatenate(fields) for fields in both))
+
+
+def crop(rows: TokenRows, rng: np.random.Generator) -> TokenRows:
+    """A run of each text's pooled tokens, of random length and place; what stands around them stays."""
+    ids, lengths, spans = [], [], []
+    for text in range(len(rows.lengths)):
+        own = rows.ids[rows.starts[text] : rows.starts[text + 1]]
+        first, stop = (int(x) for x in rows.spans[text])
+        size = stop - first
+        length = max(1, round(size * rng.uniform(LEAST_CROP, 1.0)))
+        start = first + int(rng.integers(0, size - length + 1))
+        ids.append(np.concatenate([own[:first], own[start : start + length], own[stop:]]))
+        lengths.append(len(ids[-1]))
+        spans.append((first, first + length))
+    return TokenRows(np.concatenate(ids), np.array(lengths, np.int32), np.array(spans, np.int64))
+
+
+def _as_pairs(config: ContrastiveConfig) -> list[Pair]:
+    if config.pairs:
+        return read_pairs(config.pairs)
+    return [Pair(text, text) for text in read_texts(config.texts)]
+
+
+def _check_columns(gradient: Tensor, columns: Columns) -> None:
+    """Every column must have been given a gradient; a column that has none trains nothing, in silence."""
+    n = columns.num_queries
+    parts = {"queries": gradient[:n], "positives": gradient[n : 2 * n], "negatives": gradient[2 * n :]}
+    for name, part in parts.items():
+        if len(part) and not bool(part.any()):
+            raise DataError(f"{name} got no gradient in the first step: are all texts of the batch alike?")

@@ -1,0 +1,241 @@
+"""Training texts from files, and which of them a step sees.
+
+    .txt     one text a line; empty lines are passed over
+    .jsonl   objects with a key "text" (texts), or pairs in one of the forms that people have:
+             {query | anchor | sentence1 | text1, positive | pos | sentence2 | text2, negative | neg | negative_1 ...}
+             with "score" for graded pairs and "instruction" for the query; pos and neg may be lists
+
+A step's rows are a function of seed and step alone: every epoch is a permutation of its own, so that a resumed run
+goes on with the rows an uninterrupted one would have seen, and every process knows all of them.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MAX_LINE_BYTES = 1 << 24
+QUERY_KEYS = ("query", "anchor", "sentence1", "text1")
+POSITIVE_KEYS = ("positive", "pos", "sentence2", "text2")
+NEGATIVE_KEYS = ("negative", "negatives", "neg")
+
+
+class DataError(ValueError):
+    """A training file that cannot be used; names file and line."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A query, its match, and what does not match it; or, with a score, two texts that are alike to that degree."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+    score: float | None = None
+    instruction: str | None = None
+    source: int = 0  # number of its file: a batch holds pairs of one file
+
+
+class _Line(NamedTuple):
+    where: str
+    text: str
+
+
+def read_texts(paths: Sequence[str], key: str = "texts") -> list[str]:
+    """All texts of some files, in order.
+
+    Raises:
+        DataError: no file, a file that is missing or of another kind, a line that is damaged; names file and line.
+    """
+    return list(_all(paths, key, _texts_of))
+
+
+def read_pairs(paths: Sequence[str]) -> list[Pair]:
+    """All pairs of some .jsonl files, in order.
+
+    Raises:
+        DataError: as `read_texts`; also pairs of which only some have scores, or an empty text.
+    """
+    pairs: list[Pair] = []
+    for number, path in enumerate(_existing(paths, "pairs")):
+        if path.suffix != ".jsonl":
+            raise DataError(f"{path.name}: pairs come in .jsonl files")
+        pairs += [_pair(_object(line), number, line.where) for line in _lines(path)]
+    if len({pair.score is None for pair in pairs}) > 1:
+        raise DataError("pairs: some lines have a score and some have none; train on them separately")
+    if not pairs:
+        raise DataError(f"pairs: {', '.join(Path(p).name for p in paths)} hold no line")
+    return pairs
+
+
+def _all(paths: Sequence[str], key: str, read: Callable[[Path], Iterator[str]]) -> Iterator[str]:
+    found = False
+    for path in _existing(paths, key):
+        for text in read(path):
+            found = True
+            yield text
+    if not found:
+        raise DataError(f"{key}: {', '.join(Path(p).name for p in paths)} hold no text")
+
+
+def _existing(paths: Sequence[str], key: str) -> Iterator[Path]:
+    if not paths:
+        raise DataError(f"{key} is empty: name the files to train on ({key}=[a.txt, b.jsonl])")
+    for name in paths:
+        if not Path(name).expanduser().is_file():
+            raise DataError(f"{key}: {name}: no such file")
+        yield Path(name).expanduser()
+
+
+def _texts_of(path: Path) -> Iterator[str]:
+    if path.suffix not in (".txt", ".jsonl"):
+        raise DataError(f"{path.name}: give .txt (one text a line) or .jsonl files")
+    for line in _lines(path):
+        if path.suffix == ".txt":
+            yield line.text
+            continue
+        text = _object(line).get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f'{line.where}: "text" is missing, empty or no text')
+        yield text
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path.name} line {number}"
+            if len(raw) > MAX_LINE_BYTES:
+                raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
+            try:
+                text = raw.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+            if text:
+                yield _Line(where, text)
+
+
+def _object(line: _Line) -> dict[str, Any]:
+    try:
+        values = json.loads(line.text)
+    except (ValueError, RecursionError):
+        raise DataError(f"{line.where}: not valid JSON") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{line.where}: expected a JSON object")
+    return values
+
+
+def _pair(values: dict[str, Any], source: int, where: str) -> Pair:
+    query = _texts_under(values, QUERY_KEYS, where)
+    positive = _texts_under(values, POSITIVE_KEYS, where)
+    for found, keys in ((query, QUERY_KEYS), (positive, POSITIVE_KEYS)):
+        if not found:
+            raise DataError(f"{where}: has none of {', '.join(keys)}")
+    negatives = _texts_under(values, NEGATIVE_KEYS, where)
+    negatives += [values[key] for key in sorted(values) if key.startswith("negative_")]
+    score, instruction = values.get("score", values.get("label")), values.get("instruction")
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or score != score):
+        raise DataError(f"{where}: score is not a number")
+    if instruction is not None and not isinstance(instruction, str):
+        raise DataError(f"{where}: instruction is not a text")
+    if not all(isinstance(text, str) and text.strip() for text in (query[0], positive[0], *negatives)):
+        raise DataError(f"{where}: a text is empty or no text")
+    return Pair(query[0], positive[0], tuple(negatives), score, instruction, source)
+
+
+def _texts_under(values: dict[str, Any], keys: Sequence[str], where: str) -> list[Any]:
+    found = [values[key] for key in keys if values.get(key) is not None]
+    if len(found) > 1:
+        raise DataError(f"{where}: has more than one of {', '.join(keys)}")
+    return list(found[0]) if found and isinstance(found[0], list) else found
+
+
+# --- which rows a step sees ------------------------------------------------------------------------------------
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [num_rows]: a permutation of its own for every epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def rows_of_step(num_rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """int64 [batch_size]: rows of one step; an epoch's last rows that fill no batch are left out.
+
+    Raises:
+        DataError: fewer rows than a batch.
+    """
+    per_epoch = num_rows // batch_size
+    if not per_epoch:
+        raise DataError(f"batch_size is {batch_size}, the files hold {num_rows} rows: take a smaller batch")
+    epoch, place = divmod(step, per_epoch)
+    return epoch_order(num_rows, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+class SourceBatches:
+    """Batches of rows of one file each, without a text twice in a batch, in an order drawn for every epoch.
+
+    Args:
+        sources: int [n]: number of each row's file.
+        names: what must not meet in a batch, a set for each row: a copy would be taken for a wrong answer.
+    """
+
+    def __init__(self, sources: np.ndarray, names: Sequence[frozenset[int]], batch_size: int, seed: int) -> None:
+        self.sources, self.names, self.batch_size, self.seed = sources, names, batch_size, seed
+        self._epoch, self._batches = -1, [np.zeros(0, np.int64)]
+        self.per_epoch = len(self._of_epoch(0))
+        if not self.per_epoch:
+            raise DataError(
+                f"batch_size is {batch_size}, and no file holds as many rows with different texts ({len(sources)} rows "
+                "in all): take a smaller batch"
+            )
+
+    def rows(self, step: int) -> np.ndarray:
+        """int64 [batch_size]."""
+        epoch, place = divmod(step, self.per_epoch)
+        batches = self._of_epoch(epoch)
+        return batches[place % len(batches)]
+
+    def _of_epoch(self, epoch: int) -> list[np.ndarray]:
+        if epoch != self._epoch:
+            order = epoch_order(len(self.sources), self.seed, epoch)
+            batches: list[list[int]] = []
+            for source in np.unique(self.sources):
+                batches += self._deal([int(row) for row in order if self.sources[row] == source])
+            mixed = np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches))
+            self._epoch, self._batches = epoch, [np.array(batches[i], np.int64) for i in mixed]
+        return self._batches
+
+    def _deal(self, rows: list[int]) -> list[list[int]]:
+        """Full batches; a row that meets its own text waits for the next one."""
+        batches: list[list[int]] = []
+        waiting = rows
+        while len(waiting) >= self.batch_size:
+            batch: list[int] = []
+            seen: set[int] = set()
+            later = []
+            for place, row in enumerate(waiting):
+                if len(batch) == self.batch_size:
+                    later += waiting[place:]
+                    break
+                if seen.isdisjoint(self.names[row]):
+                    batch.append(row)
+                    seen |= self.names[row]
+                else:
+                    later.append(row)
+            if len(batch) < self.batch_size:
+                break
+            batches.append(batch)
+            waiting = later
+        return batches
+
+
+def text_hash(text: str) -> int:
+    """63 bits that name a text, whatever its case, spacing and form of characters."""
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return int.from_bytes(hashlib.blake2b(plain.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 1

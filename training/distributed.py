@@ -1,0 +1,85 @@
+"""Several processes, started by torchrun: gloo on CPUs, NCCL on GPUs.
+
+Every process knows the whole batch and encodes its share of it. Two exchanges make a step: vectors, so that every
+process has the loss of the whole batch (texts of all processes are each other's negatives), and gradients of the
+trained parameters, one flat sum at the end. Nothing is averaged: each process's share is a term of the same gradient,
+whatever its tokens. Encoding needs no exchange, so that micro-batches may differ in number.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT_S = 1800
+
+
+class World:
+    """This process among all of them; alone where torchrun did not start it."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._owns = False
+        if self.size > 1 and not dist.is_initialized():
+            backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+            self._owns = True
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, lengths: np.ndarray) -> np.ndarray:
+        """int64: this process's rows, dealt by falling length so that all have like work.
+
+        Raises:
+            ValueError: fewer rows than processes; every process raises it.
+        """
+        if len(lengths) < self.size:
+            raise ValueError(f"a batch has {len(lengths)} sequences for {self.size} processes: take larger batches")
+        order = np.argsort(-np.asarray(lengths), kind="stable")
+        turns = np.arange(len(order))
+        back_and_forth = np.where(turns // self.size % 2 == 0, turns % self.size, self.size - 1 - turns % self.size)
+        return np.sort(order[back_and_forth == self.rank])
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Every parameter's gradient summed over all processes, in one exchange; absent ones count as zero."""
+        if self.size == 1:
+            return
+        leaves = list(parameters)
+        grads = [x.new_zeros(x.shape) if x.grad is None else x.grad for x in leaves]
+        flat = self.sum(torch.cat([g.flatten() for g in grads]))
+        for x, part in zip(leaves, flat.split([x.numel() for x in leaves]), strict=True):
+            x.grad = part.view(x.shape).clone()
+
+    def check_equal(self, parameters: Sequence[Tensor], step: int) -> None:
+        """Refuse to go on with processes whose parameters have drifted apart.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        if self.size == 1:
+            return
+        sums = torch.stack([x.detach().double().sum() for x in parameters])
+        own = torch.stack([sums, -sums])
+        dist.all_reduce(most := own.clone(), op=dist.ReduceOp.MAX)
+        if not torch.equal(most[0], -most[1]):
+            raise RuntimeError(f"step {step}: processes hold different parameters; stop and resume from a checkpoint")
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self._owns:
+            dist.destroy_process_group()

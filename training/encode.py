@@ -1,0 +1,104 @@
+"""Texts to vectors with a graph: one packed stream for whatever columns a batch has.
+
+Every sequence carries an identity, its number in the step's whole batch: dropout's masks are keyed by it, so that
+neither the micro-batch nor the process that a sequence falls into changes what is dropped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashvec.kernels.dropout import Dropout
+from flashvec.kernels.schedule import Schedule, build_schedule
+from flashvec.runtime import prepare
+from flashvec.runtime.batches import TokenRows
+from flashvec.runtime.decoder import Stream, Training
+from flashvec.runtime.packing import pack
+from flashvec.runtime.pooling import States, pool
+from flashvec.training.data import DataError
+from flashvec.training.model import Model
+
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Dropout of one run: rates, and the seed of its masks."""
+
+    attention: float
+    lora: float
+    seed: int
+
+    def training(self, base: Training, step: int, recompute: bool = False) -> Training:
+        """`base` with this step's masks."""
+        attention = Dropout(self.attention, self.seed, step) if self.attention else None
+        lora = Dropout(self.lora, self.seed ^ 0x5EED, step) if self.lora else None
+        return replace(base, attention_dropout=attention, lora_dropout=lora, recompute=recompute)
+
+
+def token_rows(model: Model, texts: Sequence[str], instructions: Sequence[str] | None = None) -> TokenRows:
+    """Tokens of texts, and which of them are pooled: exactly as `Encoder.embed` would read them.
+
+    Raises:
+        DataError: a text of which `max_length` leaves nothing.
+    """
+    spec, tokenizer = model.spec, model.tokenizer
+    prepared = prepare.prepare(spec, texts, instructions, tokenizer)
+    offsets = spec.span == "template" or instructions is not None
+    tokens = prepare.tokenise(tokenizer, prepared, spec.max_length, offsets=offsets)
+    spans = prepare.pooled_spans(spec, tokens, prepared, instructions, tokenizer)
+    if offsets:
+        own = prepare.text_token_spans(tokens, [len(b) for b in prepared.before], [len(t) for t in prepared.texts])
+        for row in np.flatnonzero(tokens.truncated & (own[:, 1] <= own[:, 0])):
+            raise DataError(f"row {row}: max_length={spec.max_length} leaves nothing of the text after its prompt")
+    return TokenRows(tokens.ids, tokens.lengths, spans)
+
+
+def micro_batches(lengths: np.ndarray, budget: int | None, device: torch.device) -> list[np.ndarray]:
+    """Rows that run together: packs of similar length under a token budget."""
+    return list(pack(lengths, budget or MICRO_BATCH_TOKENS.get(device.type, 2048)))
+
+
+def run_rows(
+    model: Model,
+    rows: TokenRows,
+    identities: Sequence[int] | np.ndarray,
+    training: Training,
+    depths: Sequence[int] = (),
+) -> tuple[list[Stream], Schedule]:
+    """The decoder's pass over packed rows, differentiable where gradients are enabled.
+
+    Returns:
+        The stream after each of `depths` layers (default all of them), and the batch's geometry.
+    """
+    decoder = model.decoder
+    num_tokens = len(rows.ids)
+    plan = (num_tokens,) if decoder.device.type == "cpu" else decoder.row_plan(num_tokens)
+    own = [int(identity) for identity in identities]
+    schedule = build_schedule(rows.lengths.tolist(), sum(plan), decoder.device, identities=own)
+    ids_T = torch.from_numpy(rows.ids).to(decoder.device)
+    wanted = depths or (len(decoder.layers),)
+    return decoder.streams(ids_T, schedule, plan, False, wanted, training=training), schedule
+
+
+def encode(
+    model: Model,
+    rows: TokenRows,
+    identities: Sequence[int] | np.ndarray,
+    training: Training,
+    depths: Sequence[int] = (),
+) -> Tensor:
+    """Pooled vectors, fp32 [n, D], not normalised: the loss does that.
+
+    With `depths` the vectors after each of these numbers of layers, side by side, as models cut there would give them.
+    """
+    streams, schedule = run_rows(model, rows, identities, training, depths)
+    spans_B2 = torch.from_numpy(rows.spans).to(model.decoder.device)
+    vectors = [
+        pool(model.spec, model.decoder, States(s.hidden_TD, schedule, s.delta_TD, s.post_norm_D), spans_B2)
+        for s in streams
+    ]
+    return torch.cat(vectors, 1)

@@ -1,0 +1,249 @@
+"""The loop that all objectives share: optimiser, schedule, log, checkpoints, and what it refuses to pass over.
+
+What a step does is a function of its number: rows, masks and dropout are drawn from seed and step. A run that was
+killed goes on from its last checkpoint and, on a CPU, ends with the bits of one that was not.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashvec.runtime.memory import host_memory
+from flashvec.training.checkpoint import average_parameters, load_checkpoint, save_checkpoint
+from flashvec.training.config import OptimizerConfig, TrainConfig, to_yaml
+from flashvec.training.distributed import World
+from flashvec.training.encode import run_rows
+from flashvec.training.evaluate import embed_with, read_scored_pairs, sts_score
+from flashvec.training.model import Model
+from flashvec.training.progress import TrainingBar
+
+CHECK_EVERY = 100  # steps between two looks at whether all processes hold the same parameters
+LOG_FILE, SEEN_FILE, CONFIG_FILE = "log.jsonl", "seen.npy", "train.yaml"
+MASTERS_KEY = "model/"
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; says at which step and why. The last good state is saved."""
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    model: Model
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Parameters beside the model's own."""
+
+    def step(self, step: int) -> dict[str, float]:
+        """Leave this process's share of a step's gradient; returns at least `loss` and `tokens`."""
+
+    def seen(self, step: int) -> Iterable[int]:
+        """Hashes of the texts of a step."""
+
+
+def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
+    """Of one step, counted from 0: a linear rise, then the schedule's fall to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    end = steps if config.decay_steps is None else config.decay_steps
+    share = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
+    fall = 1 - share if config.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+    return config.learning_rate * fall
+
+
+def fingerprint(config: TrainConfig, files: Iterable[str]) -> str:
+    """What must not change between a run and its resumption: settings, and the files' contents by size and head.
+
+    Where things are written, how often, and how much runs at once may change.
+    """
+    settings = dataclasses.asdict(config)
+    for key in ("output", "sts", "device"):
+        settings.pop(key)
+    for key in (
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "average_checkpoints",
+        "evaluate_every",
+        "activation_gib",
+        "recompute",
+    ):
+        settings["loop"].pop(key)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in files:
+        path = Path(name).expanduser()
+        digest.update(str(path.stat().st_size).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+def train(
+    config: TrainConfig, objective: Objective, world: World, *, show: bool | None = None, until: int | None = None
+) -> dict[str, Any]:
+    """Run the loop, from the last checkpoint in `config.output` where there is one.
+
+    Args:
+        show: a progress line on stderr; default on a terminal.
+        until: stop after this many steps, with a checkpoint, as if killed then.
+
+    Returns:
+        The last line of the log.
+
+    Raises:
+        TrainingStopped: a loss or gradient that is not finite, attention that is causal, a parameter that a step
+            leaves as it was.
+    """
+    return _Run(config, objective, world).run(show, until)
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, objective: Objective, world: World) -> None:
+        self.config, self.objective, self.world = config, objective, world
+        self.model, self.output = objective.model, Path(config.output)
+        own = objective.parameters()
+        self.parameters = {f"{MASTERS_KEY}{k}": x for k, x in self.model.trainable.parameters().items()} | own
+        adam = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=adam.learning_rate,
+            betas=(adam.betas[0], adam.betas[1]),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+        )
+        files = [*getattr(config, "texts", ()), *getattr(config, "pairs", ())]
+        self.fingerprint = fingerprint(config, files)
+        self.scored = None if config.sts is None else read_scored_pairs(Path(config.sts))
+
+    def run(self, show: bool | None, until: int | None) -> dict[str, Any]:
+        check_bidirectional(self.model)
+        self.output.mkdir(parents=True, exist_ok=True)
+        loop = self.config.loop
+        start = load_checkpoint(self.output, self.parameters, self.optimizer, self.fingerprint)
+        self.model.trainable.give_values()
+        if self.world.is_first:
+            (self.output / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+            _cut_log(self.output / LOG_FILE, start)
+        last: dict[str, Any] = {}
+        stop = loop.steps if until is None else min(until, loop.steps)
+        began, tokens = time.perf_counter(), 0
+        with TrainingBar(loop.steps, start, show and self.world.is_first) as bar:
+            for step in range(start, stop):
+                last = self._step(step)
+                tokens += int(last["tokens"])
+                seconds = time.perf_counter() - began
+                last |= {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 3)}
+                last["memory_gib"] = round(_used_bytes(self.model.decoder.device) / 2**30, 2)
+                if loop.evaluate_every and (step + 1) % loop.evaluate_every == 0 and self.scored is not None:
+                    last["sts"] = sts_score(embed_with(self.model), self.scored)["spearman"]
+                if (step + 1) % loop.log_every == 0 or step + 1 == stop or "sts" in last:
+                    self._log(last)
+                if (step + 1) % loop.save_every == 0 or step + 1 == stop:
+                    self._save(step + 1)
+                bar.advance(last)
+        if stop == loop.steps and loop.average_checkpoints > 1:
+            self.world.barrier()  # the last one is written
+            average_parameters(self.output, self.parameters, loop.average_checkpoints)
+            self.model.trainable.give_values()
+        if stop == loop.steps and self.world.is_first:
+            self.model.save(self.output)
+            self._write_seen()
+        self.world.barrier()
+        return last
+
+    def _step(self, step: int) -> dict[str, Any]:
+        for x in self.parameters.values():
+            x.grad = None
+        found = self.objective.step(step)
+        self.model.trainable.take_gradients()
+        self.world.sum_gradients(self.parameters.values())
+        grads = [x.grad for x in self.parameters.values() if x.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if not math.isfinite(found["loss"]) or not math.isfinite(norm):
+            what = "loss" if not math.isfinite(found["loss"]) else "gradient"
+            self._save(step)
+            raise TrainingStopped(
+                f"step {step + 1}: the {what} is not finite (loss {found['loss']}, gradient {norm}); the state before "
+                "it is saved; lower optimizer.learning_rate, or look for the rows of this step"
+            )
+        adam = self.config.optimizer
+        if adam.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), adam.clip, torch.tensor(norm))
+        rate = learning_rate(adam, self.config.loop.steps, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.model.trainable.give_values()
+        if step == 0 and (untouched := self.model.trainable.untouched()):
+            raise TrainingStopped(
+                f"step 1 left {len(untouched)} parameters as they were, {untouched[0]} among them: nothing would be "
+                "learnt there"
+            )
+        if (step + 1) % CHECK_EVERY == 0:
+            self.world.check_equal(list(self.parameters.values()), step + 1)
+        return {"step": step + 1, **found, "gradient_norm": norm, "learning_rate": rate}
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.world.is_first:
+            with (self.output / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _save(self, step: int) -> None:
+        if self.world.is_first:
+            keep = self.config.loop.keep_checkpoints
+            save_checkpoint(self.output, step, self.parameters, self.optimizer, self.fingerprint, keep)
+        self.world.barrier()
+
+    def _write_seen(self) -> None:
+        """Sorted hashes of every text of the run, so that overlap with an evaluation set can be looked for."""
+        found = {name for step in range(self.config.loop.steps) for name in self.objective.seen(step)}
+        np.save(self.output / SEEN_FILE, np.array(sorted(found), np.int64), allow_pickle=False)
+
+
+def check_bidirectional(model: Model) -> None:
+    """The last token must reach the first one's state.
+
+    Raises:
+        TrainingStopped: it does not: attention is causal.
+    """
+    from flashvec.runtime.batches import TokenRows
+
+    first = np.array([1, 2, 3, 1, 2, 4], np.int32) % model.decoder.spec.vocab_size
+    rows = TokenRows(first, np.array([3, 3], np.int32), np.array([[0, 3]] * 2, np.int64))
+    with torch.no_grad():
+        (stream,), _ = run_rows(model, rows, [0, 1], model.trainable.training())
+        states = stream.hidden_TD + stream.delta_TD
+    if torch.equal(states[0], states[3]):
+        raise TrainingStopped("attention is still causal: a text's last token does not reach its first one's state")
+
+
+def _used_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    free, total = host_memory()
+    return total - free
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Leave out the lines of steps that will be done again."""
+    if path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # half a line, written as the process died

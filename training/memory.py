@@ -1,0 +1,39 @@
+"""How much a graph keeps: measured on one micro-batch, so that it holds for every family and setting."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashvec.runtime.memory import host_memory
+
+SHARE_OF_FREE = 0.5  # of the memory that is free before the first step, for graphs
+
+
+def graph_bytes(run: Callable[[], Any], known: Iterable[Tensor] = ()) -> int:
+    """Bytes that live between `run` and its backward, each storage once.
+
+    Args:
+        run: a forward pass; its result is dropped.
+        known: tensors that live anyway (weights, parameters).
+    """
+    lives_anyway = {x.untyped_storage().data_ptr() for x in known}
+    found: dict[int, tuple[int, Tensor]] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in lives_anyway:
+            found[storage.data_ptr()] = (storage.nbytes(), x)  # held, so that no address is given out twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = run()
+    total = sum(size for size, _ in found.values())
+    del result
+    return total
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now, where the decoder runs."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()[0]

@@ -1,0 +1,233 @@
+"""What is trained: a decoder with its tokenizer and rules, and the parameters that change.
+
+Rules (pooling, what is written around a text) are those under which `Encoder.load` opens the trained folder later, so
+that a text is trained on as it will be embedded.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flashvec.kernels.backend import has_hardware_bf16
+from flashvec.runtime.checkpoint.chain import adapter_chain
+from flashvec.runtime.checkpoint.hf import read_config
+from flashvec.runtime.checkpoint.llm2vec import llm2vec_spec
+from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
+from flashvec.runtime.checkpoint.saved import SPEC_FILE
+from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE
+from flashvec.runtime.decoder import Decoder, DecoderLoader, Training
+from flashvec.runtime.placement import choose_dtype
+from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.tokenize import Tokenizer
+from flashvec.training.adapter import read_adapter, write_adapter, write_surroundings
+from flashvec.training.config import ConfigError, TrainConfig
+from flashvec.training.lora import Lora
+
+HEAD = "lm_head.weight"
+ENCODER_FOLDER = "encoder"  # below a run's output, where the body was trained
+
+
+class Trainable(Protocol):
+    """Parameters that the optimiser changes."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """fp32 masters by name."""
+
+    def training(self) -> Training:
+        """What a forward pass adds: updates, or nothing where the decoder's own weights are trained."""
+
+    def take_gradients(self) -> None:
+        """Bring gradients to the masters."""
+
+    def give_values(self) -> None:
+        """Bring the masters' values to what runs."""
+
+    def untouched(self) -> list[str]:
+        """Names of what a step should have changed and has not."""
+
+
+@dataclass
+class Model:
+    """A loaded decoder and everything around it."""
+
+    spec: ModelSpec
+    decoder: Decoder
+    tokenizer: Tokenizer
+    trainable: Trainable
+    base_name: str
+    config_json: dict[str, Any] | None  # the base's config.json
+    head_VD: Tensor | None = None  # language-model head, where asked for
+    head_softcap: float | None = None
+
+    def weights(self) -> list[Tensor]:
+        """The decoder's own tensors."""
+        layers = [x for layer in self.decoder.layers for x in vars(layer).values() if x is not None]
+        return [self.decoder.embedding_VD, self.decoder.norm_D, *layers]
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained so that `Encoder.load` opens it: an adapter, or the whole encoder in `encoder/`.
+
+        Args:
+            folder: made if it is not there.
+        """
+        if isinstance(self.trainable, LoraTrainable):
+            write_adapter(folder, self.trainable.lora, self.base_name)
+            write_surroundings(folder, self.spec, self.config_json, self.tokenizer)
+            return
+        from flashvec.runtime.encoder import Encoder
+
+        with torch.no_grad():
+            Encoder(self.spec, self.decoder, self.tokenizer).save(folder / ENCODER_FOLDER, overwrite=True)
+
+
+class LoraTrainable:
+    """Low-rank updates over a frozen decoder."""
+
+    def __init__(self, lora: Lora) -> None:
+        self.lora = lora
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.lora.parameters()
+
+    def training(self) -> Training:
+        return Training(self.lora.layers())
+
+    def take_gradients(self) -> None:
+        """The masters are what runs."""
+
+    def give_values(self) -> None:
+        """The masters are what runs."""
+
+    def untouched(self) -> list[str]:
+        return self.lora.untouched()
+
+
+class BodyTrainable:
+    """The decoder's own layers and final norm; embeddings stay frozen. Masters are fp32 copies of narrower weights."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.live: dict[str, Tensor] = {"norm": decoder.norm_D}
+        for index, layer in enumerate(decoder.layers):
+            self.live |= {f"layers.{index}.{name}": x for name, x in vars(layer).items() if x is not None}
+        self.masters: dict[str, Tensor] = {}
+        for name, x in self.live.items():
+            x.requires_grad_()
+            self.masters[name] = x if x.dtype == torch.float32 else x.detach().float().requires_grad_()
+        self.before = {name: x.detach().flatten()[:64].clone() for name, x in self.masters.items()}
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.masters
+
+    def training(self) -> Training:
+        return Training()
+
+    def take_gradients(self) -> None:
+        for name, x in self.live.items():
+            if self.masters[name] is not x and x.grad is not None:
+                self.masters[name].grad, x.grad = x.grad.float(), None
+
+    def give_values(self) -> None:
+        with torch.no_grad():
+            for name, x in self.live.items():
+                if self.masters[name] is not x:
+                    x.copy_(self.masters[name])
+
+    def untouched(self) -> list[str]:
+        return [name for name, x in self.masters.items() if torch.equal(x.detach().flatten()[:64], self.before[name])]
+
+
+def load_model(config: TrainConfig, *, wants_head: bool = False) -> Model:
+    """Load what a configuration names, ready to be trained.
+
+    Args:
+        wants_head: read the language-model head too (the token embeddings, where they are tied).
+
+    Raises:
+        CheckpointError, ConfigError: files or settings; the message names them and the cure.
+    """
+    path = resolve(config.model)
+    folder, has_rules = path, path.is_file()
+    if path.is_dir():
+        folder, _ = (path, []) if _states_rules(path) else adapter_chain(path)
+        has_rules = _states_rules(folder)
+    # Rules that a folder states hold again when it is opened with what was trained: they are not overridden here.
+    own = Overrides(None if has_rules else "bidirectional", None if has_rules else config.pooling, config.max_length)
+    checkpoint = open_checkpoint(path, own, config.adapters)
+    values = read_config(folder) if (folder / "config.json").is_file() else None
+    if not has_rules and values is not None and config.train == "lora":
+        # The adapter's folder will be an LLM2Vec one: its rules hold while training, too.
+        checkpoint.spec = llm2vec_spec(values, {}, own, checkpoint.spec.base_model)
+    _check_rules(config, checkpoint.spec)
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if config.dtype is None:
+        dtype = torch.bfloat16 if has_hardware_bf16(device) else torch.float32
+    else:
+        dtype = choose_dtype(config.dtype)
+    read_head = _head_reader(checkpoint, values or {}, dtype, device) if wants_head else None
+    decoder = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device).load()
+    trainable = _trainable(config, decoder)
+    below = config.adapters[-1] if config.adapters else config.model  # an adapter names what it was trained on
+    base_name = config.base_name or _name_from(below, config.output)
+    return Model(
+        replace(checkpoint.spec, decoder=decoder.spec),
+        decoder,
+        checkpoint.tokenizer,
+        trainable,
+        base_name,
+        values,
+        None if read_head is None else read_head(decoder),
+        (values or {}).get("final_logit_softcapping"),
+    )
+
+
+def _states_rules(folder: Path) -> bool:
+    """Does a folder say itself how it is to be pooled and in which direction it is read."""
+    return any((folder / name).is_file() for name in (SPEC_FILE, MODULES_FILE))
+
+
+def _check_rules(config: TrainConfig, spec: ModelSpec) -> None:
+    if spec.attention != "bidirectional":
+        raise ConfigError(
+            f"model: {config.model} states causal attention, which an adapter cannot change: convert it with "
+            "attention=bidirectional first"
+        )
+    if config.pooling is not None and spec.pooling != (config.pooling,):
+        raise ConfigError(
+            f"pooling is {config.pooling}, but {config.model} states {'+'.join(spec.pooling)}, which an adapter cannot "
+            "change: convert it with that pooling first"
+        )
+
+
+def _trainable(config: TrainConfig, decoder: Decoder) -> Trainable:
+    if config.train == "body":
+        return BodyTrainable(decoder)
+    lora = Lora(decoder, config.lora, config.loop.seed)
+    if config.lora.start is not None:
+        read_adapter(Path(config.lora.start), lora)
+    return LoraTrainable(lora)
+
+
+def _head_reader(
+    checkpoint: Checkpoint, values: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> Callable[[Decoder], Tensor]:
+    """The head must be read before the loader closes the files, the tied one after it has read the embeddings."""
+    if HEAD in checkpoint.source.names() and not values.get("tie_word_embeddings"):
+        head = checkpoint.source.read(HEAD).to(device, dtype)
+        return lambda decoder: head
+    return lambda decoder: decoder.embedding_VD
+
+
+def _name_from(model: str, output: str) -> str:
+    """A base's name as an adapter in `output` should state it: a local folder's relative path, or the hub id."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return model
+    try:
+        return os.path.relpath(path.resolve(), Path(output).resolve())
+    except ValueError:  # another drive
+        return str(path.resolve())

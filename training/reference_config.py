@@ -1,0 +1,93 @@
+"""The reference's own train_configs (LLM2Vec's JSON files for its MNTP, SimCSE and supervised scripts), translated.
+
+They state what differs from Hugging Face's trainer and from the scripts' defaults; those are filled in here: AdamW at
+5e-5 with a linear schedule over three epochs, clipping at 1, alpha twice the rank, dropout 0.05. Switches of that
+software (fp16 backends, attention implementations, removed columns) say nothing about the result and are passed over;
+a key that does say something and is not known is an error.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flashvec.training.config import ConfigError
+
+MARKS = ("model_name_or_path",)
+PASSED_OVER = {
+    "do_train", "do_eval", "overwrite_output_dir", "evaluation_strategy", "eval_steps", "save_strategy",
+    "per_device_eval_batch_size", "attn_implementation", "save_only_model", "bidirectional", "remove_unused_columns",
+    "mask_token_type", "data_collator_type", "dataset_config_name", "num_train_epochs",
+}  # fmt: skip
+MASK_TOKENS = {"blank": "_", "mask": "<mask>"}
+
+
+def is_reference(values: Mapping[str, Any]) -> bool:
+    """Is this one of the reference's files rather than ours?"""
+    return any(key in values for key in MARKS)
+
+
+def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str, Any]:
+    """Our keys for the reference's.
+
+    Args:
+        objective: name of the configuration class that is wanted.
+
+    Raises:
+        ConfigError: a key that is not known here, or a file of another objective.
+    """
+    left = dict(values)
+    take = left.pop
+    steps = take("stop_after_n_steps", 1000)
+    made: dict[str, Any] = {
+        "model": take("model_name_or_path"),
+        "output": take("output_dir", "output"),
+        "max_length": take("max_seq_length", 512),
+        "batch_size": take("per_device_train_batch_size", 8) * take("gradient_accumulation_steps", 1),
+        "lora": {"r": (rank := take("lora_r", 8)), "alpha": 2 * rank, "dropout": take("lora_dropout", 0.05)},
+        # Three epochs of its data are many times the steps it takes: its schedule hardly falls.
+        "optimizer": {
+            "learning_rate": take("learning_rate", 5e-5),
+            "warmup_steps": take("warmup_steps", 0),
+            "schedule": "linear",
+            "decay_steps": steps * 9 if objective != "MntpConfig" else None,
+        },
+        "loop": {
+            "steps": steps,
+            "seed": take("seed", 42),
+            "save_every": take("save_steps", 200),
+            "log_every": take("logging_steps", 10),
+            "recompute": take("gradient_checkpointing", False),
+        },
+    }
+    if (dtype := take("torch_dtype", None)) is not None:
+        made["dtype"] = dtype
+    if (adapter := take("peft_model_name_or_path", None)) is not None:
+        made["adapters"] = [adapter]
+    if (pooling := take("pooling_mode", None)) is not None:
+        made["pooling"] = {"eos_token": "last", "last_token": "last", "bos_token": "cls"}.get(pooling, pooling)
+    file = take("dataset_file_path", None)
+    name = take("dataset_name", None)
+    if objective == "MntpConfig":
+        made |= _mntp(left, where)
+        made["optimizer"]["schedule"] = "constant"
+        made["optimizer"].pop("decay_steps")
+    elif objective == "ContrastiveConfig":
+        made |= {"temperature": 1 / take("loss_scale", 50.0), "attention_dropout": take("simcse_dropout", 0.0)}
+        made["texts" if name == "Wiki1M" else "pairs"] = [file] if file else []
+    else:
+        raise ConfigError(f"{where}: the reference has no such objective; its files train mntp or contrastive")
+    unknown = [key for key in left if key not in PASSED_OVER]
+    if unknown:
+        raise ConfigError(f"{where}: {unknown[0]} is not known in the reference's configurations for this objective")
+    return made
+
+
+def _mntp(left: dict[str, Any], where: str) -> dict[str, Any]:
+    kind = left.get("mask_token_type", "blank")
+    if kind not in MASK_TOKENS:
+        raise ConfigError(f"{where}: mask_token_type is {kind!r}; known are {', '.join(MASK_TOKENS)}")
+    return {
+        "mask_probability": left.pop("mlm_probability", 0.15),
+        "mask_token": MASK_TOKENS[kind],
+        "masking": "all" if left.get("data_collator_type") == "all_mask" else "bert",
+        "llm2vec_compat": True,
+    }

@@ -1,0 +1,178 @@
+"""Retrieval on files: nDCG@10 and recall of a corpus searched by cosine.
+
+a folder    BEIR's: corpus.jsonl (_id, title, text), queries.jsonl (_id, text), qrels/test.tsv (query, corpus, score)
+*.ALL       SMART's (CISI, Cranfield, ...): .I .T .W records, with .QRY and .REL beside it
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flashvec.training.data import DataError
+
+MAX_FILE_BYTES = 1 << 34
+BLOCK_SCORES = 1 << 24
+SPLITS = ("test", "dev", "train")
+Embed = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Documents and queries by name, and how relevant which document is to which query."""
+
+    documents: dict[str, str]
+    queries: dict[str, str]
+    relevance: dict[str, dict[str, float]]
+
+
+def read_collection(path: Path) -> Collection:
+    """A BEIR folder, or a SMART collection by its .ALL file.
+
+    Raises:
+        DataError: a file that is missing or damaged; names file and line.
+    """
+    collection = _read_beir(path) if path.is_dir() else _read_smart(path)
+    judged = {query for query, found in collection.relevance.items() if any(score > 0 for score in found.values())}
+    missing = sorted(judged - collection.queries.keys())
+    if missing:
+        raise DataError(
+            f"{path.name}: judgements name {len(missing)} queries that are not there, {missing[0]} among them"
+        )
+    if not judged:
+        raise DataError(f"{path.name}: no query has a relevant document")
+    return collection
+
+
+def _read_beir(folder: Path) -> Collection:
+    documents = {}
+    for where, row in _json_lines(folder / "corpus.jsonl"):
+        documents[_text(row, "_id", where)] = f"{row.get('title') or ''} {row.get('text') or ''}".strip()
+    queries = {
+        _text(row, "_id", where): _text(row, "text", where) for where, row in _json_lines(folder / "queries.jsonl")
+    }
+    for split in SPLITS:
+        judgements = folder / "qrels" / f"{split}.tsv"
+        if judgements.is_file():
+            return Collection(documents, queries, _read_judgements(judgements))
+    raise DataError(f"{folder.name}: has no qrels/test.tsv")
+
+
+def _read_judgements(path: Path) -> dict[str, dict[str, float]]:
+    relevance: dict[str, dict[str, float]] = {}
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        parts = line.split("\t")
+        if not line.strip() or (number == 1 and "query" in parts[0]):
+            continue
+        try:
+            query, document, score = parts[0], parts[-2], float(parts[-1])
+        except (IndexError, ValueError):
+            raise DataError(f"{path.name} line {number}: expected query, document and score") from None
+        relevance.setdefault(query, {})[document] = score
+    return relevance
+
+
+def _read_smart(path: Path) -> Collection:
+    others = [path.with_suffix(suffix) for suffix in (".QRY", ".REL")]
+    if path.suffix != ".ALL" or not all(other.is_file() for other in (path, *others)):
+        raise DataError(
+            f"{path.name}: give a BEIR folder, or the .ALL file of a collection with .QRY and .REL beside it"
+        )
+    relevance: dict[str, dict[str, float]] = {}
+    for number, line in enumerate(_read(others[1]).splitlines(), 1):
+        if parts := line.split():
+            if len(parts) < 2:
+                raise DataError(f"{others[1].name} line {number}: expected a query and a document")
+            relevance.setdefault(parts[0], {})[parts[1]] = 1.0
+    return Collection(_smart_records(path), _smart_records(others[0]), relevance)
+
+
+def _smart_records(path: Path) -> dict[str, str]:
+    """Title and text of each record."""
+    found = {}
+    for record in re.split(r"^\.I\s+", _read(path), flags=re.M)[1:]:
+        name, _, rest = record.partition("\n")
+        fields = re.split(r"^\.([A-Z])\s*$", rest, flags=re.M)
+        parts = [text for field, text in zip(fields[1::2], fields[2::2], strict=True) if field in "TW"]
+        found[name.strip()] = " ".join(" ".join(parts).split())
+    if not found:
+        raise DataError(f"{path.name}: holds no record (.I ...)")
+    return found
+
+
+def _json_lines(path: Path) -> list[tuple[str, dict[str, object]]]:
+    rows = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise DataError(f"{path.name} line {number}: expected a JSON object")
+            rows.append((f"{path.name} line {number}", row))
+    return rows
+
+
+def _text(row: dict[str, object], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str | int):
+        raise DataError(f"{where}: {key} is missing or no text")
+    return str(value)
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than is read")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+# --- measures ---------------------------------------------------------------------------------------------------
+
+
+def retrieval_score(
+    embed_queries: Embed, embed_documents: Embed, collection: Collection, depth: int = 10
+) -> dict[str, float]:
+    """Means over the queries that have a relevant document.
+
+    Returns:
+        `ndcg` at `depth` (gain = the judgement), `recall` at 100, times 100, and `queries`.
+    """
+    names = list(collection.documents)
+    judged = [q for q, found in collection.relevance.items() if any(score > 0 for score in found.values())]
+    documents = _unit(embed_documents([collection.documents[name] for name in names]))
+    queries = _unit(embed_queries([collection.queries[q] for q in judged]))
+    gains, recalls = [], []
+    rows = max(1, BLOCK_SCORES // len(names))
+    for start in range(0, len(judged), rows):
+        cosines = queries[start : start + rows] @ documents.T
+        for query, row in zip(judged[start : start + rows], cosines, strict=True):
+            order = np.argsort(-row, kind="stable")[: max(depth, 100)]
+            relevant = collection.relevance[query]
+            gains.append(ndcg([relevant.get(names[i], 0.0) for i in order[:depth]], list(relevant.values()), depth))
+            known = {document for document, score in relevant.items() if score > 0}
+            recalls.append(len(known & {names[i] for i in order[:100]}) / len(known))
+    return {
+        f"ndcg@{depth}": round(100 * float(np.mean(gains)), 4),
+        "recall@100": round(100 * float(np.mean(recalls)), 4),
+        "queries": len(judged),
+        "documents": len(names),
+    }
+
+
+def ndcg(found: Sequence[float], all_gains: Sequence[float], depth: int) -> float:
+    """Discounted gain of a ranking over that of the best one."""
+    discounts = 1 / np.log2(np.arange(2, depth + 2))
+    best = np.sort(np.maximum(all_gains, 0))[::-1][:depth]
+    ideal = float((best * discounts[: len(best)]).sum())
+    return float((np.maximum(found, 0) * discounts[: len(found)]).sum()) / ideal if ideal else 0.0
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    x = np.asarray(vectors, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,44 @@
+"""Training from Python: one function for each objective, a configuration in, a trained folder out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig
+from flashvec.training.contrastive import Contrastive
+from flashvec.training.distill import Distill
+from flashvec.training.distributed import World
+from flashvec.training.loop import Objective, train
+from flashvec.training.mntp import Mntp
+from flashvec.training.model import Model, load_model
+
+OBJECTIVES: dict[type[TrainConfig], Callable[[Model, Any, World], Objective]] = {
+    MntpConfig: Mntp,
+    ContrastiveConfig: Contrastive,
+    DistillConfig: Distill,
+}
+
+
+def run_training(config: TrainConfig, *, show: bool | None = None, until: int | None = None) -> dict[str, Any]:
+    """Train as a configuration says, from its output's last checkpoint where there is one.
+
+    Args:
+        config: `MntpConfig`, `ContrastiveConfig` or `DistillConfig`; its type is the objective.
+        show: a progress line on stderr; default on a terminal.
+        until: stop after this many steps, with a checkpoint.
+
+    Returns:
+        The last line of the log. `config.output` holds what `Encoder.load` opens.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, ResumeError: settings and files; name the key, or the file and line.
+        TrainingStopped: training that cannot go on.
+    """
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    world = World(device)
+    try:
+        model = load_model(config, wants_head=isinstance(config, MntpConfig))
+        return train(config, OBJECTIVES[type(config)](model, config, world), world, show=show, until=until)
+    finally:
+        world.close()
