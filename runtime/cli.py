@@ -1,4 +1,4 @@
-"""The command line: `flashvec info`, `convert`, `verify`.
+"""The command line: `flashvec info`, `convert`, `verify`; `cli_corpus.py` adds `embed`, `embed-shard`, `search`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage. `--json` prints one object for machines instead of tables.
 """
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flashvec
+from flashvec.runtime import cli_corpus
 
 app = typer.Typer(
     name="flashvec",
@@ -173,6 +174,9 @@ def verify(
         raise typer.Exit(1)
 
 
+cli_corpus.register(app)
+
+
 def _fail(message: str, status: int) -> NoReturn:
     stderr.print(f"flashvec: {message}", highlight=False, markup=False, soft_wrap=True)
     sys.exit(status)
@@ -186,6 +190,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError) as error:  # CheckpointError is a ValueError
+        _fail(str(error), 1)
+    except RuntimeError as error:
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
