@@ -5,6 +5,8 @@ anywhere goes on with the same command.
 """
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +36,10 @@ from flashvec.runtime.corpus.storage import Storage, is_uri
 MAX_ERRORS = 1000  # rows
 CALIBRATION_TEXTS = 1024
 PLACEHOLDER_FACTS = ModelFacts({}, 1, "", "", "", {})
+
+
+class Interrupted(RuntimeError):
+    """The job was stopped by a person or the system; the message says how far it is."""
 
 
 class Fleet(Protocol):
@@ -120,6 +126,7 @@ def embed_corpus(
     arguments = {**(load or {}), "model": _model_name(model)}
     make_fleet = fleet or _engine(engine, address, devices)
     with _lock(storage):
+        storage.sweep("", {PLAN_FILE, SUCCESS_FILE}.__contains__)  # shards sweep their own
         plan = read_plan(storage)
         if plan is not None:
             check_resumable(plan, settings, sources, arguments, None if reuse is None else _location(reuse))
@@ -132,19 +139,41 @@ def embed_corpus(
         if len(entries) < len(plan.shards):
             on_event({"event": "plan", "shards": len(plan.shards), "rows": plan.num_rows, "done": len(entries)})
             with ExitStack() as stack:
+                stack.enter_context(terminable())
                 workers = stack.enter_context(make_fleet(arguments))
                 facts = workers.facts()
                 for note in workers.notes:
                     on_event({"event": "note", "text": note})
                 plan = _settle(plan, facts, workers, storage)
                 on_event({"event": "ready", "rows_done": sum(e.rows_read for e in entries.values())})
-                _run(plan, location, workers, entries, set_aside, max_errors, on_event)
+                try:
+                    _run(plan, location, workers, entries, set_aside, max_errors, on_event)
+                except KeyboardInterrupt:
+                    done = f"{len(entries)} of {len(plan.shards)} shards are finished"
+                    raise Interrupted(f"stopped: {done}; the same command goes on from there") from None
         ordered = [entries[i] for i in sorted(entries)]
         if not set_aside:
             if storage.read(SUCCESS_FILE) != success_json(ordered):
                 storage.write(SUCCESS_FILE, success_json(ordered))
             _drop_locks(storage)
         return _result(plan, storage, ordered, tuple(set_aside))
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C, on the main thread."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def draft_plan(

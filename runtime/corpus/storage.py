@@ -4,6 +4,7 @@ A file appears whole or not at all. Locally it is written beside its place under
 renamed, and the folder is flushed too; behind a URI it is sent as one object, which stores show once it is complete.
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -90,7 +91,8 @@ class Staged:
 
     def discard(self) -> None:
         """Drop the file; does nothing where it is gone."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk fails again on what is still buffered
+            self.file.close()
         Path(self.path).unlink(missing_ok=True)
 
 

@@ -115,7 +115,7 @@ def serve(load: Callable[[dict[str, Any]], ShardRunner]) -> None:
         runner = load(inbox.get()["load"])
         send("ready", facts=asdict(runner.facts))
     except Exception as error:
-        send("failed", **_describe(error))
+        send("failed", **describe_error(error))
         return
     while True:
         message = inbox.get()
@@ -128,7 +128,7 @@ def serve(load: Callable[[dict[str, Any]], ShardRunner]) -> None:
             entry = runner.run(message["job"], shard, message["max_errors"], partial(_step, send, shard))
             send("done", shard=shard, entry=entry)
         except Exception as error:
-            send("failed", shard=message.get("shard"), **_describe(error))
+            send("failed", shard=message.get("shard"), **describe_error(error))
 
 
 def _step(send: "_Sender", shard: int, step: Step) -> None:
@@ -149,7 +149,8 @@ class _Sender(logging.Handler):
         self("note", text=record.getMessage())
 
 
-def _describe(error: Exception) -> dict[str, str]:
+def describe_error(error: Exception) -> dict[str, str]:
+    """An error as plain values: its kind, and one line for a person."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
