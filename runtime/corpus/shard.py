@@ -147,6 +147,7 @@ def _run(
     finally:
         part.discard()
         errors.discard()
+        pa.default_memory_pool().release_unused()  # or what one shard took at its largest stays with the process
     return Entry(
         shard=shard,
         rows=part.num_rows,

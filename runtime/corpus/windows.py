@@ -12,7 +12,7 @@ from flashvec.runtime.corpus.readers import read_rows
 from flashvec.runtime.corpus.rows import Bad, Rows
 from flashvec.runtime.corpus.sources import SourceError, describe_change
 
-WINDOW_ROWS = 16_384  # a multiple of the encoder's own window
+WINDOW_ROWS = 8192  # the encoder's own window
 WINDOW_CHARS = 32 << 20
 
 
