@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,7 +79,7 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
 def measure_overhead(model: str, texts: Sequence[str], max_length: int, repetitions: int) -> list[dict[str, Any]]:
     """A shard against a list, interleaved; and a shard of which 99 % is reused."""
     from flashvec.bench.timing import spread, take_turns
-    from flashvec.runtime.encoder import Encoder
+    from flashvec.runtime.encoder import Encoder, TruncationWarning
 
     encoder = Encoder.load(model)
     settings = {"max_length": max_length}
@@ -87,7 +88,8 @@ def measure_overhead(model: str, texts: Sequence[str], max_length: int, repetiti
     def on_step(step: Step) -> None:
         stages.update(read=step.read_s, embed=step.embed_s, write=step.write_s)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
         root = Path(folder)
         plan = plan_for(write_jsonl(root / "in.jsonl", texts), encoder.spec.embedding_size, JobSettings(**settings))
 
