@@ -5,8 +5,8 @@
 
 The first form times one shard and a plain list of the same texts in turn, in one process, and then the shard again with
 one row in a hundred changed and the rest taken from the first job. The second needs no model: vectors are hashes, so
-that what is left is the job itself; it gives the process's peak memory over 10^4 and 10^6 rows and the time to plan 10,000
-Parquet files.
+that what is left is the job itself; it gives the process's peak memory over 10^4 and 10^6 rows and the time to plan
+10,000 Parquet files.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,31 +81,32 @@ def measure_overhead(model: str, texts: Sequence[str], max_length: int, repetiti
     from flashvec.runtime.encoder import Encoder, TruncationWarning
 
     encoder = Encoder.load(model)
-    settings = {"max_length": max_length}
-    stages: Counter[str] = Counter()
+    settings = JobSettings(max_length=max_length)
+    stages = {"read": 0.0, "embed": 0.0, "write": 0.0}
 
     def on_step(step: Step) -> None:
-        stages.update(read=step.read_s, embed=step.embed_s, write=step.write_s)
+        for name in stages:
+            stages[name] += getattr(step, f"{name}_s")
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)
         root = Path(folder)
-        plan = plan_for(write_jsonl(root / "in.jsonl", texts), encoder.spec.embedding_size, JobSettings(**settings))
+        plan = plan_for(write_jsonl(root / "in.jsonl", texts), encoder.spec.embedding_size, settings)
 
         def shard(repetition: int) -> float:
             storage = Storage(root / f"out{repetition}")
             return _cpu_seconds(lambda: run_shard(plan, 0, encoder, storage, on_step=on_step))
 
         def plain(repetition: int) -> float:
-            return _cpu_seconds(lambda: encoder.embed(list(texts), **settings))
+            return _cpu_seconds(lambda: encoder.embed(list(texts), max_length=max_length))
 
-        encoder.embed(list(texts[:8]), **settings)
+        encoder.embed(list(texts[:8]), max_length=max_length)
         found = take_turns({"Encoder.embed": plain, "run_shard": shard}, repetitions)
         first = Storage(root / "out0")
         first.write(PLAN_FILE, plan.to_json())
         first.write(SUCCESS_FILE, b"{}")
         edited = [f"{text} (edited)" if i % 100 == 0 else text for i, text in enumerate(texts)]
-        again = plan_for(write_jsonl(root / "new.jsonl", edited), encoder.spec.embedding_size, JobSettings(**settings))
+        again = plan_for(write_jsonl(root / "new.jsonl", edited), encoder.spec.embedding_size, settings)
         reuse = _cpu_seconds(
             lambda: run_shard(
                 again, 0, encoder, Storage(root / "reused"), known=EarlierVectors(str(root / "out0")), on_step=on_step
@@ -122,7 +122,7 @@ def measure_overhead(model: str, texts: Sequence[str], max_length: int, repetiti
         "clock": "CPU seconds of the process",
         "repetitions": repetitions,
     }
-    share = {f"{name}_share": round(value / stages.total(), 4) for name, value in stages.items()}
+    share = {f"{name}_share": round(value / sum(stages.values()), 4) for name, value in stages.items()}
     seconds = {name: round(median(values), 3) for name, values in found.items()}
     return [
         {**row, "variant": "overhead", "ratio": round(median(ratios), 4), "spread": spread(ratios), **seconds, **share},
