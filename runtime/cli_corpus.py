@@ -51,6 +51,9 @@ def embed(
     unique_ids: Annotated[bool, typer.Option(help="Refuse ids that come twice.")] = False,
     reuse: Annotated[str | None, typer.Option(help="Finished job whose vectors are taken for unchanged texts.")] = None,
     mixed_machines: Annotated[bool, typer.Option(help="Let other kinds of machines work on the job.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option(help="Write plan.json and stop; then embed-shard, then this again.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
@@ -111,12 +114,15 @@ def embed(
             unique_ids=unique_ids,
             reuse=reuse,
             mixed_machines=mixed_machines,
+            plan_only=plan_only,
             engine=engine,
             address=address,
             on_event=report,
         )
     if as_json:
         print(json.dumps({"event": "result", **asdict(result)}))
+    elif plan_only and result.shards < result.planned:
+        stdout.print(f"{result.planned} shards planned, {result.shards} finished: embed-shard --plan {out} runs one")
     else:
         line = f"{result.rows:,} vectors in {result.shards} shards, {result.bytes:,} bytes, {result.errors} errors"
         stdout.print(f"{line}, {result.duplicates:,} duplicates", highlight=False)

@@ -61,7 +61,7 @@ def embed_with_stand_in(inputs: Any, out: Path, **settings: Any) -> Any:
     """`embed_corpus` with the stand-in; job arguments and settings mixed."""
     from flashvec.runtime.corpus.job import embed_corpus
 
-    own = {"load", "max_errors", "unique_ids", "reuse", "mixed_machines", "on_event"}
+    own = {"load", "max_errors", "unique_ids", "reuse", "mixed_machines", "on_event", "plan_only"}
     job = {name: settings.pop(name) for name in own & set(settings)}
     fleet = stand_in_fleet(settings.pop("num_workers", 1))
     return embed_corpus(inputs, out, model="stand-in", settings=JobSettings(**settings), fleet=fleet, **job)

@@ -59,10 +59,12 @@ class Result:
     """What a job came to.
 
     Attributes:
+        shards: finished ones, of `planned`.
         set_aside: shards that killed their worker too often; the job is not complete then.
     """
 
     shards: int
+    planned: int
     rows: int
     errors: int
     duplicates: int
@@ -84,6 +86,7 @@ def embed_corpus(
     unique_ids: bool = False,
     reuse: str | Path | None = None,
     mixed_machines: bool = False,
+    plan_only: bool = False,
     engine: str = "local",
     address: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -103,6 +106,8 @@ def embed_corpus(
         unique_ids: refuse ids that come twice, before work.
         reuse: folder of a finished job; rows with the same text take their vectors from it.
         mixed_machines: let machines of other kinds work on the job, at the price of equal bits.
+        plan_only: write the plan and stop: `flashvec embed-shard` then runs shards anywhere, and the same call without
+            this completes the job.
         engine: "local", or "ray" for the Ray cluster at `address`.
         on_event: told what happens, as plain values.
         fleet: makes the workers, instead of `engine`.
@@ -146,6 +151,8 @@ def embed_corpus(
                     on_event({"event": "note", "text": note})
                 plan = _settle(plan, facts, workers, storage)
                 on_event({"event": "ready", "rows_done": sum(e.rows_read for e in entries.values())})
+                if plan_only:
+                    return _result(plan, storage, [entries[i] for i in sorted(entries)], ())
                 try:
                     _run(plan, location, workers, entries, set_aside, max_errors, on_event)
                 except KeyboardInterrupt:
@@ -262,12 +269,13 @@ def _done(storage: Storage, plan: Plan, shard: int) -> Entry | None:
 
 def _result(plan: Plan, storage: Storage, entries: list[Entry], set_aside: tuple[int, ...]) -> Result:
     changes = None
-    if plan.reuse is not None and not set_aside:
+    if plan.reuse is not None and len(entries) == len(plan.shards):
         from flashvec.runtime.corpus.reuse import find_changes
 
         changes = find_changes(Storage(plan.reuse), storage)
     return Result(
         shards=len(entries),
+        planned=len(plan.shards),
         rows=sum(entry.rows for entry in entries),
         errors=sum(entry.errors for entry in entries),
         duplicates=sum(entry.duplicates for entry in entries),

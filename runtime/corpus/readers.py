@@ -13,6 +13,7 @@ from flashvec.runtime.corpus.records import MAX_RECORD, Record, csv_header, read
 from flashvec.runtime.corpus.rows import Bad, Rows, make_rows, strings
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.sources import Source, SourceError, open_source
+from flashvec.runtime.corpus.storage import is_uri
 
 BATCH_ROWS = 4096
 BATCH_BYTES = 16 << 20
@@ -65,8 +66,8 @@ def open_arrow(source: Source) -> pa.ipc.RecordBatchFileReader:
     Raises:
         SourceError: no Arrow file, or a cut-off one.
     """
-    file = open_source(source)
     try:
+        file = open_source(source) if is_uri(source.uri) else pa.memory_map(source.uri)
         return pa.ipc.open_file(file)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{source.uri}: no readable Arrow file ({str(error).splitlines()[0][:200]})") from None
@@ -80,19 +81,20 @@ def _wanted(settings: JobSettings) -> list[str]:
 def _parquet(source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[tuple[int, pa.RecordBatch]]:
     with open_parquet(source) as file:
         groups: list[int] = []
-        first = at = 0
+        first, at, size = 0, 0, BATCH_ROWS
         for i in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(i)
             if at + group.num_rows > start and at < stop:
                 if not groups:
                     first = at
                 groups.append(i)
+                size = max(1, min(size, BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)))
                 if group.total_byte_size > MAX_ROW_GROUP:
                     raise SourceError(
                         f"{source.uri}: row group {i} has {group.total_byte_size} bytes: write smaller ones"
                     )
             at += group.num_rows
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=_wanted(settings), use_threads=False):
+        for batch in file.iter_batches(size, row_groups=groups, columns=_wanted(settings), use_threads=False):
             yield first, batch
             first += len(batch)
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from flashvec.runtime.corpus.settings import JobSettings
 
@@ -105,12 +104,13 @@ def _join(values: dict[str, Any], settings: JobSettings) -> str | Bad:
 
 def strings(array: pa.Array) -> list[Any]:
     """Values of a text column: str, None, or bytes where a value is not UTF-8."""
-    if pa.types.is_dictionary(array.type):
-        array = pc.cast(array, array.type.value_type)
+    if pa.types.is_dictionary(array.type):  # a value that comes often is one str, however large it is
+        values = strings(array.dictionary)
+        return [None if i is None else values[i] for i in array.indices.to_pylist()]
     try:
         array.validate(full=True)
-        values: list[Any] = array.to_pylist()
-        return values
+        found: list[Any] = array.to_pylist()
+        return found
     except (pa.ArrowInvalid, UnicodeDecodeError):
         return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
 

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stand_in import DIM, StandIn, embed_with_stand_in, tree
+from stand_in import DIM, StandIn, embed_with_stand_in, facts, tree
 
 from flashvec.runtime.corpus.manifest import check_job
 from flashvec.runtime.corpus.plan import PlanError
 from flashvec.runtime.corpus.storage import Storage
+from flashvec.runtime.corpus.worker import ShardRunner
 
 
 def write_jsonl(path, texts):
@@ -137,3 +138,15 @@ def test_changed_inputs_are_refused(texts_file, tmp_path):
     more = write_jsonl(tmp_path / "more.jsonl", ["x"])
     with pytest.raises(PlanError, match=r"more\.jsonl is new"):
         embed_with_stand_in([texts_file, more], tmp_path / "out", shard_size=30)
+
+
+def test_planned_here_and_run_elsewhere(texts_file, tmp_path):
+    planned = embed_with_stand_in(texts_file, tmp_path / "out", shard_size=30, plan_only=True)
+    assert (planned.planned, planned.shards) == (4, 0) and set(tree(tmp_path / "out")) == {"_lock", "plan.json"}
+    runner = ShardRunner(StandIn(), facts({}))
+    for shard in (2, 0, 3, 1):
+        runner.run(str(tmp_path / "out"), shard, None)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert embed_with_stand_in(texts_file, tmp_path / "out", shard_size=30).rows == 100
+    embed_with_stand_in(texts_file, tmp_path / "one", shard_size=30)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
