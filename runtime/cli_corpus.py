@@ -126,6 +126,8 @@ def embed(
     else:
         line = f"{result.rows:,} vectors in {result.shards} shards, {result.bytes:,} bytes, {result.errors} errors"
         stdout.print(f"{line}, {result.duplicates:,} duplicates", highlight=False)
+        if result.truncated:
+            stderr.print(f"note: {result.truncated:,} texts were cut to max_length (--long chunk keeps all of them)")
         if result.changes is not None:
             added, edited, deleted = result.changes
             changes = f"{added:,} rows added, {edited:,} edited, {deleted:,} deleted"

@@ -57,9 +57,11 @@ def _cut_file(source: Source, found: Inspected, room: int, size: int) -> Iterato
             stop = min(start + room, found.num_rows)
             yield start, stop, stop - start
             start, room = stop, size
+    elif not source.size:
+        return
     elif source.compression is not None or source.format in ("csv", "tsv"):
         yield from _count(source, found.data_start, room, size)
-    elif source.size:
+    else:
         yield from _by_bytes(source, room, size)
 
 

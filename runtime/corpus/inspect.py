@@ -54,12 +54,15 @@ def resolve_columns(
     Raises:
         SourceError: a column that a file lacks or that is no text, or types that differ between files.
     """
+    filled = [(source, found) for source, found in zip(sources, inspected, strict=True) if source.size]
+    if not filled:
+        raise SourceError(f"{sources[0].uri}: the inputs hold no rows")
     if not settings.text_fields():
-        settings = replace(settings, text_columns=(_guess_text(sources[0], inspected[0].schema),))
+        settings = replace(settings, text_columns=(_guess_text(filled[0][0], filled[0][1].schema),))
     wanted = {} if settings.id_column is None else {"id": settings.id_column}
     wanted |= {name: name for name in settings.columns}
     types: dict[str, pa.DataType] = {}
-    for source, found in zip(sources, inspected, strict=True):
+    for source, found in filled:
         for name in settings.text_fields():
             kind = _column(source, found.schema, name, "the text column")
             if not (_is_text(kind) or kind == OPEN):
@@ -114,6 +117,8 @@ def _inspect(source: Source) -> Inspected:
     if source.format == "arrow":
         with open_arrow(source) as reader:
             return Inspected(reader.schema, [len(reader.get_batch(i)) for i in range(reader.num_record_batches)])
+    if not source.size:
+        return Inspected(pa.schema([]))  # as jobs that write many files leave: no rows, no complaint
     if source.format in ("csv", "tsv"):
         names, start = csv_header(source)
         return Inspected(pa.schema([(name, pa.large_string()) for name in names]), data_start=start)

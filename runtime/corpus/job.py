@@ -69,6 +69,7 @@ class Result:
     errors: int
     duplicates: int
     reused: int
+    truncated: int  # texts cut to max_length
     bytes: int
     set_aside: tuple[int, ...] = ()
     changes: tuple[int, int, int] | None = None  # rows added, edited, deleted since the reused job
@@ -280,6 +281,7 @@ def _result(plan: Plan, storage: Storage, entries: list[Entry], set_aside: tuple
         errors=sum(entry.errors for entry in entries),
         duplicates=sum(entry.duplicates for entry in entries),
         reused=sum(entry.reused for entry in entries),
+        truncated=sum(entry.truncated for entry in entries),
         bytes=sum(facts.bytes for entry in entries for facts in entry.files),
         set_aside=set_aside,
         changes=changes,

@@ -48,9 +48,14 @@ class ShardRunner:
         Args:
             arguments: of `Encoder.load`.
         """
+        import torch
+
         from flashvec.runtime.corpus.machine import model_facts
         from flashvec.runtime.encoder import Encoder
 
+        device = arguments.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)  # or every worker would also open the first GPU
         encoder = Encoder.load(**arguments)
         kept = {name: value for name, value in arguments.items() if name != "device" and value is not None}
         return cls(encoder, model_facts(encoder, kept))
