@@ -46,7 +46,9 @@ class _Worker:
     def send(self, message: Event) -> None:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died; its output says so next
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            left = memoryview(json.dumps(message).encode() + b"\n")
+            while left:
+                left = left[self.process.stdin.write(left) or 0 :]
 
     def receive(self) -> list[Event] | None:
         """Messages that have come; None once it has died."""

@@ -4,6 +4,7 @@ Ray restarts an actor whose process or node is lost; the shard it had goes to wh
 must be one that all nodes see: a shared file system or a URI.
 """
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -71,9 +72,10 @@ class RayFleet:
     def __enter__(self) -> "RayFleet":
         self.is_own = not self.ray.is_initialized()
         if self.is_own:
-            self.ray.init(
-                address=self.address, log_to_driver=False, include_dashboard=False if not self.address else None
-            )
+            # Not Ray's own search, which takes whatever cluster was last started on this machine.
+            address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+            here: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+            self.ray.init(address=address, log_to_driver=False, **here)
         gpus = self.ray.cluster_resources().get("GPU", 0)
         actor = self.ray.remote(max_restarts=-1, num_cpus=1, num_gpus=1 if gpus else 0, scheduling_strategy="SPREAD")
         made = actor(_Actor)

@@ -60,6 +60,8 @@ class JobSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if self.chunks == "rows" and self.long != "chunk":
+            raise ValueError("chunks='rows' needs long='chunk': without it there are no chunks")
         if self.instruction is not None and self.prompt_name is not None:
             raise ValueError("give instruction or prompt_name, not both")
         if self.text_template is not None and self.text_columns:

@@ -24,5 +24,7 @@ def test_rows_in_order_and_null_where_there_is_no_vector(precision):
 def test_refused():
     with pytest.raises(ValueError, match="no int8"):
         EmbedBatch(encoder=StandIn(), settings=JobSettings(text_columns=("a",), precision="int8"))
+    with pytest.raises(ValueError, match="no chunks='rows'"):
+        EmbedBatch(encoder=StandIn(), settings=JobSettings(text_columns=("a",), long="chunk", chunks="rows"))
     with pytest.raises(ValueError, match="needs text_columns"):
         EmbedBatch(encoder=StandIn(), settings=JobSettings())

@@ -11,6 +11,7 @@ from flashvec.runtime.corpus.settings import JobSettings, settings_from_dict
         ({"shard_size": 0}, "shard_size is 0"),
         ({"dims": True}, "dims is True"),
         ({"instruction": "a", "prompt_name": "b"}, "not both"),
+        ({"chunks": "rows"}, "needs long='chunk'"),
         ({"text_template": "no column"}, "names no column"),
         ({"text_columns": ("a", "b")}, r"text_template='\{a\} \{b\}'"),
         ({"columns": ("vector",)}, "already has"),
