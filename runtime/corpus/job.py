@@ -135,7 +135,8 @@ def embed_corpus(
         storage.sweep("", {PLAN_FILE, SUCCESS_FILE}.__contains__)  # shards sweep their own
         plan = read_plan(storage)
         if plan is not None:
-            check_resumable(plan, settings, sources, arguments, None if reuse is None else _location(reuse))
+            again = None if reuse is None else _location(reuse)
+            check_resumable(plan, settings, sources, arguments, again, mixed_machines)
         else:
             check_empty(storage)
             plan = draft_plan(sources, settings, arguments, unique_ids, reuse, mixed_machines)
@@ -143,6 +144,7 @@ def embed_corpus(
         entries = {i: entry for i in range(len(plan.shards)) if (entry := _done(storage, plan, i)) is not None}
         set_aside: list[int] = []
         if len(entries) < len(plan.shards):
+            storage.remove(SUCCESS_FILE)  # of a job that has lost a part since
             on_event({"event": "plan", "shards": len(plan.shards), "rows": plan.num_rows, "done": len(entries)})
             with ExitStack() as stack:
                 stack.enter_context(terminable())

@@ -17,7 +17,12 @@ LOCK_FILE = "_lock"
 
 
 def check_resumable(
-    plan: Plan, settings: JobSettings, sources: Sequence[Source], arguments: dict[str, Any], reuse: str | None
+    plan: Plan,
+    settings: JobSettings,
+    sources: Sequence[Source],
+    arguments: dict[str, Any],
+    reuse: str | None,
+    mixed_machines: bool,
 ) -> None:
     """Refuse to go on with a job under other settings, inputs or another model.
 
@@ -39,6 +44,8 @@ def check_resumable(
             different.append(f"{name} was {plan.model.load.get(name)!r} and is {arguments.get(name)!r}")
     if plan.reuse != reuse:
         different.append(f"reuse was {plan.reuse!r} and is {reuse!r}")
+    if plan.mixed_machines != mixed_machines:
+        different.append(f"mixed_machines was {plan.mixed_machines} and is {mixed_machines}")
     if different:
         listed = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
         raise PlanError(f"the folder holds another job: {listed}. Go on as it was begun, or give another folder")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from stand_in import DIM, StandIn, embed_with_stand_in, facts, tree
 
+from flashvec.runtime.corpus.local import WorkerError
 from flashvec.runtime.corpus.manifest import check_job
 from flashvec.runtime.corpus.plan import PlanError
 from flashvec.runtime.corpus.storage import Storage
@@ -72,12 +73,21 @@ def test_a_finished_job_is_left_alone(texts_file, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
 
 
+def fail_at_done(event):
+    if event["event"] == "done":
+        raise WorkerError("stopped by the test")
+
+
 @pytest.mark.parametrize("lost", ["part-00001.parquet", "_manifest/00001.json", "_SUCCESS"])
 def test_what_is_missing_is_made_again(texts_file, tmp_path, lost):
     embed_with_stand_in(texts_file, tmp_path / "out", shard_size=30)
     before = tree(tmp_path / "out")
     (tmp_path / "out" / lost).unlink()
     assert check_job(Storage(tmp_path / "out")).problems
+    if lost != "_SUCCESS":  # a job that is not whole does not say that it is, while it is being mended
+        with pytest.raises(WorkerError):
+            embed_with_stand_in(texts_file, tmp_path / "out", shard_size=30, on_event=fail_at_done)
+        assert not (tmp_path / "out" / "_SUCCESS").exists()
     embed_with_stand_in(texts_file, tmp_path / "out", shard_size=30)
     assert tree(tmp_path / "out") == before
 
@@ -94,6 +104,7 @@ def test_workers_do_not_change_a_byte(texts_file, tmp_path):
         ({"instruction": "Query: "}, "instruction was None and is 'Query: '"),
         ({"shard_size": 31}, "shard_size was 30 and is 31"),
         ({"precision": "float16"}, "precision"),
+        ({"mixed_machines": True}, "mixed_machines was False and is True"),
         ({"load": {"dtype": "float16"}}, "dtype was None and is 'float16'"),
     ],
 )
