@@ -51,7 +51,7 @@ class RayFleet:
         make: loads a runner on a node; tests have their own.
 
     Raises:
-        ImportError: Ray is not installed.
+        ValueError: Ray is not installed.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RayFleet:
         try:
             import ray
         except ImportError:
-            raise ImportError("engine 'ray' needs Ray: pip install flashvec[ray]") from None
+            raise ValueError("engine 'ray' needs Ray: pip install flashvec[ray]") from None
         self.ray, self.load, self.address, self.num_workers, self.make = ray, load, address, num_workers, make
         self.notes: list[str] = []
         self.actors: list[Any] = []

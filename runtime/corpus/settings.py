@@ -23,8 +23,8 @@ class JobSettings:
         text_columns: the column that is embedded; none: `text`, or the only text column there is. Those of a template
             are its own.
         text_template: several columns in one text, as "{title}\\n{body}".
-        id_column: written beside each vector.
-        columns: further columns written beside each vector.
+        id_column: written beside each vector; from JSON lines and CSV as text, from tables in its own type.
+        columns: further columns written beside each vector, likewise.
         instruction, prompt_name, max_length, normalize: as in `Encoder.embed`.
         long: "truncate" cuts a text of more than `max_length` tokens, "chunk" splits it into overlapping ones.
         chunks: "mean" gives a split text the mean of its chunks, "rows" gives each chunk a row.

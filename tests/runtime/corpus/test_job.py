@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import duckdb
 import faiss
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from stand_in import DIM, StandIn, embed_with_stand_in, facts, tree
 
+from flashvec.runtime.corpus.job import embed_corpus
 from flashvec.runtime.corpus.local import WorkerError
 from flashvec.runtime.corpus.manifest import check_job
 from flashvec.runtime.corpus.plan import PlanError
@@ -161,3 +163,18 @@ def test_planned_here_and_run_elsewhere(texts_file, tmp_path):
     assert embed_with_stand_in(texts_file, tmp_path / "out", shard_size=30).rows == 100
     embed_with_stand_in(texts_file, tmp_path / "one", shard_size=30)
     assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"engine": "spark"}, "engine is 'spark', known are local and ray"),
+        ({"address": "somewhere"}, "address is for engine='ray'"),
+        ({"engine": "ray"}, r"pip install flashvec\[ray\]"),
+    ],
+)
+def test_engines(texts_file, tmp_path, monkeypatch, values, named):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=named):
+        embed_corpus(texts_file, tmp_path / "out", model="stand-in", **values)
+    assert not (tmp_path / "out").exists()
