@@ -18,10 +18,12 @@ test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses auto tests/kernels
 	$(VENV)/bin/python -m pytest --ignore tests/kernels
 
-# 200 random batches of up to 300 texts of 1 to 600 tokens, each text also alone, and this machine's row counts anew.
+# 200 random batches of up to 300 texts of 1 to 600 tokens, each text also alone, and this machine's row counts anew;
+# a corpus job killed at 50 random moments and at every call that changes the disk.
 soak: $(VENV)/.dev
 	FLASHVEC_SOAK_BATCHES=200 $(VENV)/bin/python -u -m pytest --capture=no --verbose \
 		tests/runtime/test_determinism.py tests/runtime/test_row_counts.py
+	FLASHVEC_SOAK_KILLS=50 $(VENV)/bin/python -u -m pytest --capture=no tests/runtime/corpus/test_kill.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

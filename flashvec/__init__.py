@@ -1,11 +1,13 @@
-"""Decoder LLMs as text encoders. Start at `Encoder.load`."""
+"""Decoder LLMs as text encoders. Start at `Encoder.load`; `embed_corpus` embeds files."""
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Encoder", "__version__"]
+__all__ = ["Encoder", "JobSettings", "__version__", "embed_corpus"]
 
 if TYPE_CHECKING:
+    from flashvec.runtime.corpus.job import embed_corpus
+    from flashvec.runtime.corpus.settings import JobSettings
     from flashvec.runtime.encoder import Encoder
 
 
@@ -15,4 +17,12 @@ def __getattr__(name: str) -> Any:
         from flashvec.runtime.encoder import Encoder
 
         return Encoder
+    if name == "embed_corpus":
+        from flashvec.runtime.corpus.job import embed_corpus
+
+        return embed_corpus
+    if name == "JobSettings":
+        from flashvec.runtime.corpus.settings import JobSettings
+
+        return JobSettings
     raise AttributeError(f"module 'flashvec' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: `flashvec info`, `convert`, `verify`, `serve`, and the groups `train` and `evaluate`.
+"""The command line: `flashvec info`, `convert`, `verify`; `cli_*.py` beside it and `training/cli.py` add the others.
 
 Exit status: 0 done, 1 failed, 2 wrong usage. `--json` prints one object for machines instead of tables.
 """
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flashvec
+from flashvec.runtime import cli_corpus
 from flashvec.runtime.cli_serve import serve
 from flashvec.training.cli import evaluate_app, mine, train_app
 
@@ -179,6 +180,7 @@ def verify(
 
 
 app.command()(serve)
+cli_corpus.register(app)
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -195,7 +197,7 @@ def main() -> None:
         app()
     except (ValueError, TypeError) as error:  # CheckpointError is a ValueError
         _fail(str(error), 1)
-    except ImportError as error:  # an extra that is not installed; the message names it
+    except (ImportError, RuntimeError) as error:  # an ImportError names the extra that is not installed
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)

@@ -55,6 +55,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         self.engine = Engine(decoder)
         self.tokenizer = tokenizer
         self.heads = list(heads)
+        self.num_tokens_run = 0  # since loading: a job reads its rate off it
         self.workers = 1  # packs at the same time, one thread each (see `Engine.run`); more was slower where measured
         # A text whose vector overflows is run again in fp32; only half precision on a GPU is known to need it.
         self.retry_non_finite = decoder.device.type == "cuda" and decoder.dtype != torch.float32
@@ -371,6 +372,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
                 if self.retry_non_finite:
                     overflown.look_at(done)
                 yield done
+                self.num_tokens_run += done.ran.num_tokens
                 progress.advance(len(done.rows), done.ran.num_tokens)
         yield from self._run_again(call, overflown.rows())
         if num_truncated:

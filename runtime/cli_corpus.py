@@ -1,0 +1,237 @@
+"""Commands over corpora: `flashvec embed`, `embed-shard`, `search`."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+stdout, stderr = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON: an object for each event, the last one the result.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or all; default all GPUs, else the CPU.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+def embed(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Files, folders, globs or URIs: Parquet, Arrow, JSON lines, CSV, TSV, text; .gz .zst .bz2."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder, GGUF file or hub id.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or URI to write; holds the job, resumes it.")] = None,
+    check: Annotated[
+        str | None, typer.Option(help="Verify a finished job's folder instead; exit 1 if not whole.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Default: text, or the only text column.")] = None,
+    text_template: Annotated[str | None, typer.Option(help='Several columns in one, as "{title}\\n{body}".')] = None,
+    id_column: Annotated[str | None, typer.Option(help="Written beside each vector.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Further columns to write beside it, with commas.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Written before each text, or around it at {text}.")] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="One of the model's prompts instead.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per text; default the model's.")] = None,
+    long: Annotated[str, typer.Option(help="truncate longer texts, or chunk them with overlap.")] = "truncate",
+    chunks: Annotated[str, typer.Option(help="mean: one vector of all chunks; rows: a row each.")] = "mean",
+    dims: Annotated[int | None, typer.Option(help="Keep the leading dimensions.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, float16, int8 or binary.")] = "float32",
+    normalize: Annotated[
+        bool | None, typer.Option("--normalize/--no-normalize", help="Against the model's rule.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Rows of a part.", min=1)] = 32_768,
+    dedupe: Annotated[bool, typer.Option("--dedupe/--no-dedupe", help="Encode equal texts of a shard once.")] = True,
+    output_format: Annotated[str, typer.Option("--format", help="parquet or npy.")] = "parquet",
+    max_errors: Annotated[
+        int, typer.Option(help="Rows without a vector before the job stops; -1: any.", min=-1)
+    ] = 1000,
+    unique_ids: Annotated[bool, typer.Option(help="Refuse ids that come twice.")] = False,
+    reuse: Annotated[str | None, typer.Option(help="Finished job whose vectors are taken for unchanged texts.")] = None,
+    mixed_machines: Annotated[bool, typer.Option(help="Let other kinds of machines work on the job.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option(help="Write plan.json and stop; then embed-shard, then this again.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: start one here.")] = None,
+    workers: Annotated[int, typer.Option(help="Ray actors to run.", min=1)] = 1,
+    dry_run: Annotated[bool, typer.Option(help="Sample the inputs and print rows, tokens, time, bytes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed files into a folder of vectors; the same command goes on where a stopped one was.
+
+    Example: `flashvec embed data/*.jsonl --model ./my-model --out vectors --id-column id`
+    """
+    from flashvec.runtime.corpus.job import embed_corpus
+    from flashvec.runtime.corpus.reporter import Reporter
+    from flashvec.runtime.corpus.settings import JobSettings
+
+    if check is not None:
+        if inputs or model or out:
+            raise typer.BadParameter("--check takes a job's folder and nothing else")
+        _check(check, as_json)
+        return
+    if not inputs or model is None or (out is None and not dry_run):
+        raise typer.BadParameter("give INPUTS, --model and --out")
+    settings = JobSettings(
+        text_columns=() if text_column is None else (text_column,),
+        text_template=None if text_template is None else text_template.replace("\\n", "\n"),
+        id_column=id_column,
+        columns=() if columns is None else tuple(columns.split(",")),
+        instruction=instruction,
+        prompt_name=prompt_name,
+        max_length=max_length,
+        long=long,
+        chunks=chunks,
+        dims=dims,
+        precision=precision,
+        normalize=normalize,
+        shard_size=shard_size,
+        dedupe=dedupe,
+        format=output_format,
+    )
+    load = {} if dtype is None else {"dtype": dtype}
+    if dry_run:
+        from flashvec.runtime.corpus.estimate import estimate_job, estimate_lines
+
+        estimate = estimate_job(inputs, model=model, settings=settings, load=load, device=device)
+        print(json.dumps(asdict(estimate))) if as_json else print("\n".join(estimate_lines(estimate)))
+        return
+    assert out is not None
+    with Reporter(as_json) as report:
+        result = embed_corpus(
+            inputs,
+            out,
+            model=model,
+            settings=settings,
+            load=load,
+            devices=[None] * workers if engine == "ray" else devices_of(device),
+            max_errors=None if max_errors < 0 else max_errors,
+            unique_ids=unique_ids,
+            reuse=reuse,
+            mixed_machines=mixed_machines,
+            plan_only=plan_only,
+            engine=engine,
+            address=address,
+            on_event=report,
+        )
+    if as_json:
+        print(json.dumps({"event": "result", **asdict(result)}))
+    elif plan_only and result.shards < result.planned:
+        stdout.print(f"{result.planned} shards planned, {result.shards} finished: embed-shard --plan {out} runs one")
+    else:
+        line = f"{result.rows:,} vectors in {result.shards} shards, {result.bytes:,} bytes, {result.errors} errors"
+        stdout.print(f"{line}, {result.duplicates:,} duplicates", highlight=False)
+        if result.truncated:
+            stderr.print(f"note: {result.truncated:,} texts were cut to max_length (--long chunk keeps all of them)")
+        if result.changes is not None:
+            added, edited, deleted = result.changes
+            changes = f"{added:,} rows added, {edited:,} edited, {deleted:,} deleted"
+            stdout.print(f"{result.reused:,} vectors reused; {changes}", highlight=False)
+    if result.set_aside:
+        listed = ", ".join(map(str, result.set_aside[:20]))
+        stderr.print(f"flashvec: set aside after three dead workers each: shards {listed}", highlight=False)
+        raise typer.Exit(1)
+
+
+def embed_shard(
+    plan: Annotated[str, typer.Option(help="A job's folder, or the plan.json in it.", show_default=False)],
+    shard: Annotated[int | None, typer.Option(help="Default: SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX.")] = None,
+    device: Device = None,
+    max_errors: Annotated[int, typer.Option(help="Of this shard; -1: any.", min=-1)] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Run one shard of a planned job: for SLURM arrays and Kubernetes indexed jobs.
+
+    Example: `flashvec embed-shard --plan vectors --shard 17`
+    """
+    from flashvec.runtime.corpus.plan import PLAN_FILE, PlanError, read_plan
+    from flashvec.runtime.corpus.storage import Storage
+    from flashvec.runtime.corpus.worker import ShardRunner
+
+    if shard is None:
+        index = os.environ.get("SLURM_ARRAY_TASK_ID", os.environ.get("JOB_COMPLETION_INDEX"))
+        if index is None or not index.isdigit():
+            raise typer.BadParameter("give --shard: neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX is set")
+        shard = int(index)
+    location = plan.removesuffix("/" + PLAN_FILE) if plan != PLAN_FILE else "."
+    read = read_plan(Storage(location))
+    if read is None:
+        raise PlanError(f"{plan}: no plan there; `flashvec embed` writes one")
+    runner = ShardRunner.load({**read.model.load, "device": device})
+    entry = runner.run(location, shard, None if max_errors < 0 else max_errors)
+    if as_json:
+        print(json.dumps(entry))
+    else:
+        stdout.print(f"shard {shard}: {entry['rows']:,} vectors, {entry['errors']} errors", highlight=False)
+
+
+def search(
+    folder: Annotated[str, typer.Argument(help="A job's folder.", show_default=False)],
+    query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
+    top: Annotated[int, typer.Option(help="Rows to show.", min=1)] = 10,
+    instruction: Annotated[str | None, typer.Option(help="Of the query; default the model's prompt `query`.")] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="One of the model's prompts instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the rows of a job whose vectors are nearest to a query's, exactly.
+
+    Example: `flashvec search vectors "how do I bake bread?"`
+    """
+    from flashvec.runtime.corpus.search import describe_hits, embed_query, search_job
+    from flashvec.runtime.corpus.storage import Storage
+
+    storage = Storage(folder)
+    vector = embed_query(storage, query, instruction, prompt_name)
+    hits = describe_hits(storage, search_job(storage, vector, top)[0])
+    if as_json:
+        print(json.dumps([hit._asdict() for hit in hits]))
+        return
+    for hit in hits:
+        place = f"{Path(hit.file).name}:{hit.row}" + ("" if hit.id is None else f" id {hit.id}")
+        stdout.print(f"{hit.score:.4f}  {place}", highlight=False, markup=False)
+        if hit.text is not None:
+            stdout.print(f"        {' '.join(hit.text.split())[:200]}", highlight=False, markup=False, soft_wrap=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an application."""
+    app.command()(embed)
+    app.command("embed-shard")(embed_shard)
+    app.command()(search)
+
+
+def _check(folder: str, as_json: bool) -> None:
+    from flashvec.runtime.corpus.manifest import check_job
+    from flashvec.runtime.corpus.storage import Storage
+
+    check: Any = check_job(Storage(folder))
+    if as_json:
+        print(json.dumps(asdict(check)))
+    else:
+        stdout.print(
+            f"{check.num_done} of {check.num_shards} shards whole, {check.rows:,} vectors, {check.errors} errors"
+        )
+        for problem in check.problems:
+            stdout.print(problem, highlight=False, markup=False, soft_wrap=True)
+    if check.problems:
+        raise typer.Exit(1)
+
+
+def devices_of(device: str | None) -> list[str | None]:
+    """One worker for each: all GPUs by default."""
+    import torch
+
+    if device in (None, "all"):
+        count = torch.cuda.device_count()  # asks the driver, opens no device
+        if count:
+            return [f"cuda:{i}" for i in range(count)]
+        if device == "all":
+            raise ValueError(
+                "device 'all' spreads a job over all GPUs and there is none here: leave it out for the CPU"
+            )
+    return [device]

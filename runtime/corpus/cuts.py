@@ -1,0 +1,93 @@
+"""Where shards begin and end: by footers, by a counting pass, or by bytes cut at a line's end."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from flashvec.runtime.corpus.inspect import Inspected
+from flashvec.runtime.corpus.records import next_line_start, read_lines, read_records
+from flashvec.runtime.corpus.sources import Source, SourceError
+
+SAMPLED_BYTES = 256 << 10  # of a line-based file, for the mean length of its lines
+
+
+class Piece(NamedTuple):
+    """Rows of one file: row numbers, or bytes at which records begin, in [start, stop)."""
+
+    file: int
+    start: int
+    stop: int
+
+
+@dataclass
+class Shard:
+    """Consecutive pieces. `num_rows` is what they hold, by estimate where lines were not counted."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    num_rows: int = 0
+
+
+def cut(sources: Sequence[Source], inspected: Sequence[Inspected], size: int) -> list[Shard]:
+    """Shards of about `size` rows over all files in order; exactly so where rows are counted.
+
+    Raises:
+        SourceError: a file that is damaged, found by the counting pass.
+    """
+    shards = [Shard()]
+    for number, (source, found) in enumerate(zip(sources, inspected, strict=True)):
+        room = size - shards[-1].num_rows
+        for start, stop, num_rows in _cut_file(source, found, room, size):
+            if shards[-1].num_rows >= size:
+                shards.append(Shard())
+            shards[-1].pieces.append(Piece(number, start, stop))
+            shards[-1].num_rows += num_rows
+    if not shards[-1].pieces:
+        shards.pop()
+    if not shards:
+        raise SourceError("the inputs hold no rows")
+    return shards
+
+
+def _cut_file(source: Source, found: Inspected, room: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Start, stop and rows of each cut: the first holds up to `room` rows, or `size` where there is no room."""
+    room = room or size
+    if source.counts_rows:
+        start = 0
+        while start < found.num_rows:
+            stop = min(start + room, found.num_rows)
+            yield start, stop, stop - start
+            start, room = stop, size
+    elif not source.size:
+        return
+    elif source.compression is not None or source.format in ("csv", "tsv"):
+        yield from _count(source, found.data_start, room, size)
+    else:
+        yield from _by_bytes(source, room, size)
+
+
+def _count(source: Source, start: int, room: int, size: int) -> Iterator[tuple[int, int, int]]:
+    num_rows, stop = 0, start
+    for record in read_records(source, start):
+        num_rows, stop = num_rows + 1, record.stop
+        if num_rows == room:
+            yield start, stop, num_rows
+            start, num_rows, room = stop, 0, size
+    if num_rows:
+        yield start, stop, num_rows
+
+
+def _by_bytes(source: Source, room: int, size: int) -> Iterator[tuple[int, int, int]]:
+    mean = _mean_line(source)
+    start = 0
+    while start < source.size:
+        wanted = start + max(int(room * mean), 1)
+        stop = source.size if wanted >= source.size else next_line_start(source, wanted)
+        yield start, stop, room if stop < source.size else max(1, min(room, round((stop - start) / mean)))
+        start, room = stop, size
+
+
+def _mean_line(source: Source) -> float:
+    num_bytes = num_lines = 0
+    for record in read_lines(source, 0, SAMPLED_BYTES):
+        num_bytes, num_lines = record.stop, num_lines + 1
+    return num_bytes / max(num_lines, 1)

@@ -1,0 +1,166 @@
+"""Are the columns that a job needs in its inputs, and of what type are they: asked before any work."""
+
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+
+from flashvec.runtime.corpus.readers import open_arrow, open_parquet, read_rows
+from flashvec.runtime.corpus.records import csv_header, read_lines
+from flashvec.runtime.corpus.settings import JobSettings
+from flashvec.runtime.corpus.sources import Source, SourceError
+
+SAMPLED_LINES = 100  # of a JSON lines file, to see its keys
+THREADS = 16  # footers read at the same time: waiting for storage, not computing
+OPEN = pa.null()  # a type that only the values tell
+
+
+class Inspected:
+    """What planning needs to know of one file.
+
+    Attributes:
+        schema: columns and types; `OPEN` where only text decides.
+        group_rows: rows of each row group (Parquet, Arrow), else none.
+        data_start: first byte of the first record (CSV), else 0.
+    """
+
+    def __init__(self, schema: pa.Schema, group_rows: Sequence[int] = (), data_start: int = 0) -> None:
+        self.schema, self.group_rows, self.data_start = schema, tuple(group_rows), data_start
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.group_rows)
+
+
+def inspect_sources(sources: Sequence[Source]) -> list[Inspected]:
+    """Look into every file, at its footer or first lines.
+
+    Raises:
+        SourceError: one of them cannot be read.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(_inspect, sources))
+
+
+def resolve_columns(
+    settings: JobSettings, sources: Sequence[Source], inspected: Sequence[Inspected]
+) -> tuple[JobSettings, pa.Schema]:
+    """The settings with their text column named, and the types of the id and passthrough columns.
+
+    Raises:
+        SourceError: a column that a file lacks or that is no text, or types that differ between files.
+    """
+    filled = [(source, found) for source, found in zip(sources, inspected, strict=True) if source.size]
+    if not filled:
+        raise SourceError(f"{sources[0].uri}: the inputs hold no rows")
+    if not settings.text_fields():
+        settings = replace(settings, text_columns=(_guess_text(filled[0][0], filled[0][1].schema),))
+    wanted = {} if settings.id_column is None else {"id": settings.id_column}
+    wanted |= {name: name for name in settings.columns}
+    types: dict[str, pa.DataType] = {}
+    for source, found in filled:
+        for name in settings.text_fields():
+            kind = _column(source, found.schema, name, "the text column")
+            if not (_is_text(kind) or kind == OPEN):
+                raise SourceError(f"{source.uri}: the text column {name!r} is {kind}, not text")
+        for own, name in wanted.items():
+            kind = plain_type(_column(source, found.schema, name, "the column"))
+            if own == "id" and not (_is_text(kind) or pa.types.is_integer(kind)):
+                raise SourceError(f"{source.uri}: the id column {name!r} is {kind}; ids are text or integers")
+            if types.setdefault(own, kind) != kind:
+                raise SourceError(f"{source.uri}: column {name!r} is {kind}, in an earlier file it is {types[own]}")
+    return settings, pa.schema(list(types.items()))
+
+
+def check_unique_ids(settings: JobSettings, sources: Sequence[Source], spans: Iterable[tuple[int, int, int]]) -> None:
+    """Refuse ids that come twice; holds 8 bytes for each.
+
+    Args:
+        spans: file number, start and stop of all that is read.
+
+    Raises:
+        ValueError: some do; the message says how many.
+    """
+    import xxhash
+
+    if settings.id_column is None:
+        raise ValueError("unique_ids needs id_column")
+    only_ids = replace(settings, columns=())
+    hashes: list[np.ndarray] = []
+    for file, start, stop in spans:
+        for rows in read_rows(file, sources[file], start, stop, only_ids):
+            ids = [str(value) for value in rows.columns["id"].to_pylist() if value is not None]
+            hashes.append(np.array([xxhash.xxh3_64_intdigest(value.encode()) for value in ids], dtype=np.uint64))
+    together = np.sort(np.concatenate([np.zeros(0, np.uint64), *hashes]))
+    twice = int((together[1:] == together[:-1]).sum())
+    if twice:
+        raise ValueError(f"column {settings.id_column!r}: {twice} of {len(together)} ids are repetitions of another")
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type under which a column is written: one kind of text, no dictionaries."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.large_string() if kind == OPEN or _is_text(kind) else kind
+
+
+def _inspect(source: Source) -> Inspected:
+    if source.format == "parquet":
+        with open_parquet(source) as file:
+            metadata = file.metadata
+            rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            return Inspected(file.schema_arrow, rows)
+    if source.format == "arrow":
+        with open_arrow(source) as reader:
+            return Inspected(reader.schema, [len(reader.get_batch(i)) for i in range(reader.num_record_batches)])
+    if not source.size:
+        return Inspected(pa.schema([]))  # as jobs that write many files leave: no rows, no complaint
+    if source.format in ("csv", "tsv"):
+        names, start = csv_header(source)
+        return Inspected(pa.schema([(name, pa.large_string()) for name in names]), data_start=start)
+    if source.format == "text":
+        return Inspected(pa.schema([("text", pa.large_string())]))
+    return Inspected(_json_schema(source))
+
+
+def _json_schema(source: Source) -> pa.Schema:
+    """Keys of the first lines; a key whose values are all text is text, others are open or of a wrong type."""
+    texts: dict[str, set[bool]] = {}
+    for record in islice(read_lines(source, 0), SAMPLED_LINES):
+        try:
+            row = json.loads((record.content or b"").decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            for name, value in row.items():
+                texts.setdefault(name, set()).update(() if value is None else (isinstance(value, str),))
+    kinds = {name: pa.float64() if kinds == {False} else OPEN for name, kinds in texts.items()}
+    return pa.schema(list(kinds.items()))
+
+
+def _guess_text(source: Source, schema: pa.Schema) -> str:
+    texts = [field.name for field in schema if _is_text(field.type) or field.type == OPEN]
+    if "text" in texts:
+        return "text"
+    if len(texts) == 1:
+        return str(texts[0])
+    listed = ", ".join(texts) or "no column of text"
+    raise SourceError(f"{source.uri}: which column is the text? Name it with text_columns; there is {listed}")
+
+
+def _column(source: Source, schema: pa.Schema, name: str, role: str) -> pa.DataType:
+    if name not in schema.names:
+        listed = ", ".join(schema.names) or "none"
+        raise SourceError(f"{source.uri}: {role} {name!r} is missing; columns are {listed}")
+    kind = schema.field(name).type
+    return pa.large_string() if source.format == "jsonl" and role == "the column" else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -1,0 +1,215 @@
+"""From a range of an input file to rows, whatever its format; memory is bounded by a batch, not by the file."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flashvec.runtime.corpus import rows as reasons
+from flashvec.runtime.corpus.records import MAX_RECORD, Record, csv_header, read_records
+from flashvec.runtime.corpus.rows import Bad, Rows, make_rows, strings
+from flashvec.runtime.corpus.settings import JobSettings
+from flashvec.runtime.corpus.sources import Source, SourceError, open_source
+from flashvec.runtime.corpus.storage import is_uri
+
+BATCH_ROWS = 4096
+BATCH_BYTES = 16 << 20
+MAX_ROW_GROUP = 4 << 30  # bytes of the columns that are read, decompressed
+THRIFT_LIMIT = 100 << 20
+
+
+def read_rows(file: int, source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[Rows]:
+    """Rows of a file whose place lies in [start, stop), in order.
+
+    Args:
+        file: the file's number in the plan.
+        settings: with `text_columns` or `text_template` set.
+
+    Raises:
+        SourceError: the file is gone, damaged, or lacks a column.
+    """
+    try:
+        if source.format == "parquet":
+            yield from _tables(file, start, stop, _parquet(source, start, stop, settings), settings)
+        elif source.format == "arrow":
+            yield from _tables(file, start, stop, _arrow(source, start, stop, settings), settings)
+        else:
+            yield from _records(file, source, start, stop, settings)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{source.uri}: damaged ({str(error).splitlines()[0][:200]})") from None
+
+
+def open_parquet(source: Source) -> pq.ParquetFile:
+    """A Parquet file, with bounds on what its header may claim.
+
+    Raises:
+        SourceError: no Parquet file, or a cut-off one.
+    """
+    file = open_source(source)
+    try:
+        return pq.ParquetFile(
+            file,
+            page_checksum_verification=True,
+            thrift_string_size_limit=THRIFT_LIMIT,
+            thrift_container_size_limit=THRIFT_LIMIT,
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{source.uri}: no readable Parquet file ({str(error).splitlines()[0][:200]})") from None
+
+
+def open_arrow(source: Source) -> pa.ipc.RecordBatchFileReader:
+    """An Arrow IPC file.
+
+    Raises:
+        SourceError: no Arrow file, or a cut-off one.
+    """
+    try:
+        file = open_source(source) if is_uri(source.uri) else pa.memory_map(source.uri)
+        return pa.ipc.open_file(file)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{source.uri}: no readable Arrow file ({str(error).splitlines()[0][:200]})") from None
+
+
+def _wanted(settings: JobSettings) -> list[str]:
+    own = [settings.id_column] if settings.id_column is not None else []
+    return list(dict.fromkeys([*settings.text_fields(), *own, *settings.columns]))
+
+
+def _parquet(source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[tuple[int, pa.RecordBatch]]:
+    with open_parquet(source) as file:
+        groups: list[int] = []
+        first, at, size = 0, 0, BATCH_ROWS
+        for i in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(i)
+            if at + group.num_rows > start and at < stop:
+                if not groups:
+                    first = at
+                groups.append(i)
+                size = max(1, min(size, BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)))
+                if group.total_byte_size > MAX_ROW_GROUP:
+                    raise SourceError(
+                        f"{source.uri}: row group {i} has {group.total_byte_size} bytes: write smaller ones"
+                    )
+            at += group.num_rows
+        for batch in file.iter_batches(size, row_groups=groups, columns=_wanted(settings), use_threads=False):
+            yield first, batch
+            first += len(batch)
+
+
+def _arrow(source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[tuple[int, pa.RecordBatch]]:
+    with open_arrow(source) as file:
+        at = 0
+        for i in range(file.num_record_batches):
+            if at >= stop:
+                return
+            batch = file.get_batch(i).select(_wanted(settings))
+            for offset in range(0, len(batch), BATCH_ROWS):
+                yield at + offset, batch.slice(offset, BATCH_ROWS)
+            at += len(batch)
+
+
+def _tables(
+    file: int, start: int, stop: int, batches: Iterator[tuple[int, pa.RecordBatch]], settings: JobSettings
+) -> Iterator[Rows]:
+    for at, batch in batches:
+        low, high = max(start - at, 0), min(stop - at, len(batch))
+        if low >= high:
+            continue
+        part = batch.slice(low, high - low)
+        fields = {name: strings(part.column(name)) for name in settings.text_fields()}
+        bad = {
+            i: reasons.TOO_LARGE
+            for i, values in enumerate(zip(*fields.values(), strict=True))
+            if sum(len(v) for v in values if v is not None) > MAX_RECORD
+        }
+        columns = {name: part.column(name) for name in settings.columns}
+        if settings.id_column is not None:
+            columns = {"id": part.column(settings.id_column), **columns}
+        yield make_rows(file, np.arange(at + low, at + high), fields, bad, columns, settings)
+
+
+def _records(file: int, source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[Rows]:
+    names = csv_header(source)[0] if source.format in ("csv", "tsv") else []
+    held: list[Record] = []
+    size = 0
+    for record in read_records(source, start, stop):
+        held.append(record)
+        size += record.stop - record.start if record.content is not None else 0
+        if len(held) == BATCH_ROWS or size > BATCH_BYTES:
+            yield _line_rows(file, source, held, names, settings)
+            held, size = [], 0
+    if held:
+        yield _line_rows(file, source, held, names, settings)
+
+
+def _line_rows(file: int, source: Source, records: list[Record], names: list[str], settings: JobSettings) -> Rows:
+    bad: dict[int, Bad] = {}
+    objects: list[dict[str, Any]] = []
+    for i, record in enumerate(records):
+        found = _parse(source, record, names)
+        if isinstance(found, Bad):
+            bad[i], found = found, {}
+        objects.append(found)
+    fields = {name: [row.get(name) for row in objects] for name in settings.text_fields()}
+    columns = {name: _text_column([row.get(name) for row in objects]) for name in settings.columns}
+    if settings.id_column is not None:
+        columns = {"id": _text_column([row.get(settings.id_column) for row in objects]), **columns}
+    places = np.array([record.start for record in records], dtype=np.int64)
+    return make_rows(file, places, fields, bad, columns, settings)
+
+
+def _parse(source: Source, record: Record, names: Sequence[str]) -> dict[str, Any] | Bad:
+    if record.content is None:
+        return reasons.TOO_LARGE
+    if source.format in ("csv", "tsv"):
+        if record.fields is None or len(record.fields) != len(names):
+            return reasons.BROKEN_CSV
+        return {name: _utf8(value) for name, value in zip(names, record.fields, strict=True)}
+    text = _utf8(record.content)
+    if isinstance(text, str) and record.start == 0:
+        text = text.removeprefix("\ufeff")
+    if source.format == "text":
+        return {"text": text}
+    if isinstance(text, bytes):
+        return reasons.NOT_UTF8
+    if not text.strip():
+        return reasons.EMPTY
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return reasons.BROKEN_JSON
+    return value if isinstance(value, dict) else reasons.BROKEN_JSON
+
+
+def _utf8(content: bytes) -> str | bytes:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(name)
+
+
+def _text_column(values: list[Any]) -> pa.Array:
+    """Values of JSON or CSV as a text column: strings as they are, others as JSON, what cannot be text as null."""
+    texts = []
+    for value in values:
+        if value is not None and not isinstance(value, str | bytes):
+            value = json.dumps(value, ensure_ascii=False, sort_keys=True)
+        if isinstance(value, bytes) or (value is not None and not value.isascii() and not _encodes(value)):
+            value = None
+        texts.append(value)
+    return pa.array(texts, pa.large_string())
+
+
+def _encodes(value: str) -> bool:
+    try:
+        value.encode()
+        return True
+    except UnicodeEncodeError:
+        return False

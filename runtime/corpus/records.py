@@ -1,0 +1,172 @@
+"""Records of line-based files (text, JSON lines, CSV) as bytes, each with the place where it begins.
+
+Places are bytes of the decompressed file. A record longer than `MAX_RECORD` is skipped over in blocks, never held.
+"""
+
+import csv
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from flashvec.runtime.corpus.sources import Source, SourceError, open_source
+
+MAX_RECORD = 16 << 20  # bytes
+MAX_RATIO = 250  # decompressed to compressed bytes, past the first MAX_RECORD of them
+BLOCK, SMALL_BLOCK = 1 << 20, 1 << 16
+
+
+class Record(NamedTuple):
+    """One record."""
+
+    start: int
+    stop: int  # where the next one begins
+    content: bytes | None  # without its line end; None: longer than MAX_RECORD
+    fields: list[bytes] | None = None  # CSV only; None with content: a broken record
+
+
+class Stream:
+    """A file's decompressed bytes from some place on.
+
+    Raises:
+        SourceError: damaged or cut-off compression, or far more bytes than a text file compresses to.
+    """
+
+    def __init__(self, source: Source, start: int = 0) -> None:
+        self.source, self.at = source, 0
+        self._raw = open_source(source)
+        self._file: Any = self._raw
+        if source.compression is not None:
+            self._file = pa.CompressedInputStream(self._raw, source.compression)
+            while self.at < start:
+                if not self.read(min(BLOCK, start - self.at)):
+                    raise SourceError(f"{source.uri}: ends at byte {self.at}, before the rows of this shard")
+        else:
+            self._raw.seek(start)
+            self.at = start
+
+    def read(self, size: int = BLOCK) -> bytes:
+        """Up to `size` bytes; none at the end."""
+        try:
+            block: bytes = self._file.read(size)
+        except OSError as error:
+            raise SourceError(f"{self.source.uri}: damaged near byte {self.at} ({_first_line(error)})") from None
+        self.at += len(block)
+        if self.source.compression is not None:
+            if not block and self._raw.tell() < self.source.size:
+                raise SourceError(f"{self.source.uri}: damaged: compressed data ends before the file does")
+            if self.at > MAX_RECORD + MAX_RATIO * self.source.size:
+                raise SourceError(f"{self.source.uri}: grows more than {MAX_RATIO}-fold when decompressed: refused")
+        return block
+
+    def close(self) -> None:
+        self._raw.close()
+
+
+def read_lines(source: Source, start: int, stop: int | None = None) -> Iterator[Record]:
+    """Lines that begin in [start, stop); `start` must be the beginning of one."""
+    stream = Stream(source, start)
+    try:
+        yield from _lines(stream, start, stop)
+    finally:
+        stream.close()
+
+
+def _lines(stream: Stream, start: int, stop: int | None) -> Iterator[Record]:
+    at, rest, skipped = start, b"", 0  # `rest` begins at `at`; `skipped` bytes of an endless line came before it
+    while stop is None or at < stop:
+        block = stream.read(BLOCK if stop is None else min(BLOCK, max(stop - at, SMALL_BLOCK)))
+        if not block:
+            size = skipped + len(rest)
+            if size:
+                yield Record(at, at + size, None if skipped or size > MAX_RECORD else rest)
+            return
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            if stop is not None and at >= stop:
+                return
+            size = skipped + len(line) + 1
+            yield Record(at, at + size, None if size > MAX_RECORD else line.removesuffix(b"\r"))
+            at, skipped = at + size, 0
+        if len(rest) > MAX_RECORD or skipped:
+            skipped, rest = skipped + len(rest), b""
+
+
+class _Lines:
+    """Lines for the csv module, which says how many it took by taking them. Bytes go through as Latin-1."""
+
+    def __init__(self, source: Source, start: int) -> None:
+        self.records = read_lines(source, start)
+        self.stop, self.too_long = start, False
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        record = next(self.records)
+        self.stop, self.too_long = record.stop, self.too_long or record.content is None
+        return "\n" if record.content is None else record.content.decode("latin-1") + "\n"
+
+
+def read_csv(source: Source, start: int, stop: int | None = None) -> Iterator[Record]:
+    """Records of a CSV or TSV file that begin in [start, stop), the header's too; quoted fields may hold lines."""
+    csv.field_size_limit(MAX_RECORD)
+    lines = _Lines(source, start)
+    rows = csv.reader(lines, delimiter="\t" if source.format == "tsv" else ",", strict=True)
+    at = start
+    try:
+        while stop is None or at < stop:
+            lines.too_long = False
+            try:
+                fields: list[bytes] | None = [field.encode("latin-1") for field in next(rows)]
+            except StopIteration:
+                return
+            except csv.Error:
+                fields = None
+                rows = csv.reader(lines, delimiter="\t" if source.format == "tsv" else ",", strict=True)
+            if fields != []:  # a blank line is no record
+                yield Record(at, lines.stop, None if lines.too_long else b"", fields)
+            at = lines.stop
+    finally:
+        lines.records.close()  # type: ignore[attr-defined]
+
+
+def read_records(source: Source, start: int, stop: int | None = None) -> Iterator[Record]:
+    """Records that begin in [start, stop), whatever the line-based format."""
+    return read_csv(source, start, stop) if source.format in ("csv", "tsv") else read_lines(source, start, stop)
+
+
+def csv_header(source: Source) -> tuple[list[str], int]:
+    """Column names of a CSV or TSV file, and where its first record begins.
+
+    Raises:
+        SourceError: an empty file, or names that are not text or come twice.
+    """
+    record = next(read_csv(source, 0), None)
+    if record is None or not record.fields:
+        raise SourceError(f"{source.uri}: no header line")
+    try:
+        names = [name.decode("utf-8-sig" if i == 0 else "utf-8") for i, name in enumerate(record.fields)]
+    except UnicodeDecodeError:
+        raise SourceError(f"{source.uri}: the header line is not UTF-8") from None
+    if len(set(names)) != len(names):
+        raise SourceError(f"{source.uri}: the header names a column twice")
+    return names, record.stop
+
+
+def next_line_start(source: Source, at: int) -> int:
+    """The first place at or after `at` where a line of an uncompressed file begins; its size where none does."""
+    with open_source(source) as file:
+        at = max(at - 1, 0)
+        file.seek(at)
+        while block := file.read(1 << 16):
+            found = block.find(b"\n")
+            if found >= 0:
+                return min(at + found + 1, source.size)
+            at += len(block)
+    return source.size
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,122 @@
+"""Rows of an input as the job sees them: a text or the reason why there is none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from flashvec.runtime.corpus.settings import JobSettings
+
+
+class Bad(NamedTuple):
+    """Why a row has no vector. The message never quotes the row."""
+
+    code: str
+    message: str
+
+
+NULL = Bad("null", "the text is null or missing")
+EMPTY = Bad("empty", "the text is empty or white space")
+NOT_UTF8 = Bad("invalid_utf8", "the text is not valid UTF-8")
+SURROGATE = Bad("surrogate", "the text has half of a surrogate pair, left by a wrong decoding")
+TOO_LARGE = Bad("too_large", "the record is larger than 16 MiB")
+BROKEN_JSON = Bad("broken_json", "the line is not a JSON object")
+BROKEN_CSV = Bad(
+    "broken_csv", "the record does not follow the CSV rules or has another number of fields than the header"
+)
+NO_ID = Bad("no_id", "the id is null or missing")
+NOT_FINITE = Bad("not_finite", "the model gave a vector with NaN or infinite values")
+
+
+@dataclass
+class Rows:
+    """Consecutive rows of one input file.
+
+    Attributes:
+        file: number of the file in the plan.
+        places: int64 [n], row number or first byte.
+        texts: one per row; "" where `bad` has the row.
+        bad: number within these rows -> reason.
+        columns: id and passthrough columns, n values each; "id" is the id's.
+    """
+
+    file: int
+    places: np.ndarray
+    texts: list[str]
+    bad: dict[int, Bad]
+    columns: dict[str, pa.Array]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def make_rows(
+    file: int,
+    places: np.ndarray,
+    fields: Mapping[str, Sequence[Any]],
+    bad: dict[int, Bad],
+    columns: dict[str, pa.Array],
+    settings: JobSettings,
+) -> Rows:
+    """Join and judge the text of each row.
+
+    Args:
+        fields: text column -> str, bytes (not UTF-8), None or a value of a wrong type, for each row.
+        bad: rows already known to be bad.
+    """
+    bad = dict(bad)
+    texts: list[str] = []
+    names = list(fields)
+    for i, values in enumerate(zip(*fields.values(), strict=True)):
+        found = bad[i] if i in bad else _join(dict(zip(names, values, strict=True)), settings)
+        if isinstance(found, Bad):
+            bad[i], found = found, ""
+        texts.append(found)
+    if "id" in columns:
+        for number in np.flatnonzero(columns["id"].is_null().to_numpy(zero_copy_only=False)).tolist():
+            bad.setdefault(number, NO_ID)
+            texts[number] = ""
+    return Rows(file, places, texts, bad, columns)
+
+
+def _join(values: dict[str, Any], settings: JobSettings) -> str | Bad:
+    if all(value is None for value in values.values()):
+        return NULL
+    for name, value in values.items():
+        if isinstance(value, bytes):
+            return NOT_UTF8
+        if value is None:
+            values[name] = ""  # of a template's columns some may be missing
+        elif not isinstance(value, str):
+            return Bad("wrong_type", f"the text is {type(value).__name__}, not a string")
+    if not any(value.strip() for value in values.values()):
+        return EMPTY
+    text = settings.join(values)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return SURROGATE
+    return text
+
+
+def strings(array: pa.Array) -> list[Any]:
+    """Values of a text column: str, None, or bytes where a value is not UTF-8."""
+    if pa.types.is_dictionary(array.type):  # a value that comes often is one str, however large it is
+        values = strings(array.dictionary)
+        return [None if i is None else values[i] for i in array.indices.to_pylist()]
+    try:
+        array.validate(full=True)
+        found: list[Any] = array.to_pylist()
+        return found
+    except (pa.ArrowInvalid, UnicodeDecodeError):
+        return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
+
+
+def _decoded(value: bytes | None) -> Any:
+    try:
+        return value if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value

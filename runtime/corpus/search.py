@@ -1,0 +1,152 @@
+"""Exact nearest neighbours over a job's output, block by block, with nothing but the block and the best in memory."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flashvec.runtime.corpus.plan import Plan, PlanError, read_plan
+from flashvec.runtime.corpus.readers import read_rows
+from flashvec.runtime.corpus.reuse import as_matrix, part_vectors
+from flashvec.runtime.corpus.sources import SourceError, describe_change
+from flashvec.runtime.corpus.storage import Storage
+from flashvec.runtime.corpus.vectors import embed_settings
+from flashvec.runtime.corpus.writers import part_names
+
+BLOCK_ROWS = 16_384
+
+
+class Hit(NamedTuple):
+    """A row near the query."""
+
+    score: float  # cosine; with binary vectors the share of equal signs
+    file: str
+    row: int
+    id: Any  # None where the job has no ids
+    text: str | None  # None where the input is gone or has changed
+
+
+def search_job(storage: Storage, queries: np.ndarray, top: int) -> list[list[tuple[float, int, int]]]:
+    """The nearest rows of each query, best first; equal scores in the order of rows.
+
+    Args:
+        queries: fp32 [q, d], unnormalised or not.
+        top: rows for each.
+
+    Returns:
+        Score, shard and row in its part.
+
+    Raises:
+        PlanError: no job in the folder.
+    """
+    plan = _plan(storage)
+    if queries.shape[1] != plan.dim:
+        raise ValueError(f"the query has {queries.shape[1]} dimensions, the job's vectors have {plan.dim}")
+    unit = _unit(queries)
+    scores = np.full((len(queries), 0), 0.0, np.float32)
+    places = np.zeros((len(queries), 0, 2), np.int64)
+    for shard in range(len(plan.shards)):
+        if any(storage.size(name) is None for name in part_names(plan, shard)):
+            continue  # not done yet
+        for start, block in _blocks(storage, plan, shard):
+            found = unit @ _comparable(block, plan).T if plan.settings.precision != "binary" else _signs(unit, block)
+            scores = np.concatenate([scores, found.astype(np.float32)], 1)
+            rows = np.stack([np.full(len(block), shard), np.arange(start, start + len(block))], 1)
+            places = np.concatenate([places, np.broadcast_to(rows, (len(queries), *rows.shape))], 1)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+            scores = np.take_along_axis(scores, best, 1)
+            places = np.take_along_axis(places, best[:, :, None], 1)
+    return [
+        [(float(score), int(shard), int(row)) for score, (shard, row) in zip(s, p, strict=True)]
+        for s, p in zip(scores, places, strict=True)
+    ]
+
+
+def describe_hits(storage: Storage, found: list[tuple[float, int, int]]) -> list[Hit]:
+    """Where hits came from, with their text where the input is as it was."""
+    plan = _plan(storage)
+    hits = []
+    for score, shard, row in found:
+        with storage.open(part_names(plan, shard)[-1]) as file:
+            columns = ["file", "row", *(["id"] if "id" in plan.columns.names else [])]
+            facts = pq.read_table(file, columns=columns).slice(row, 1).to_pylist()[0]
+        text = _text(plan, facts["file"], facts["row"])
+        hits.append(Hit(score, plan.sources[facts["file"]].uri, facts["row"], facts.get("id"), text))
+    return hits
+
+
+def embed_query(storage: Storage, query: str, instruction: str | None = None, prompt_name: str | None = None) -> Any:
+    """The query's vector [1, d] by the job's model; its prompt is `query` where the model has one of that name.
+
+    Raises:
+        PlanError: no job in the folder, or its model is another one by now.
+    """
+    from flashvec.runtime.corpus.machine import model_facts
+    from flashvec.runtime.encoder import Encoder
+
+    plan = _plan(storage)
+    encoder = Encoder.load(**plan.model.load)
+    different = list(plan.model.differences(model_facts(encoder, {})))
+    if different:
+        raise PlanError(f"{storage.location}: {'; '.join(different)}: queries need the model that made the vectors")
+    if instruction is None and prompt_name is None and "query" in encoder.spec.prompts:
+        prompt_name = "query"
+    settings = {**embed_settings(plan.settings), "instruction": instruction, "prompt_name": prompt_name}
+    return encoder.embed([query], **settings)
+
+
+def _plan(storage: Storage) -> Plan:
+    plan = read_plan(storage)
+    if plan is None:
+        raise PlanError(f"{storage.location}: no plan.json there, so no job to search")
+    return plan
+
+
+def _blocks(storage: Storage, plan: Plan, shard: int) -> Iterator[tuple[int, np.ndarray]]:
+    if plan.settings.format == "npy":
+        vectors = part_vectors(storage, plan, shard)
+        for start in range(0, len(vectors), BLOCK_ROWS):
+            yield start, vectors[start : start + BLOCK_ROWS]
+        return
+    with storage.open(part_names(plan, shard)[0]) as file:
+        start = 0
+        for batch in pq.ParquetFile(file).iter_batches(BLOCK_ROWS, columns=["vector"]):
+            block = as_matrix(pa.chunked_array([batch.column(0)]), plan)
+            yield start, block
+            start += len(block)
+
+
+def _comparable(block: np.ndarray, plan: Plan) -> np.ndarray:
+    """A block as fp32 rows of unit length."""
+    values = block.astype(np.float32)
+    if plan.settings.precision == "int8":
+        assert plan.int8_ranges is not None
+        low, high = (np.array(r, np.float32)[: plan.dim] for r in plan.int8_ranges)
+        values = (values + 128) / 255 * (high - low) + low
+    return _unit(values)
+
+
+def _signs(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Share of dimensions whose signs agree."""
+    bits = np.packbits(queries > 0, axis=-1)
+    different = np.stack([np.bitwise_count(block ^ query).sum(1) for query in bits])
+    share: np.ndarray = 1 - different / (8 * block.shape[1])
+    return share
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    unit: np.ndarray = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def _text(plan: Plan, file: int, row: int) -> str | None:
+    source = plan.sources[file]
+    try:
+        if describe_change(source) is not None:
+            return None
+        rows = next(iter(read_rows(file, source, row, row + 1, plan.settings)), None)
+        return None if rows is None or not len(rows) else rows.texts[0]
+    except SourceError:
+        return None

@@ -1,0 +1,262 @@
+"""`run_shard`: the unit of every job, on one machine or many. The same plan and number give the same bytes.
+
+Reading runs ahead on one thread and writing follows on another; between them at most a few windows wait.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from flashvec.runtime.ahead import ahead
+from flashvec.runtime.corpus.manifest import (
+    ERRORS,
+    MANIFESTS,
+    Entry,
+    FileFacts,
+    errors_name,
+    is_done,
+    manifest_name,
+)
+from flashvec.runtime.corpus.plan import Plan
+from flashvec.runtime.corpus.storage import Staged, Storage
+from flashvec.runtime.corpus.vectors import KnownVectors, TextEncoder, Vectors
+from flashvec.runtime.corpus.windows import Window, read_windows
+from flashvec.runtime.corpus.writers import PartWriter, facts_schema, part_names
+
+LOCKS = "_locks"
+LOCK_WAIT_S = 60.0  # for a process that is being stopped to let go of a shard
+
+
+class TooManyErrors(ValueError):
+    """More rows without a vector than the job's limit."""
+
+
+class ShardInUse(RuntimeError):
+    """Another process works on this shard."""
+
+
+class Step(NamedTuple):
+    """A window is done: what it held and where its time went."""
+
+    rows: int
+    tokens: int
+    read_s: float  # the model waited for rows
+    embed_s: float
+    write_s: float  # the model waited for the writer
+
+
+def run_shard(
+    plan: Plan,
+    shard: int,
+    encoder: TextEncoder,
+    storage: Storage,
+    *,
+    known: KnownVectors | None = None,
+    max_errors: int | None = None,
+    machine: dict[str, Any] | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Entry:
+    """Embed one shard; does nothing where it is done already.
+
+    Args:
+        plan: the job's.
+        shard: its number.
+        encoder: the plan's model, loaded.
+        storage: the job's folder.
+        known: vectors of the job that the plan reuses.
+        max_errors: rows without a vector beyond which to stop.
+        machine: facts of this machine, kept in the manifest where the plan allows several kinds.
+        on_step: told after every window.
+
+    Returns:
+        The shard's manifest, which is in the folder when this returns, after all other files.
+
+    Raises:
+        SourceError: an input is gone, damaged or changed; nothing of the shard is kept.
+        TooManyErrors: more bad rows than `max_errors`.
+        ShardInUse: another process holds the shard.
+    """
+    if not 0 <= shard < len(plan.shards):
+        raise ValueError(f"shard is {shard}, the plan has {len(plan.shards)}: 0 to {len(plan.shards) - 1}")
+    done = is_done(storage, shard)
+    if done is not None:
+        return done
+    storage.make(MANIFESTS, ERRORS, LOCKS)
+    with _lock(storage, shard):
+        done = is_done(storage, shard)
+        if done is not None:
+            return done
+        own = {*part_names(plan, shard), f"{shard:05d}.json", f"{shard:05d}.jsonl"}
+        for folder in ("", MANIFESTS, ERRORS):
+            storage.sweep(folder, own.__contains__)
+        entry = _run(plan, shard, encoder, storage, known, max_errors, on_step)
+        if plan.mixed_machines:
+            entry = replace(entry, machine=machine)
+        storage.write(manifest_name(shard), entry.to_json())
+        return entry
+
+
+def _run(
+    plan: Plan,
+    shard: int,
+    encoder: TextEncoder,
+    storage: Storage,
+    known: KnownVectors | None,
+    max_errors: int | None,
+    on_step: Callable[[Step], None],
+) -> Entry:
+    vectors = Vectors(plan, encoder, known)
+    found: Counter[str] = Counter()
+    totals = dict.fromkeys(("rows_read", "duplicates", "reused", "truncated"), 0)
+    part = PartWriter(plan, storage, shard)
+    errors = _ErrorFile(storage, shard)
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="flashvec-writer") as thread:
+            writing: Future[Any] = thread.submit(int)
+            clock = time.perf_counter()
+            with closing(ahead(read_windows(plan, plan.shards[shard].pieces))) as windows:
+                for window in windows:
+                    read_s, clock = _lap(clock)
+                    tokens_before = getattr(encoder, "num_tokens_run", 0)
+                    window, hashes, own, counts = vectors.make(window)
+                    tokens = getattr(encoder, "num_tokens_run", 0) - tokens_before
+                    embed_s, clock = _lap(clock)
+                    writing.result()  # at most one window waits to be written
+                    writing = thread.submit(_write, plan, part, errors, window, hashes, own)
+                    write_s, clock = _lap(clock)
+                    for name, count in (("rows_read", window.num_read), *asdict(counts).items()):
+                        totals[name] += count
+                    found.update(reason.code for reason in window.bad.values())
+                    if max_errors is not None and found.total() > max_errors:
+                        raise TooManyErrors(too_many(found, max_errors))
+                    on_step(Step(window.num_read, tokens, read_s, embed_s, write_s))
+            writing.result()
+        files = part.finish()
+        files += errors.finish()
+    finally:
+        part.discard()
+        errors.discard()
+        pa.default_memory_pool().release_unused()  # or what one shard took at its largest stays with the process
+    return Entry(
+        shard=shard,
+        rows=part.num_rows,
+        errors=errors.count,
+        vectors_xxh3=part.digest.hexdigest(),
+        files=files,
+        rows_read=totals["rows_read"],
+        duplicates=totals["duplicates"],
+        reused=totals["reused"],
+        truncated=totals["truncated"],
+    )
+
+
+def too_many(found: Mapping[str, int], limit: int) -> str:
+    """The message of `TooManyErrors`, with the reasons and how often each came."""
+    listed = ", ".join(f"{code} {count}" for code, count in sorted(found.items()))
+    return (
+        f"more rows without a vector than max_errors allows, {limit} here ({listed}): mend the input, or go on with a "
+        "higher limit; finished shards are kept"
+    )
+
+
+class _ErrorFile:
+    """`_errors/00000.jsonl`, begun with the first bad row."""
+
+    def __init__(self, storage: Storage, shard: int) -> None:
+        self.storage, self.name = storage, errors_name(shard)
+        self.staged: Staged | None = None
+        self.count = 0
+
+    def add(self, window: Window) -> None:
+        for i in sorted(window.bad):
+            reason = window.bad[i]
+            row = {"file": int(window.files[i]), "row": int(window.places[i])}
+            if window.chunks is not None:
+                row["chunk"] = int(window.chunks[i])
+            if self.staged is None:
+                self.staged = self.storage.stage(self.name)
+            line = json.dumps({**row, "code": reason.code, "message": reason.message}) + "\n"
+            self.staged.file.write(line.encode())
+            self.count += 1
+
+    def finish(self) -> tuple[FileFacts, ...]:
+        if self.staged is None:
+            return ()
+        size, value = self.staged.digest()
+        self.staged.commit()
+        return (FileFacts(self.name, size, value),)
+
+    def discard(self) -> None:
+        if self.staged is not None:
+            self.staged.discard()
+
+
+def _write(
+    plan: Plan, part: PartWriter, errors: _ErrorFile, window: Window, hashes: list[bytes], vectors: np.ndarray
+) -> None:
+    good = np.array([i for i in range(len(window.texts)) if i not in window.bad], dtype=np.int64)
+    arrays: list[Any] = [pa.array(window.files[good]), pa.array(window.places[good])]
+    if plan.settings.chunks == "rows":
+        chunks = np.zeros(len(window.texts), np.int32) if window.chunks is None else window.chunks
+        arrays.append(pa.array(chunks[good]))
+    arrays.append(pa.array(hashes, pa.binary(16)))
+    if window.columns.num_columns:
+        arrays += window.columns.take(pa.array(good)).columns
+    part.write(pa.table(arrays, schema=facts_schema(plan)), vectors)
+    errors.add(window)
+
+
+def _lap(since: float) -> tuple[float, float]:
+    now = time.perf_counter()
+    return now - since, now
+
+
+@contextmanager
+def _lock(storage: Storage, shard: int) -> Iterator[None]:
+    """Hold a shard among the processes of this machine; behind a URI two of them would write the same bytes."""
+    if storage.root is None:
+        yield
+        return
+    with open_lock(storage.root / LOCKS / f"{shard:05d}", LOCK_WAIT_S, f"shard {shard} is in work by another process"):
+        yield
+
+
+@contextmanager
+def open_lock(path: Path, wait_s: float, message: str) -> Iterator[None]:
+    """Hold an exclusive lock that ends with the process, however it ends.
+
+    Raises:
+        ShardInUse: with `message`, where another process holds it for longer than `wait_s`.
+    """
+    until = time.monotonic() + wait_s
+    while (handle := _try_lock(path)) is None:
+        if time.monotonic() >= until:
+            raise ShardInUse(message)
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(path: Path) -> int | None:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+            return handle
+    except BlockingIOError:
+        pass
+    os.close(handle)  # held by another process, or its file was dropped when a job was finished
+    return None

@@ -1,0 +1,194 @@
+"""Input files: found from paths, folders, globs and URIs, with their format read off their names."""
+
+import fnmatch
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from flashvec.runtime.corpus.storage import is_uri, open_uri
+
+FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".text": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_GLOB = set("*?[")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file as it was when the plan was made."""
+
+    uri: str  # absolute path, or URI
+    format: str  # a value of FORMATS
+    compression: str | None
+    size: int
+    mtime_ns: int
+
+    @property
+    def counts_rows(self) -> bool:
+        """Are places in it row numbers; else they are bytes of the decompressed file."""
+        return self.format in ("parquet", "arrow")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, JSON-ready."""
+        return asdict(self)
+
+
+class SourceError(ValueError):
+    """An input file that is missing, damaged or not as planned."""
+
+
+def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
+    """The files that a user's inputs name, in the order given; those of a folder or glob sorted by name.
+
+    Args:
+        inputs: files, folders (with all below them; hidden files left out), globs (** for any depth), URIs of these.
+
+    Raises:
+        SourceError: nothing there, an unknown format, or a file that is named twice.
+    """
+    found: list[Source] = []
+    for given in map(str, inputs):
+        listed = _behind_uri(given) if is_uri(given) else _local(given)
+        if not listed:
+            raise SourceError(f"{given}: no input file there; known endings are {', '.join(FORMATS)}")
+        found += listed
+    seen: set[str] = set()
+    for source in found:
+        if source.uri in seen:
+            raise SourceError(f"{source.uri}: named twice, its rows would be embedded twice")
+        seen.add(source.uri)
+    return found
+
+
+def describe_change(planned: Source) -> str | None:
+    """What is different about a file now; None if nothing is."""
+    try:
+        now = stat_source(planned.uri)
+    except FileNotFoundError:
+        return f"{planned.uri} is gone"
+    if now.size != planned.size:
+        return f"{planned.uri} had {planned.size} bytes and has {now.size}"
+    if now.mtime_ns != planned.mtime_ns:
+        return f"{planned.uri} was written to since"
+    return None
+
+
+def stat_source(uri: str) -> Source:
+    """A file's facts as they are now.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        SourceError: an ending that no format has.
+    """
+    format_name, compression = _format(uri.split("?")[0])
+    if is_uri(uri):
+        filesystem, path = open_uri(uri)
+        info = filesystem.get_file_info(path)
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(uri)
+        return Source(uri, format_name, compression, info.size, info.mtime_ns or 0)
+    status = os.stat(uri)
+    return Source(uri, format_name, compression, status.st_size, status.st_mtime_ns)
+
+
+def open_source(source: Source) -> Any:
+    """A pyarrow file to read from, seekable, still compressed.
+
+    Raises:
+        SourceError: it is gone or cannot be opened.
+    """
+    try:
+        if is_uri(source.uri):
+            filesystem, path = open_uri(source.uri)
+            return filesystem.open_input_file(path)
+        return pafs.LocalFileSystem().open_input_file(source.uri)
+    except OSError as error:
+        raise SourceError(f"{source.uri}: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file; the job goes on where it stopped once the file is back"
+    return error.strerror or str(error).splitlines()[0]
+
+
+def _local(given: str) -> list[Source]:
+    path = Path(given).expanduser().absolute()
+    if path.is_file():
+        return [stat_source(str(path))]
+    if path.is_dir():
+        return _known(str(p) for p in _walk(path))
+    if _GLOB & set(given):
+        return _known(p for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p))
+    return []
+
+
+def _walk(folder: Path) -> list[Path]:
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        found += [Path(root) / name for name in files if not name.startswith((".", "_"))]
+    return sorted(found)
+
+
+def _behind_uri(given: str) -> list[Source]:
+    address, _, query = given.partition("?") if "://" in given else (given, "", "")
+    suffix = f"?{query}" if query else ""
+    first_glob = min((address.find(c) for c in _GLOB if c in address), default=-1)
+    start = address if first_glob < 0 else address[: address.rfind("/", 0, first_glob)]
+    filesystem, path = open_uri(start + suffix)
+    prefix = start[: len(start.rstrip("/")) - len(path)] if start.rstrip("/").endswith(path) else None
+    if prefix is None:
+        raise SourceError(f"{given}: give the plain path, without escapes")
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.File:
+        return [stat_source(given)]
+    entries = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+    names = sorted(entry.path for entry in entries if entry.type == pafs.FileType.File)
+    if first_glob >= 0:
+        names = [name for name in names if fnmatch.fnmatch(prefix + name, address)]
+    return _known(prefix + name + suffix for name in names if not _hidden(name[len(path) :]))
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+def _known(uris: Any) -> list[Source]:
+    """Files of a folder or glob whose ending is a format's; others are not texts."""
+    found = []
+    for uri in uris:
+        try:
+            found.append(stat_source(uri))
+        except SourceError:
+            continue
+    return found
+
+
+def _format(uri: str) -> tuple[str, str | None]:
+    name = uri.rsplit("/", 1)[-1].lower()
+    stem, ending = os.path.splitext(name)
+    compression = COMPRESSIONS.get(ending)
+    if compression is not None:
+        ending = os.path.splitext(stem)[1]
+    if ending not in FORMATS:
+        raise SourceError(f"{uri}: unknown ending {ending or 'none'!r}; known are {', '.join(FORMATS)}")
+    if compression is not None and FORMATS[ending] in ("parquet", "arrow"):
+        raise SourceError(f"{uri}: {FORMATS[ending]} files are compressed inside; decompress the file")
+    return FORMATS[ending], compression

@@ -1,0 +1,151 @@
+"""The whole way with a real encoder: command line, prompts, chunks, int8, estimates, search."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tiny_models import TEXTS, tiny_checkpoint
+from typer.testing import CliRunner
+
+from flashvec import Encoder
+from flashvec.runtime import cli_corpus
+from flashvec.runtime.cli import app
+from flashvec.runtime.corpus.chunks import chunk_texts
+from flashvec.runtime.corpus.job import draft_plan
+from flashvec.runtime.corpus.machine import model_facts
+from flashvec.runtime.corpus.sample import sample_texts
+from flashvec.runtime.corpus.settings import JobSettings
+from flashvec.runtime.corpus.shard import run_shard
+from flashvec.runtime.corpus.sources import find_sources
+from flashvec.runtime.corpus.storage import Storage
+from flashvec.runtime.corpus.vectors import Vectors
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(model):
+    return Encoder.load(model)
+
+
+@pytest.fixture
+def texts_file(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"id": f"r{i}", "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
+
+
+def plan_for(path, encoder, **settings):
+    from dataclasses import replace
+
+    plan = draft_plan(find_sources([path]), JobSettings(**settings), {})
+    return replace(plan, model=model_facts(encoder, {}))
+
+
+def vectors_of(folder):
+    column = pq.read_table(folder / "part-00000.parquet")["vector"]
+    return np.array(column.to_pylist(), np.float32)
+
+
+def run(*arguments):
+    """A command in this process: starting one takes seconds."""
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_command_line(texts_file, model, encoder, tmp_path):
+    job = ["embed", texts_file, "--model", model, "--out", tmp_path / "out", "--id-column", "id", "--precision", "int8"]
+    command = [sys.executable, "-m", "flashvec.runtime.cli", *map(str, job), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [e["event"] for e in events] == ["plan", "note", "ready", "step", "done", "result"]
+    assert events[3]["tokens"] == encoder.count_tokens(TEXTS).sum() and events[-1]["rows"] == len(TEXTS)
+    ranges = json.loads((tmp_path / "out" / "plan.json").read_text())["int8_ranges"]
+    np.testing.assert_array_equal(np.array(ranges, np.float32)[0], encoder.embed(list(TEXTS)).min(0))
+    checked = run("embed", "--check", tmp_path / "out")
+    assert checked.exit_code == 0 and "1 of 1 shards whole, 8 vectors" in checked.stdout
+    found = run("search", tmp_path / "out", "The cat sleeps.", "--top", 1, "--json")
+    (hit,) = json.loads(found.stdout)
+    assert hit["id"] == "r2" and hit["text"] == "The cat sleeps." and hit["score"] > 0.99
+
+    (tmp_path / "out" / "_manifest" / "00000.json").unlink()
+    (tmp_path / "out" / "part-00000.parquet").rename(tmp_path / "before")
+    shard = run("embed-shard", "--plan", tmp_path / "out" / "plan.json", "--shard", 0)
+    assert shard.exit_code == 0 and "8 vectors" in shard.stdout
+    assert (tmp_path / "out" / "part-00000.parquet").read_bytes() == (tmp_path / "before").read_bytes()
+
+    (tmp_path / "out" / "_manifest" / "00000.json").unlink()
+    for name, status in (("SLURM_ARRAY_TASK_ID", 0), ("JOB_COMPLETION_INDEX", 0), ("OTHER", 2)):
+        command = ["embed-shard", "--plan", str(tmp_path / "out")]
+        assert CliRunner().invoke(app, command, env={name: "0"}).exit_code == status
+    assert cli_corpus.devices_of("cpu") == ["cpu"]
+
+    dry = run("embed", texts_file, "--model", model, "--dry-run")
+    assert dry.exit_code == 0 and "about 8 rows" in dry.stdout and "tokens/s" in dry.stdout
+    assert run("embed", texts_file).exit_code == 2 and run("embed-shard", "--plan", "x").exit_code == 2
+    missing = run("embed", texts_file, "--model", model, "--out", tmp_path / "o", "--text-column", "body")
+    assert "'body' is missing; columns are id, text" in str(missing.exception)
+
+
+def test_vectors_are_the_encoders(texts_file, encoder, tmp_path):
+    plan = plan_for(texts_file, encoder, instruction="Query: ", max_length=12, dims=20, normalize=False)
+    entry = run_shard(plan, 0, encoder, Storage(tmp_path / "out"))
+    with pytest.warns(UserWarning, match="were cut"):
+        expected = encoder.embed(list(TEXTS), instruction="Query: ", max_length=12, truncate_dim=20, normalize=False)
+    np.testing.assert_array_equal(vectors_of(tmp_path / "out"), expected)
+    assert entry.truncated > 0
+
+
+def test_chunks(encoder, tmp_path):
+    long = " ".join(f"summit {i} and a decoder" for i in range(40))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, "short", "")))
+    settings = {"long": "chunk", "max_length": 30, "instruction": "Query: "}
+    chunks = chunk_texts(encoder, long, JobSettings(**settings))
+    assert len(chunks) > 5 and long.startswith(chunks[0].text) and long.endswith(chunks[-1].text)
+    counts = encoder.count_tokens(["Query: " + chunk.text for chunk in chunks])
+    assert counts.max() <= 30
+    at = 0
+    for chunk in chunks:  # each begins before the one before it ends
+        assert 0 <= long.find(chunk.text, max(at - 40, 0)) <= at
+        at = long.find(chunk.text, max(at - 40, 0)) + len(chunk.text)
+    own = encoder.embed([chunk.text for chunk in chunks], instruction="Query: ")
+
+    entry = run_shard(
+        plan_for(tmp_path / "in.jsonl", encoder, chunks="rows", **settings), 0, encoder, Storage(tmp_path / "rows")
+    )
+    table = pq.read_table(tmp_path / "rows" / "part-00000.parquet")
+    assert table["chunk"].to_pylist() == [*range(len(chunks)), 0] and entry.errors == 1 and entry.truncated == 0
+    np.testing.assert_array_equal(vectors_of(tmp_path / "rows")[:-1], own)
+
+    run_shard(plan_for(tmp_path / "in.jsonl", encoder, **settings), 0, encoder, Storage(tmp_path / "mean"))
+    found = vectors_of(tmp_path / "mean")
+    mean = np.average(own.astype(np.float64), axis=0, weights=[chunk.num_tokens for chunk in chunks])
+    np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=1e-6)
+    np.testing.assert_array_equal(found[1], encoder.embed(["short"], instruction="Query: ")[0])
+
+
+def test_facts_tell_models_apart(model, encoder, tmp_path):
+    facts = model_facts(encoder, {})
+    assert not list(facts.differences(model_facts(Encoder.load(model), {})))
+    tiny_checkpoint(tmp_path / "other", seed=1)
+    assert [d.split()[2] for d in facts.differences(model_facts(Encoder.load(tmp_path / "other"), {}))] == ["weights"]
+    causal = model_facts(Encoder.load(model, attention="causal", pooling="mean"), {})
+    assert [d.split()[2] for d in facts.differences(causal)] == ["spec"]
+    half = model_facts(Encoder.load(model, dtype="bfloat16"), {})
+    assert any("dtype" in d for d in half.machine_differences(facts.machine)) or half.machine == facts.machine
+
+
+def test_samples_come_from_everywhere(tmp_path, encoder):
+    (tmp_path / "a.txt").write_text("".join(f"{i}\n" for i in range(1000)))
+    plan = plan_for(tmp_path / "a.txt", encoder, shard_size=100)
+    texts = sample_texts(plan, 20)
+    assert len(texts) == 20 and len({int(text) // 100 for text in texts}) >= 8
+    assert len(Vectors(plan, encoder).hash("x")) == 16

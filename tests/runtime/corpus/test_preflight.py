@@ -1,0 +1,68 @@
+"""Bad jobs stop before work, and leave nothing behind."""
+
+import fcntl
+import os
+
+import pytest
+from stand_in import embed_with_stand_in
+
+from flashvec.runtime.corpus import preflight
+
+
+@pytest.fixture
+def texts_file(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a\nb\n")
+    return folder / "a.txt"
+
+
+def test_output_among_inputs(texts_file, tmp_path):
+    with pytest.raises(ValueError, match="lies in it"):
+        embed_with_stand_in(texts_file, tmp_path / "in")
+    for given in (tmp_path / "in", f"{tmp_path}/in/*.txt"):
+        with pytest.raises(ValueError, match="its parts would become inputs"):
+            embed_with_stand_in(given, tmp_path / "in" / "out")
+    assert not (tmp_path / "in" / "out").exists()
+
+
+def test_a_folder_with_other_things(texts_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds other things \(thesis.tex\)"):
+        embed_with_stand_in(texts_file, tmp_path / "out")
+
+
+def test_a_folder_in_use(texts_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    handle = os.open(tmp_path / "out" / "_lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another job is running there"):
+        embed_with_stand_in(texts_file, tmp_path / "out")
+    os.close(handle)
+    assert embed_with_stand_in(texts_file, tmp_path / "out").rows == 2
+
+
+def test_no_space(texts_file, tmp_path, monkeypatch):
+    class Full:
+        f_bavail, f_frsize = 1, 64
+
+    monkeypatch.setattr(preflight.os, "statvfs", lambda path: Full)
+    with pytest.raises(ValueError, match="and the disk has 64 free"):
+        embed_with_stand_in(texts_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"dims": 17}, "dims is 17, the model's vectors have 16"),
+        ({"precision": "binary", "dims": 9}, "9 is no multiple of 8"),
+        ({"unique_ids": True}, "unique_ids needs id_column"),
+        ({"max_errors": -2}, "max_errors is -2"),
+    ],
+)
+def test_arguments(texts_file, tmp_path, values, named):
+    with pytest.raises(ValueError, match=named):
+        embed_with_stand_in(texts_file, tmp_path / "out", **values)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,121 @@
+"""A cluster of two nodes on this machine: an actor killed, then a node; the output is the local one, byte for byte."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pyarrow as pa
+import pytest
+from stand_in import StandIn, embed_with_stand_in, facts, tree
+
+from flashvec.runtime.corpus.job import embed_corpus
+from flashvec.runtime.corpus.local import WorkerError
+from flashvec.runtime.corpus.settings import JobSettings
+from flashvec.runtime.corpus.worker import ShardRunner
+
+ray = pytest.importorskip("ray", reason="needs Ray")
+from flashvec.runtime.corpus.ray import RayFleet  # noqa: E402
+
+ROWS, SIZE = 300, 10
+
+
+def slow_stand_in(load):
+    """On a node: says where it runs, and takes its time."""
+    with open(load["pids"], "a") as file:
+        file.write(f"{ray.get_runtime_context().get_node_id()} {os.getpid()}\n")
+    return ShardRunner(StandIn({"delay_s": 0.02}), facts(load))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    from ray.cluster_utils import Cluster
+
+    here = os.path.dirname(os.path.abspath(facts.__code__.co_filename))
+    root = os.path.dirname(here)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, root, *([before] if before else [])])  # for the nodes' processes
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    node = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    cluster.wait_for_nodes()
+    yield cluster, node
+    ray.shutdown()
+    cluster.shutdown()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+def test_an_actor_and_a_node_are_lost(cluster, tmp_path):
+    cluster, node = cluster
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"text": f"row {i}" * (i % 30 > 0)}) + "\n" for i in range(ROWS))
+    )
+    pids = tmp_path / "pids"
+    events = []
+
+    def lose():
+        """Once shards are being done: a worker process on the head, then the whole second node."""
+        while sum(event["event"] == "done" for event in events) < 4:
+            time.sleep(0.05)
+        places = dict(line.split() for line in pids.read_text().splitlines())
+        os.kill(int(places[ray.get_runtime_context().get_node_id()]), signal.SIGKILL)
+        while sum(event["event"] == "done" for event in events) < 8:
+            time.sleep(0.05)
+        cluster.remove_node(node)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    result = embed_corpus(
+        tmp_path / "in.jsonl",
+        tmp_path / "ray",
+        model="stand-in",
+        load={"pids": str(pids)},
+        settings=JobSettings(shard_size=SIZE),
+        fleet=lambda load: RayFleet(load, num_workers=2, make=slow_stand_in),
+        on_event=events.append,
+    )
+    thread.join()
+    assert not result.set_aside and sum(event["event"] == "retry" for event in events) >= 1
+    assert len({line.split()[0] for line in pids.read_text().splitlines()}) == 2  # both nodes were at work
+    assert len(pids.read_text().splitlines()) >= 3  # and a new process took over
+    embed_with_stand_in(tmp_path / "in.jsonl", tmp_path / "local", shard_size=SIZE, load={"pids": str(pids)})
+    assert tree(tmp_path / "ray") == tree(tmp_path / "local")
+
+
+def test_errors_come_through(cluster, tmp_path):
+    (tmp_path / "in.txt").write_text("a\n\n\n")
+    with pytest.raises(WorkerError, match="max_errors"):
+        embed_corpus(
+            tmp_path / "in.txt",
+            tmp_path / "out",
+            model="stand-in",
+            load={"pids": str(tmp_path / "pids")},
+            max_errors=1,
+            fleet=lambda load: RayFleet(load, make=slow_stand_in),
+        )
+    with (
+        pytest.raises(WorkerError, match="no such file or folder"),
+        RayFleet({"model": str(tmp_path / "none")}) as fleet,
+    ):
+        fleet.facts()
+
+
+def test_a_step_of_a_ray_data_pipeline(cluster):
+    data = pytest.importorskip("ray.data")
+    from flashvec.runtime.corpus.batch import EmbedBatch
+
+    table = pa.table({"text": [f"row {i}" for i in range(50)], "n": range(50)})
+    found = data.from_arrow(table).map_batches(
+        EmbedBatch,
+        fn_constructor_kwargs={"encoder": StandIn()},
+        batch_format="pyarrow",
+        batch_size=20,
+        compute=data.ActorPoolStrategy(size=1),
+    )
+    rows = sorted(found.take_all(), key=lambda row: row["n"])
+    assert [row["text"] for row in rows] == table["text"].to_pylist()
+    assert (StandIn().embed(["row 7"])[0] == rows[7]["vector"]).all()

@@ -1,0 +1,129 @@
+"""What becomes of good and bad rows, format by format."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flashvec.runtime.corpus import readers, records, rows
+from flashvec.runtime.corpus.readers import read_rows
+from flashvec.runtime.corpus.settings import JobSettings
+from flashvec.runtime.corpus.sources import SourceError, find_sources
+
+SETTINGS = JobSettings(text_columns=("text",), id_column="id", columns=("n",))
+
+
+def read(path, settings=SETTINGS, start=0, stop=1 << 40):
+    (source,) = find_sources([path])
+    found = list(read_rows(0, source, start, stop, settings))
+    texts = [text for part in found for text in part.texts]
+    at, bad = 0, {}
+    for part in found:
+        bad |= {at + i: reason.code for i, reason in part.bad.items()}
+        at += len(part)
+    return found, texts, bad
+
+
+def test_json_lines(tmp_path):
+    lines = [
+        b'{"id": 7, "text": "good", "n": [1]}',
+        b'{"id": "b", "text": null}',
+        b'{"id": "c"}',
+        b'{"id": "d", "text": 3}',
+        b'{"id": "e", "text": "  "}',
+        b'{"id": "f", "text": "\\ud800"}',
+        b'{"id": "g", "text": "\xff"}',
+        b"[1]",
+        b'{"id": "h", ',
+        b"",
+        b'{"text": "no id"}',
+        b"[" * 100_000,
+        b'{"id": "i", "text": NaN}',
+        b'{"id": "j", "text": "last"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    found, texts, bad = read(tmp_path / "a.jsonl")
+    assert bad == {
+        1: "null",
+        2: "null",
+        3: "wrong_type",
+        4: "empty",
+        5: "surrogate",
+        6: "invalid_utf8",
+        7: "broken_json",
+        8: "broken_json",
+        9: "empty",
+        10: "no_id",
+        11: "broken_json",
+        12: "broken_json",
+    }
+    assert texts[0] == "good" and texts[13] == "last" and not any(texts[1:13])
+    assert found[0].columns["id"].to_pylist()[0] == "7" and found[0].columns["n"].to_pylist()[0] == "[1]"
+
+
+def test_csv_and_text(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'id,text,n\n1,"a ""b""",x\n2,\xff,y\n3,c\n,d,\n')
+    _, texts, bad = read(tmp_path / "a.csv", start=len("id,text,n\n"))
+    assert texts[0] == 'a "b"' and bad == {1: "invalid_utf8", 2: "broken_csv"}
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\ntwo\n\xfe\n")
+    _, texts, bad = read(tmp_path / "a.txt", JobSettings(text_columns=("text",)))
+    assert texts == ["one", "", "two", ""] and bad == {1: "empty", 3: "invalid_utf8"}
+
+
+def test_large_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_RECORD", 1000)
+    monkeypatch.setattr(readers, "MAX_RECORD", 1000)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 5000}) + '\n{"text": "ok"}\n')
+    settings = JobSettings(text_columns=("text",))
+    assert read(tmp_path / "a.jsonl", settings)[1:] == (["", "ok"], {0: "too_large"})
+    pq.write_table(pa.table({"text": ["x" * 5000, "ok"]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", settings)[1:] == (["", "ok"], {0: "too_large"})
+
+
+def invalid_strings():
+    """A text column whose second value is not UTF-8, as careless writers make them."""
+    return pa.array([b"good", b"\xff\xfe", None], pa.binary()).view(pa.string())
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_tables(tmp_path, kind, ending):
+    table = pa.table({"text": pa.array([f"t{i}" for i in range(100)]).cast(kind), "id": range(100), "n": [1.5] * 100})
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, path, row_group_size=7)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    found, texts, bad = read(path, start=5, stop=93)
+    assert texts == [f"t{i}" for i in range(5, 93)] and not bad
+    assert [int(place) for part in found for place in part.places] == list(range(5, 93))
+    assert [i for part in found for i in part.columns["id"].to_pylist()] == list(range(5, 93))
+
+
+def test_invalid_utf8_in_parquet(tmp_path):
+    pq.write_table(pa.table({"text": invalid_strings()}), tmp_path / "a.parquet")
+    _, texts, bad = read(tmp_path / "a.parquet", JobSettings(text_columns=("text",)))
+    assert texts == ["good", "", ""] and bad == {1: "invalid_utf8", 2: "null"}
+
+
+def test_template_takes_what_is_there(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"t": "T", "b": "B"}\n{"b": "B"}\n{"t": null}\n{"t": "", "b": " "}\n')
+    settings = JobSettings(text_template="{t}: {b}")
+    assert read(tmp_path / "a.jsonl", settings)[1:] == (["T: B", ": B", "", ""], {2: "null", 3: "empty"})
+
+
+def test_truncated_parquet(tmp_path):
+    pq.write_table(pa.table({"text": ["a"] * 1000}), tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[:-20])
+    with pytest.raises(SourceError, match="no readable Parquet"):
+        read(tmp_path / "a.parquet")
+
+
+def test_messages_never_quote_the_row():
+    reasons = [value for value in vars(rows).values() if isinstance(value, rows.Bad)]
+    assert len(reasons) >= 9 and len({reason.code for reason in reasons}) == len(reasons)

@@ -1,0 +1,93 @@
+import bz2
+import gzip
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashvec.runtime.corpus import records as module
+from flashvec.runtime.corpus.records import csv_header, next_line_start, read_lines, read_records
+from flashvec.runtime.corpus.sources import SourceError, find_sources
+
+
+def source_of(path, content):
+    path.write_bytes(content)
+    return find_sources([path])[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=12), st.booleans(), st.data())
+def test_ranges_cut_anywhere_hold_every_line_once(tmp_path_factory, lines, ends, data):
+    content = b"\n".join(lines) + (b"\n" if ends and lines else b"")
+    source = source_of(tmp_path_factory.mktemp("r") / "a.txt", content)
+    whole = list(read_lines(source, 0))
+    assert [content[r.start : r.stop].rstrip(b"\n").removesuffix(b"\r") for r in whole] == [
+        r.content.rstrip(b"\n") for r in whole
+    ]
+    cuts = sorted({0, source.size, *data.draw(st.lists(st.integers(0, max(source.size, 0)), max_size=3))})
+    starts = [next_line_start(source, cut) if cut else 0 for cut in cuts]
+    parts = [r for a, b in zip(starts, [*starts[1:], source.size], strict=True) for r in read_lines(source, a, b)]
+    assert parts == whole
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".zst"])
+def test_places_are_those_of_the_decompressed_file(tmp_path, ending):
+    content = b"".join(b"line %d\n" % i for i in range(5000))
+    pack = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".zst": lambda b: pa.Codec("zstd").compress(b, asbytes=True),
+    }[ending]
+    source = source_of(tmp_path / f"a.txt{ending}", pack(content))
+    whole = list(read_lines(source, 0))
+    assert len(whole) == 5000 and whole[4321].content == b"line 4321"
+    assert list(read_lines(source, whole[4000].start, whole[4003].start)) == whole[4000:4003]
+
+
+def test_an_endless_line_is_skipped_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_RECORD", 1000)
+    monkeypatch.setattr(module, "BLOCK", 64)
+    source = source_of(tmp_path / "a.txt", b"one\n" + b"x" * 5000 + b"\ntwo\n" + b"y" * 2000)
+    found = list(read_lines(source, 0))
+    assert [r.content for r in found] == [b"one", None, b"two", None]
+    assert [r.start for r in found] == [0, 4, 5005, 5009] and found[-1].stop == source.size
+
+
+@pytest.mark.parametrize("cut", [-10, -1])
+def test_a_cut_off_gz_is_an_error(tmp_path, cut):
+    source = source_of(tmp_path / "a.txt.gz", gzip.compress(bytes(range(256)) * 4000)[:cut])
+    with pytest.raises(SourceError, match=r"a\.txt\.gz: (damaged|ends)"):
+        list(read_lines(source, 0))
+
+
+def test_a_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_RECORD", 1 << 16)
+    source = source_of(tmp_path / "a.txt.gz", gzip.compress(b"x" * (1 << 25)))
+    with pytest.raises(SourceError, match="250-fold"):
+        sum(1 for _ in read_lines(source, 0))
+
+
+def test_csv_places_and_broken_records(tmp_path):
+    content = b'id,text\n1,"two\nlines"\n\n2,a,b\n3,"bad"x\n4,"\xff"\r\n5,last'
+    source = source_of(tmp_path / "a.csv", content)
+    names, start = csv_header(source)
+    assert names == ["id", "text"]
+    whole = list(read_records(source, start))
+    assert [r.fields for r in whole] == [
+        [b"1", b"two\nlines"],
+        [b"2", b"a", b"b"],
+        None,
+        [b"4", b"\xff"],
+        [b"5", b"last"],
+    ]
+    for record in whole:  # each can be read from its place alone
+        assert list(read_records(source, record.start, record.start + 1)) == [record]
+
+
+def test_csv_header_is_needed(tmp_path):
+    with pytest.raises(SourceError, match="no header"):
+        csv_header(source_of(tmp_path / "a.csv", b""))
+    with pytest.raises(SourceError, match="twice"):
+        csv_header(source_of(tmp_path / "a.csv", b"a,a\n"))

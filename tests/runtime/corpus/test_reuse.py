@@ -1,0 +1,64 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from stand_in import StandIn, embed_with_stand_in
+
+from flashvec.runtime.corpus.plan import PlanError
+from flashvec.runtime.corpus.reuse import EarlierVectors
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in rows))
+    return path
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_only_new_texts_are_encoded(tmp_path, format):
+    rows = [(i, f"text {i}") for i in range(100)]
+    old = write(tmp_path / "old.jsonl", rows)
+    embed_with_stand_in(old, tmp_path / "a", id_column="id", shard_size=40, format=format)
+    changed = [(i, "edited" if i in (3, 50) else text) for i, text in rows if i != 7] + [(200, "text 9"), (201, "new")]
+    new = write(tmp_path / "new.jsonl", changed)
+    result = embed_with_stand_in(
+        new, tmp_path / "b", id_column="id", shard_size=30, reuse=tmp_path / "a", format="parquet"
+    )
+    assert result.changes == (2, 2, 1) and result.rows == 101
+    entries = [json.loads(p.read_text()) for p in sorted((tmp_path / "b" / "_manifest").iterdir())]
+    assert sum(entry["reused"] for entry in entries) == 98
+    vectors = [v for p in sorted((tmp_path / "b").glob("part*")) for v in pq.read_table(p)["vector"].to_pylist()]
+    np.testing.assert_array_equal(np.array(vectors, np.float32), StandIn().embed([text for _, text in changed]))
+
+
+def test_without_ids_text_is_identity(tmp_path):
+    (tmp_path / "a.txt").write_text("a\nb\nc\n")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "a")
+    (tmp_path / "b.txt").write_text("c\nd\n")
+    result = embed_with_stand_in(tmp_path / "b.txt", tmp_path / "b", reuse=tmp_path / "a")
+    assert result.changes == (1, 0, 2) and result.reused == 1
+
+
+def test_other_vectors_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "a", instruction="Passage: ")
+    with pytest.raises(PlanError, match="instruction was 'Passage: ' and is None"):
+        embed_with_stand_in(tmp_path / "a.txt", tmp_path / "b", reuse=tmp_path / "a")
+    with pytest.raises(PlanError, match="the machine's device was none and is cuda"):
+        load = {"facts": {"machine": {"device": "cuda"}}}
+        embed_with_stand_in(
+            tmp_path / "a.txt", tmp_path / "c", instruction="Passage: ", load=load, reuse=tmp_path / "a"
+        )
+    (tmp_path / "a" / "_SUCCESS").unlink()
+    with pytest.raises(PlanError, match="holds no finished job"):
+        embed_with_stand_in(tmp_path / "a.txt", tmp_path / "d", reuse=tmp_path / "a")
+
+
+def test_find(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{i}\n" for i in range(50)))
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "a", shard_size=8)
+    table = pq.read_table(tmp_path / "a" / "part-00002.parquet")
+    hashes = [b"\0" * 16, *table["hash"].to_pylist()[::-1], b"\xff" * 16]
+    known, vectors = EarlierVectors(str(tmp_path / "a")).find(hashes)
+    assert known.tolist() == [False, *[True] * len(table), False]
+    np.testing.assert_array_equal(vectors, np.array(table["vector"].to_pylist(), np.float32)[::-1])

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from stand_in import StandIn, embed_with_stand_in
+
+from flashvec.runtime.corpus.plan import PlanError
+from flashvec.runtime.corpus.search import describe_hits, search_job
+from flashvec.runtime.corpus.storage import Storage
+
+TEXTS = [f"row {i}" for i in range(60)]
+
+
+@pytest.fixture
+def texts_file(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+    return tmp_path / "a.txt"
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])
+def test_as_by_hand(texts_file, tmp_path, format, precision):
+    embed_with_stand_in(texts_file, tmp_path / "out", shard_size=13, format=format, precision=precision)
+    vectors, queries = StandIn().embed(TEXTS), StandIn().embed(["row 17", "something else"])
+    signs = ((vectors > 0)[None] == (queries > 0)[:, None]).mean(-1)
+    scores = signs if precision == "binary" else queries @ vectors.T
+    found = search_job(Storage(tmp_path / "out"), queries * 3, 5)
+    for hits, expected in zip(found, scores, strict=True):
+        assert len(hits) == 5 and [score for score, _, _ in hits] == sorted((s for s, _, _ in hits), reverse=True)
+        tolerance = {"float32": 1e-6, "float16": 1e-3, "int8": 0.02, "binary": 1e-6}[precision]
+        np.testing.assert_allclose([s for s, _, _ in hits], np.sort(expected)[::-1][:5], atol=tolerance)
+    (best, *_) = describe_hits(Storage(tmp_path / "out"), found[0])
+    assert best.text == "row 17" and best.file == str(texts_file) and best.row == sum(len(t) + 1 for t in TEXTS[:17])
+
+
+def test_text_only_while_the_input_is_there(texts_file, tmp_path):
+    embed_with_stand_in(texts_file, tmp_path / "out")
+    found = search_job(Storage(tmp_path / "out"), StandIn().embed(["row 3"]), 100)[0]
+    assert len(found) == 60
+    texts_file.write_text("another\n")
+    (best,) = describe_hits(Storage(tmp_path / "out"), found[:1])
+    assert best.text is None
+
+
+def test_refused(texts_file, tmp_path):
+    with pytest.raises(PlanError, match="no job to search"):
+        search_job(Storage(tmp_path), StandIn().embed(["x"]), 1)
+    embed_with_stand_in(texts_file, tmp_path / "out", dims=8)
+    with pytest.raises(ValueError, match="has 16 dimensions, the job's vectors have 8"):
+        search_job(Storage(tmp_path / "out"), StandIn().embed(["x"]), 1)

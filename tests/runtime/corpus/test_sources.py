@@ -1,0 +1,50 @@
+import os
+
+import pytest
+
+from flashvec.runtime.corpus.sources import SourceError, describe_change, find_sources
+
+
+def names(sources):
+    return [os.path.basename(source.uri) for source in sources]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.jsonl", "a.csv.gz", "sub/c.txt", ".hidden.txt", "readme.md", "_skip/d.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x\n")
+    return tmp_path
+
+
+def test_files_folders_and_globs(folder):
+    assert names(find_sources([folder])) == ["a.csv.gz", "b.jsonl", "c.txt"]
+    assert names(find_sources([folder / "b.jsonl", folder / "a.csv.gz"])) == ["b.jsonl", "a.csv.gz"]
+    assert names(find_sources([f"{folder}/**/*.txt"])) == ["d.txt", "c.txt"]
+    (source,) = find_sources([f"file://{folder}/b.jsonl"])
+    assert (source.format, source.compression, source.size) == ("jsonl", None, 2)
+    assert names(find_sources([f"file://{folder}/*.gz"])) == ["a.csv.gz"]
+
+
+def test_refused(folder):
+    with pytest.raises(SourceError, match="no input file there"):
+        find_sources([folder / "missing"])
+    with pytest.raises(SourceError, match=r"unknown ending '.md'"):
+        find_sources([folder / "readme.md"])
+    with pytest.raises(SourceError, match="named twice"):
+        find_sources([folder, folder / "b.jsonl"])
+    (folder / "p.parquet.gz").touch()
+    with pytest.raises(SourceError, match="compressed inside"):
+        find_sources([folder / "p.parquet.gz"])
+
+
+def test_changes_are_seen(folder):
+    (source,) = find_sources([folder / "b.jsonl"])
+    assert describe_change(source) is None
+    os.utime(folder / "b.jsonl", ns=(1, 1))
+    assert "written to" in describe_change(source)
+    (folder / "b.jsonl").write_text("longer\n")
+    assert "had 2 bytes" in describe_change(source)
+    (folder / "b.jsonl").unlink()
+    assert "gone" in describe_change(source)
