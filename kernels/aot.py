@@ -187,8 +187,9 @@ def committed_reports() -> dict[tuple[str, str, str, int], Report]:
     path = rows_path()
     if not path.exists():
         return {}
-    rows = (Report(**json.loads(line)) for line in path.read_text().splitlines())
-    return {row.key: row for row in rows}
+    rows = (json.loads(line) for line in path.read_text().splitlines())
+    reports = (Report(**{key: value for key, value in row.items() if key != "benchmark"}) for row in rows)
+    return {report.key: report for report in reports}
 
 
 def rows_path() -> Path:
@@ -309,7 +310,7 @@ def print_cubin(path: Path, target: Target, only: str) -> int:
 def write_rows(rows: Iterable[Report]) -> None:
     """Replace the committed rows of the same target, case and kernel; keep the others."""
     merged = committed_reports() | {row.key: row for row in rows}
-    lines = [json.dumps(asdict(merged[key])) + "\n" for key in sorted(merged)]
+    lines = [json.dumps({"benchmark": "aot", **asdict(merged[key])}) + "\n" for key in sorted(merged)]
     rows_path().write_text("".join(lines))
 
 

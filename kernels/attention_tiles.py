@@ -145,7 +145,7 @@ def backward_configs(
         short, dq, dkv = [(32, 16, 4, 1)], (keys, 32, 4, 1), (32, 16, 4, 1)
     elif target.backend == "hip":  # 32 keys or rows a warp, as in the forward
         short = [(64, 16, 4, 1), (128, 16, 4, 1)]
-        dq, dkv = (64 if width <= 128 else 32, 128, 4, 1), (128, 32 if width <= 128 else 16, 4, 1)
+        dq, dkv = (64 if width <= 128 else 16, 128, 4, 1), (128, 32 if width <= 128 else 16, 4, 1)
     elif target.name in WARPGROUPS:
         if width <= 64:
             short = [(64, 32, 4, 2), (128, 32, 8, 2), *([(256, 16, 8, 2)] if plain else [])]
