@@ -56,7 +56,7 @@ class Ours:
         queries, documents = (x.contiguous() for x in vectors.chunk(2))
         loss = info_nce(queries, documents, torch.arange(len(queries)), TEMPERATURE).mean()
         loss.backward()
-        return float(loss)
+        return loss.item()
 
 
 class Products:
@@ -106,7 +106,7 @@ def bench(folder: Path, profile: str, repetitions: int) -> list[dict[str, Any]]:
         tokens = model.tokenizer.encode(drawn, model.spec.max_length)
         ids = np.split(tokens.ids.astype(np.int64), np.cumsum(tokens.lengths)[:-1])
         batches.append(ids * 2)
-    losses = {name: float(side.step(batches[-1])) for name, side in sides.items()}
+    losses = {name: torch.as_tensor(side.step(batches[-1])).item() for name, side in sides.items()}
     first = next(iter(losses.values()))
     if abs(losses["flashvec"] - first) > SAME_LOSS * abs(first):
         raise SystemExit(f"losses differ: {losses}")

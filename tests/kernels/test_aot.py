@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashvec.kernels import aot, aot_cases, roofline
+from flashvec.kernels import aot, aot_cases, aot_code, roofline
 from flashvec.kernels.backend import TARGETS, recording
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -115,6 +115,49 @@ def test_committed_rows_hold_no_fault():
     for report in reports.values():
         assert report.case in multiplying, f"{report.case} is no case any more; run aot --write anew"
         assert not aot.faults(report, report.kernel in multiplying[report.case], None), report
+
+
+# --- what stands in code -----------------------------------------------------------------------------------
+
+ASSEMBLY = """
+.LBB0_1:
+  v_mfma_f32_32x32x8 a, b
+  v_exp_f32 a, b
+  s_barrier
+  s_cbranch_scc1 .LBB0_1
+.LBB0_2:
+  v_mfma_f32_32x32x8 a, b
+  v_exp_f32 a, b
+  v_exp_f32 a, b
+.LBB0_3:
+  v_mul_f32 a, b
+  s_cbranch_scc0 .LBB0_3
+  s_cbranch_vccz .LBB0_2
+  v_exp_f32 a, b
+  s_branch .LBB0_4
+.LBB0_4:
+  .vgpr_count:     96
+  .vgpr_spill_count: 3
+"""
+
+
+def test_a_tile_costs_what_its_shortest_loop_holds():
+    code = aot_code.read_assembly(ASSEMBLY, TARGETS["gfx942"])
+    assert (code.registers, code.spill_bytes) == (96, 12)
+    assert (code.matrix, code.exponentials, code.barriers) == (2, 4, 1)
+    assert (code.loop_matrix, code.loop_exponentials, code.loop_barriers) == (1, 1, 1)
+
+
+def test_code_without_a_loop_has_no_cost_of_a_tile():
+    code = aot_code.read_assembly("  v_mfma_f32_32x32x8 a, b\n  v_exp_f32 a, b\n", TARGETS["gfx942"])
+    assert (code.matrix, code.loop_matrix, code.loop_exponentials) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "blocks"), [(128, 8, 0, 2), (32, 4, 0, 16), (32, 4, 100 * 1024, 2), (255, 8, 0, 1)]
+)
+def test_blocks_that_fit(registers, warps, shared, blocks):
+    assert aot_code.blocks_per_sm(TARGETS["sm_90"], registers, warps, shared) == blocks
 
 
 # --- roofline ---------------------------------------------------------------------------------------------
