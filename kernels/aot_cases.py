@@ -57,6 +57,11 @@ ALLOWED_SPILLS = {
         (OPERANDS_IN_REGISTERS, "attention bwd 80", "at most 16 bytes; four warps spill as much"),
         (OPERANDS_IN_REGISTERS, "attention bwd 96", "8 bytes; 64 rows a step compute scores twice"),
         (OPERANDS_IN_REGISTERS, "attention bwd 64 window", "8 bytes; 64 keys a step instead of 32 spill 24"),
+        (("sm_80",), "attention bwd 256", "at most 16 bytes for a second block on a multiprocessor; 64 rows spill 152"),
+        (("sm_100",), "attention 96 softcap", "16 bytes; one stage does not, and waits for each copy"),
+        (("sm_100",), "attention 128 rotation", "at most 56 bytes, as at 96"),
+        (("sm_100",), "attention bwd 128 dropout", "32 bytes, as at 96"),
+        (("sm_100",), "cross_entropy", "at most 16 bytes; tiles of 128 x 256 spill more"),
         (
             OPERANDS_IN_REGISTERS,
             "lora 4096 rank 64",

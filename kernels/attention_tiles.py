@@ -87,7 +87,8 @@ def forward_configs(target: Target, dtype: torch.dtype, head_size: int, packed: 
         return short, _config(128, 64 if width <= 128 else 32, 4, 1, packed, shorter=64)
     if width > 128 and target.name in WARPGROUPS:  # a warpgroup multiplies 64 rows: more would compute scores twice
         short = _config(64, 64, 4, 1, packed, longest=64, one_tile=True)
-        return short, _config(128, 32, 8, 1, packed, shorter=64)
+        rows, warps = (128, 8) if target.name == "sm_90" else (64, 4)  # 128 rows spill on sm_100
+        return short, _config(rows, 32, warps, 1, packed, shorter=64)
     if width > 128:  # 64 keys instead of 32 spill with a window
         return (
             _config(64, 64, 8, 1, packed, longest=64, one_tile=True),
