@@ -60,6 +60,7 @@ ALLOWED_SPILLS = {
         (("sm_80",), "attention bwd 256", "at most 16 bytes for a second block on a multiprocessor; 64 rows spill 152"),
         (("sm_100",), "attention 96 softcap", "16 bytes; one stage does not, and waits for each copy"),
         (("sm_100",), "attention 128 rotation", "at most 56 bytes, as at 96"),
+        (("sm_100",), "attention 256 dropout", "16 bytes; 128 rows spill 48 without dropout"),
         (("sm_100",), "attention bwd 128 dropout", "32 bytes, as at 96"),
         (("sm_100",), "cross_entropy", "at most 16 bytes; tiles of 128 x 256 spill more"),
         (
