@@ -33,7 +33,10 @@ def imported_by_tests() -> set[str]:
     return names
 
 
+IMPORTED = imported_by_tests()  # once, for all modules
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_module_is_imported_by_a_test(module):
     name = "flashvec." + ".".join(module.relative_to(ROOT).with_suffix("").parts)
-    assert name in imported_by_tests(), f"no test imports {name}"
+    assert name in IMPORTED, f"no test imports {name}"
