@@ -239,18 +239,18 @@ def cases(target: Target) -> Iterator[Case]:
     for K in (64, 128, 256):
         run = partial(_attention, target, K, torch.float32, {})
         yield Case(f"attention {K} fp32", run, frozenset({"_attention_fwd_kernel"}), extra=K != 64)
+    near = target.name in ("sm_89", "sm_100", "sm_120")  # beside attention they get what sm_80 and sm_90 get
     nce = frozenset({"_info_nce_fwd_kernel", "_info_nce_bwd_kernel"})
-    yield Case("info_nce 1024", partial(_info_nce, 1024, [1024], False), nce)
+    yield Case("info_nce 1024", partial(_info_nce, 1024, [1024], False), nce, extra=near)
     yield Case("info_nce 4096 ids, prefixes", partial(_info_nce, 4096, [64, 256, 1024, 4096], True), nce, extra=True)
     head = frozenset({"_cross_entropy_fwd_kernel", "_cross_entropy_bwd_kernel", "_panel_product_kernel"})
-    yield Case("cross_entropy 4096", partial(_cross_entropy, 16_384, 4096, 128_256, 0.0, False), head)
+    yield Case("cross_entropy 4096", partial(_cross_entropy, 16_384, 4096, 128_256, 0.0, False), head, extra=near)
     yield Case("cross_entropy 576", partial(_cross_entropy, 2048, 576, 49_152, 30.0, True), head, extra=True)
     yield Case("lora 4096", partial(_lora, 8192, 4096, [4096, 1024, 1024], 16, False), LOW_RANK, extra=True)
-    yield Case("lora 4096 dropout", partial(_lora, 8192, 4096, [4096, 1024, 1024], 16, True), LOW_RANK)
+    yield Case("lora 4096 dropout", partial(_lora, 8192, 4096, [4096, 1024, 1024], 16, True), LOW_RANK, extra=near)
     yield Case("lora 576 dropout", partial(_lora, 8192, 576, [1536, 1536], 16, True), LOW_RANK, extra=True)
     for R in (64, 128):
         yield Case(f"lora 4096 rank {R}", partial(_lora, 8192, 4096, [4096], R, True), LOW_RANK, extra=True)
-    near = target.name in ("sm_89", "sm_100", "sm_120")  # whose ops on rows are those of sm_80 and sm_90
     for model, sizes in (("llama 8b", (4096, 14336, 32, 8, 128)), ("gemma 270m", (640, 2048, 4, 1, 256))):
         for name, launch_op in _row_ops(*sizes):
             yield Case(f"{name}, {model}", launch_op, extra=near or model != "llama 8b")
