@@ -1,7 +1,7 @@
 """Compile every kernel for every target without a GPU, and read what the compiler made of it.
 
-    python -m flashvec.kernels.aot --check              # each configuration once for all targets; exit 1 on a fault
-    python -m flashvec.kernels.aot --check --all        # with every option that a configuration may be used with
+    python -m flashvec.kernels.aot --check              # the common ones of each target; exit 1 on a fault
+    python -m flashvec.kernels.aot --check --all        # every configuration, with every option; by hand
     python -m flashvec.kernels.aot --target sm_90 --only attention
     python -m flashvec.kernels.aot --dump DIR           # also write the cubins, for other people's tools
     python -m flashvec.kernels.aot --target sm_80 --read FILE       # the same figures of other people's cubins
