@@ -4,7 +4,7 @@
     python -m bench.gpu --part embed --minutes 8        # whole models, random weights at real shapes
     python -m bench.gpu --part train --minutes 6        # a LoRA step, against transformers + PEFT
     python -m bench.gpu --part tma                      # the warp-specialised candidate, apart: it may hang
-    python -m bench.gpu --part kernels --only "K 128"   # only steps whose name holds this
+    python -m bench.gpu --part kernels --only "K 128|check" --without flex   # only steps and peers of these names
 
 Run from the repository's root; nothing needs to be installed but torch and triton, and transformers (and peft) for
 whole models. No network is used. `--minutes` is a budget: steps come most valuable first, each looks at what is left,
@@ -30,6 +30,7 @@ Exit code: 0 done, 1 something was wrong, 2 no GPU, 3 stopped because a step did
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -43,7 +44,8 @@ import torch
 from flashvec.bench import gpu_attention, gpu_checks, gpu_embed, gpu_ops, gpu_tma, gpu_train
 from flashvec.bench.compile_ahead import Ahead
 from flashvec.bench.device_time import DeviceStopwatch
-from flashvec.bench.gpu_session import Budget, DeviceLost, Row, Session
+from flashvec.bench.gpu_session import Budget, DeviceLost, Row, Session, named
+from flashvec.bench.peers_gpu import PEERS
 from flashvec.bench.problems import Maker
 from flashvec.bench.timing import RESULTS, gpu_facts, machine
 from flashvec.kernels.backend import TARGETS, Target, has_triton
@@ -199,21 +201,35 @@ def start_ahead(part: str, facts: Row, only: str, jobs: int | None) -> Any:
     if target is None or not has_triton():
         return None
     if part == "kernels":
-        steps = {name: record for name, _, _, record in kernel_steps() if record is not None and only in name}
+        steps = {name: record for name, _, _, record in kernel_steps() if record is not None and named(only, name)}
     elif part == "embed":
-        steps = {p.name: partial(gpu_embed.record, p) for p in gpu_embed.profiles() if only in p.name}
+        steps = {p.name: partial(gpu_embed.record, p) for p in gpu_embed.profiles() if named(only, p.name)}
     elif part == "train":
-        steps = {b.name: partial(gpu_train.record, b) for b in gpu_train.batches() if only in b.name}
+        steps = {b.name: partial(gpu_train.record, b) for b in gpu_train.batches() if named(only, b.name)}
     else:
         return None
     return Ahead(steps, target, jobs)
+
+
+def pattern(text: str) -> str:
+    """A regular expression, checked."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--part", choices=PARTS, required=True)
     made.add_argument("--minutes", type=float, default=8.0, help="budget; default 8")
-    made.add_argument("--only", default="", metavar="TEXT", help="steps whose name holds this")
+    made.add_argument(
+        "--only", default="", type=pattern, metavar="PATTERN", help="steps whose name this regular expression finds"
+    )
+    made.add_argument(
+        "--without", type=pattern, metavar="PATTERN", help="leave out peers of attention whose name this finds"
+    )
     made.add_argument("--out", type=Path, help="folder for rows; default $OUT, else bench/results")
     made.add_argument("--commit", help="for rows, where the copy carries no history")
     made.add_argument("--jobs", type=int, help="processes that compile ahead; default one a core, 0 for none")
@@ -224,8 +240,8 @@ def run_part(session: Session, part: str, only: str) -> list[str]:
     """Run a part; returns lines of a child's table, if there was one."""
     measure_ceilings(session)
     if part == "kernels":
-        run_steps(session, [step for step in kernel_steps() if only in step[0]])
-        return tma_apart(session) if only in "attention tma" else []
+        run_steps(session, [step for step in kernel_steps() if named(only, step[0])])
+        return tma_apart(session) if named(only, "attention tma") else []
     other = {"embed": gpu_embed.run, "train": gpu_train.run, "tma": gpu_tma.run}
     other[part](session, only)
     return []
@@ -236,6 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: torch sees no GPU here; nothing was measured")
         return 2
+    for name in [name for name in PEERS if options.without and named(options.without, name)]:
+        del PEERS[name]
     folder = options.out or Path(os.environ.get("OUT") or RESULTS)
     facts = {**machine(), **gpu_facts()}
     facts["commit"] = options.commit or facts["commit"]

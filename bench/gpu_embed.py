@@ -27,7 +27,7 @@ from flashvec.bench.gpu_models import (
     random_model,
     weight_bytes,
 )
-from flashvec.bench.gpu_session import Row, Session, describe
+from flashvec.bench.gpu_session import Row, Session, describe, named
 from flashvec.bench.peers_embed import HuggingFacePadded, Ours, SentenceTransformers, packs_of
 from flashvec.bench.timing import interleave, spread
 from flashvec.kernels.schedule import build_schedule
@@ -173,10 +173,10 @@ def _embed(contender: Any, texts: Sequence[Sequence[np.ndarray]], repetition: in
 
 
 def run(session: Session, only: str = "") -> None:
-    """All profiles, of those whose name holds `only`, that there is time and memory for."""
+    """All profiles, of those whose name `only` finds, that there is time and memory for."""
     model: RandomModel | None = None
     for profile in profiles():
-        if only not in profile.name:
+        if not named(only, profile.name):
             continue
         config = CONFIGS[profile.model]
         if not session.begin(profile.name, 45 if profile.model == "llama-3-8b" else 30):

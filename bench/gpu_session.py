@@ -1,5 +1,6 @@
 """One run on a GPU: its time, its rows, what went wrong, and how variants of one thing are timed against each other."""
 
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,11 @@ from flashvec.bench.timing import spread, take_turns, write_rows
 
 Row = dict[str, Any]
 Run = Callable[[int], Any]
+
+
+def named(pattern: str, name: str) -> bool:
+    """True if a regular expression finds something in a name; an empty one always does."""
+    return re.search(pattern, name) is not None
 
 
 class DeviceLost(Exception):

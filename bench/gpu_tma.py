@@ -14,7 +14,7 @@ from flashvec.bench import gpu_attention
 from flashvec.bench.criterion import distance
 from flashvec.bench.gpu_attention import Group, ours
 from flashvec.bench.gpu_checks import Verdict, poisoned
-from flashvec.bench.gpu_session import Session, describe
+from flashvec.bench.gpu_session import Session, describe, named
 from flashvec.bench.peers_gpu import PEERS, Call, Peer
 from flashvec.bench.problems import AttentionShape, Maker, Tensors, attention_tensors
 from flashvec.kernels import attention_tma
@@ -69,7 +69,7 @@ def run(session: Session, only: str = "") -> None:
         for K, (H, G) in HEADS.items():
             for dtype in (torch.bfloat16, torch.float16):
                 step = f"check tma {K} {dtype} specialised {specialize}"
-                if only not in step or not session.begin(step, 5):
+                if not named(only, step) or not session.begin(step, 5):
                     continue
                 verdict = check(AttentionShape(CHECKED, H, G, K), session.device, dtype, specialize)
                 session.keep([verdict.row()])
@@ -82,7 +82,7 @@ def run(session: Session, only: str = "") -> None:
             group = Group(
                 AttentionShape((length,) * (gpu_attention.TOKENS // length), *HEADS[K], K), str(length), "forward"
             )
-            if only in group.name and session.begin(f"tma: {group.name}", 10):
+            if named(only, group.name) and session.begin(f"tma: {group.name}", 10):
                 gpu_attention.time_group(session, group, who=contenders(K, passed))
 
 

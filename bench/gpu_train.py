@@ -28,7 +28,7 @@ from flashvec.bench.gpu_models import (
     random_model,
     weight_bytes,
 )
-from flashvec.bench.gpu_session import Row, Session, describe
+from flashvec.bench.gpu_session import Row, Session, describe, named
 from flashvec.bench.timing import interleave, spread
 from flashvec.kernels.dropout import Dropout
 from flashvec.kernels.info_nce import info_nce
@@ -297,10 +297,10 @@ def _peak(session: Session, step: Callable[[], Any]) -> float:
 
 
 def run(session: Session, only: str = "") -> None:
-    """All batches, of those whose name holds `only`, that there is time and memory for."""
+    """All batches, of those whose name `only` finds, that there is time and memory for."""
     model: RandomModel | None = None
     for wanted in batches():
-        if only not in wanted.name or not session.begin(wanted.name, 40):
+        if not named(only, wanted.name) or not session.begin(wanted.name, 40):
             continue
         model = None  # PEFT has wrapped the last one's module
         session.settle()
