@@ -4,7 +4,7 @@
     python -m bench.gpu --part embed --minutes 8        # whole models, random weights at real shapes
     python -m bench.gpu --part train --minutes 6        # a LoRA step, against transformers + PEFT
     python -m bench.gpu --part tma                      # the warp-specialised candidate, apart: it may hang
-    python -m bench.gpu --part kernels --only "K 128|check" --without flex   # only steps and peers of these names
+    python -m bench.gpu --part kernels --only "K 128|check" --without flex   # only these steps, one peer fewer
 
 Run from the repository's root; nothing needs to be installed but torch and triton, and transformers (and peft) for
 whole models. No network is used. `--minutes` is a budget: steps come most valuable first, each looks at what is left,
@@ -45,7 +45,6 @@ from flashvec.bench import gpu_attention, gpu_checks, gpu_embed, gpu_ops, gpu_tm
 from flashvec.bench.compile_ahead import Ahead
 from flashvec.bench.device_time import DeviceStopwatch
 from flashvec.bench.gpu_session import Budget, DeviceLost, Row, Session, named
-from flashvec.bench.peers_gpu import PEERS
 from flashvec.bench.problems import Maker
 from flashvec.bench.timing import RESULTS, gpu_facts, machine
 from flashvec.kernels.backend import TARGETS, Target, has_triton
@@ -227,9 +226,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only", default="", type=pattern, metavar="PATTERN", help="steps whose name this regular expression finds"
     )
-    made.add_argument(
-        "--without", type=pattern, metavar="PATTERN", help="leave out peers of attention whose name this finds"
-    )
+    made.add_argument("--without", type=pattern, metavar="PATTERN", help="leave out variants whose name this finds")
     made.add_argument("--out", type=Path, help="folder for rows; default $OUT, else bench/results")
     made.add_argument("--commit", help="for rows, where the copy carries no history")
     made.add_argument("--jobs", type=int, help="processes that compile ahead; default one a core, 0 for none")
@@ -252,8 +249,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: torch sees no GPU here; nothing was measured")
         return 2
-    for name in [name for name in PEERS if options.without and named(options.without, name)]:
-        del PEERS[name]
     folder = options.out or Path(os.environ.get("OUT") or RESULTS)
     facts = {**machine(), **gpu_facts()}
     facts["commit"] = options.commit or facts["commit"]
@@ -262,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.jobs != 0:
         ahead = start_ahead(options.part, facts, options.only, options.jobs)  # forks: before the device is touched
     device = torch.device("cuda", torch.cuda.current_device())
-    session = Session(device, DeviceStopwatch(device), budget, folder, facts)
+    session = Session(device, DeviceStopwatch(device), budget, folder, facts, without=options.without)
     if ahead is not None:
         session.ahead = ahead
         session.say(f"{ahead.num_kernels} kernels are being compiled ahead; {len(ahead.problems)} steps not recorded")

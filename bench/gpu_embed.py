@@ -129,6 +129,8 @@ def time_profile(session: Session, profile: Profile, model: RandomModel, vocabul
     made: dict[str, Any] = {}
     rows: list[Row] = []
     for name, make in contenders(model, vocabulary).items():
+        if not session.takes(name):
+            continue
         try:
             contender = make()
             contender.embed(texts[-1])  # warm: graphs, tile lists, the allocator's blocks

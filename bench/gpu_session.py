@@ -49,7 +49,7 @@ class Session:
     """What the parts of a run share.
 
     `facts` go into every row; `ceilings` hold the device's measured rates; `wrong` names checks that failed; `skipped`
-    steps found no time left.
+    steps found no time left; variants whose name `without` finds do not take part.
     """
 
     device: torch.device
@@ -64,11 +64,16 @@ class Session:
     skipped: list[str] = field(default_factory=list)
     repetitions: int = REPETITIONS
     step: str = "start"
+    without: str | None = None
 
     def keep(self, rows: Sequence[Row]) -> None:
         """Append rows to this device's file at once: what is measured is not lost to what comes later."""
         self.rows += rows
         write_rows(rows, {**self.facts, **self._clock()}, self.folder)
+
+    def takes(self, variant: str) -> bool:
+        """True if a variant takes part."""
+        return self.without is None or not named(self.without, variant)
 
     def begin(self, step: str, needed_s: float) -> bool:
         """True if there is time for a step, which then begins: its kernels are compiled, or not awaited any longer."""
@@ -121,6 +126,7 @@ def compare(session: Session, builders: Mapping[str, Callable[[], Run]], num_set
     Returns:
         By name `us`, `spread`, `timing` and `repetitions`; or `missing`, or `wrong`, with the reason.
     """
+    builders = {name: build for name, build in builders.items() if session.takes(name)}
     ready: dict[str, Timed] = {}
     found: dict[str, Row] = {}
     for name, build in builders.items():

@@ -145,7 +145,7 @@ def _cross_entropy_fwd_kernel(
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.load(row_ptr + r, mask=r < R, other=-1).to(tl.int64)
     in_r = (row >= 0) & (row < T)
-    goal = tl.load(target_ptr + r, mask=in_r, other=-1)
+    goal = tl.load(target_ptr + r, mask=r < R, other=-1)
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total, hit = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for first in range(chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V), BLOCK_N):
@@ -162,7 +162,7 @@ def _cross_entropy_fwd_kernel(
             v = first + tl.arange(0, BLOCK_N)
             most, total, hit = _absorb(acc, v, goal, most, total, hit, bias_ptr, V, scale, softcap, CAPPED)
     tl.store(partial_ptr + chunk * R + r, (most + tl.log2(total)) * LN2, mask=r < R)
-    held = (goal >= chunk * CHUNK_V) & (goal < tl.minimum(V, (chunk + 1) * CHUNK_V))
+    held = in_r & (goal >= chunk * CHUNK_V) & (goal < tl.minimum(V, (chunk + 1) * CHUNK_V))
     tl.store(hit_ptr + r, hit, mask=held)
 
 
