@@ -6,7 +6,7 @@ bf16, four query heads to a kv head), so that what differs is how the work is cu
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from unittest import mock
 
@@ -17,6 +17,7 @@ from flashvec.kernels.attention_tiles import BackwardConfig, TileConfig, packed_
 from flashvec.kernels.schedule import TileClass
 
 Tile = tuple[int, int, int, int]  # rows of queries, keys, warps, stages
+Classes = list[tuple[int | None, Tile]]  # the longest sequence of each class, and its tile; None: any
 ByLength = dict[int | None, list[Tile]]  # by the longest sequence; None: any
 
 # By head size.
@@ -51,6 +52,36 @@ DQ: dict[int, list[Tile]] = {  # the first is the usual one: the other kernel's 
 DKV: dict[int, list[Tile]] = {
     128: [(32, 128, 8, 2), (16, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2), (16, 64, 4, 2)],
     64: [(64, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2), (32, 64, 4, 2), (64, 64, 4, 2)],
+}
+# Of mixed lengths: short sequences by tiles that hold all their keys, the others by a loop, or all by one.
+FORWARD_TABLES: dict[int, dict[str, Classes]] = {
+    128: {
+        "64, 128, rest": [(64, (64, 64, 4, 1)), (128, (64, 128, 4, 1)), (None, (64, 64, 4, 3))],
+        "128, rest": [(128, (64, 128, 4, 1)), (None, (64, 64, 4, 3))],
+        "64, rest": [(64, (64, 64, 4, 1)), (None, (64, 64, 4, 3))],
+        "64, rest, 2 stages": [(64, (64, 64, 4, 1)), (None, (64, 64, 4, 2))],
+    },
+    64: {
+        "64, 128, rest": [(64, (128, 64, 8, 1)), (128, (64, 128, 4, 1)), (None, (128, 64, 8, 3))],
+        "128, rest": [(128, (64, 128, 4, 1)), (None, (128, 64, 8, 3))],
+        "64, rest": [(64, (128, 64, 8, 1)), (None, (128, 64, 8, 3))],
+        "64, rest, 64 rows": [(64, (128, 64, 8, 1)), (None, (64, 64, 4, 3))],
+    },
+}
+BACKWARD_TABLES: dict[int, dict[str, tuple[Classes, Tile, Tile]]] = {  # classes of one tile, then dq and dkv
+    128: {
+        "64, 128, rest": ([(64, (32, 64, 4, 2)), (128, (32, 128, 8, 2))], (128, 64, 8, 3), (32, 64, 4, 2)),
+        "64, rest": ([(64, (32, 64, 4, 2))], (128, 64, 8, 3), (32, 64, 4, 2)),
+        "128, rest": ([(128, (32, 128, 8, 2))], (128, 64, 8, 3), (32, 64, 4, 2)),
+        "rest": ([], (128, 64, 8, 3), (32, 64, 4, 2)),
+        "64, rest, smaller dq": ([(64, (32, 64, 4, 2))], (64, 64, 4, 3), (32, 64, 4, 2)),
+    },
+    64: {
+        "64, 128, rest": ([(64, (32, 64, 4, 2)), (128, (64, 128, 8, 1))], (64, 64, 4, 2), (32, 64, 4, 2)),
+        "64, rest": ([(64, (32, 64, 4, 2))], (64, 64, 4, 2), (32, 64, 4, 2)),
+        "64, rest, 3 stages": ([(64, (32, 64, 4, 2))], (64, 64, 4, 3), (32, 64, 4, 3)),
+        "rest": ([], (64, 64, 4, 2), (32, 64, 4, 2)),
+    },
 }
 
 
@@ -87,7 +118,20 @@ def _forward(shape: AttentionShape) -> dict[str, Candidate]:
         one_tile = keys >= longest
         config = TileConfig(TileClass(rows // packed), rows, keys, warps, stages, one_tile)
         found[f"{'one tile ' if one_tile else ''}{name_of((rows, keys, warps, stages))}"] = Candidate((config,))
+    for name, classes in FORWARD_TABLES[_nearest(shape.K)].items():
+        found[f"table {name}"] = Candidate(_classes(classes, packed))
     return found
+
+
+def _classes(classes: Classes, packed: int) -> tuple[TileConfig, ...]:
+    """Configurations of a forward in classes of lengths."""
+    found: list[TileConfig] = []
+    shorter = 0
+    for longest, (rows, keys, warps, stages) in classes:
+        tile_class = TileClass(rows // packed, shorter, longest)
+        found.append(TileConfig(tile_class, rows, keys, warps, stages, one_tile=longest is not None))
+        shorter = longest or shorter
+    return tuple(found)
 
 
 def _backward(shape: AttentionShape) -> dict[str, Candidate]:
@@ -100,6 +144,15 @@ def _backward(shape: AttentionShape) -> dict[str, Candidate]:
         for dq, dkv in pairs:
             both = (_part("dq", dq, shape), _part("dkv", dkv, shape))
             found[f"dq {name_of(dq)}; dkv {name_of(dkv)}"] = Candidate(backward=both)
+    for name, (classes, dq, dkv) in BACKWARD_TABLES[K].items():
+        configs: list[BackwardConfig] = []
+        shorter: int = 0
+        for own, tile in classes:
+            configs.append(replace(_part("one tile", tile, shape), tile_class=TileClass(tile[1], shorter, own)))
+            shorter = own or shorter
+        for part in (_part("dq", dq, shape), _part("dkv", dkv, shape)):
+            configs.append(replace(part, tile_class=TileClass(part.tile_class.tokens, shorter)))
+        found[f"table {name}"] = Candidate(backward=tuple(configs))
     return found
 
 

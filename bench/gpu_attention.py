@@ -23,8 +23,16 @@ from flashvec.bench.criterion import Distance, distance
 from flashvec.bench.device_time import num_sets
 from flashvec.bench.gpu_session import Row, Run, Session, Wrong, compare
 from flashvec.bench.peers_gpu import PEERS, Call, Peer
-from flashvec.bench.problems import AttentionShape, Maker, Tensors, attention_tensors, rows_of
-from flashvec.kernels.attention import attention, attention_reference
+from flashvec.bench.problems import (
+    AttentionShape,
+    Maker,
+    Tensors,
+    attention_tensors,
+    rotated_reference,
+    rotation_of,
+    rows_of,
+)
+from flashvec.kernels.attention import attention, attention_reference, rotate
 from flashvec.kernels.roofline import lengths_of
 
 TOKENS = 16_384
@@ -43,7 +51,8 @@ class Group:
     @property
     def name(self) -> str:
         s = self.shape
-        return f"attention {self.direction} K {s.K} heads {s.H}/{s.G} lengths {self.lengths}"
+        rotated = "" if s.rotate == "none" else f", {s.rotate}"
+        return f"attention {self.direction} K {s.K} heads {s.H}/{s.G} lengths {self.lengths}{rotated}"
 
 
 def groups(tokens: int = TOKENS) -> list[Group]:
@@ -59,25 +68,34 @@ def groups(tokens: int = TOKENS) -> list[Group]:
         ("single", equal, "forward"),
         ("single", equal, "backward"),
     ]
-    return [
+    found = [
         Group(AttentionShape(lengths, *heads[kind][K], K), name, direction)
         for kind, batches, direction in order
         for name, lengths in batches.items()
         for K in (128, 64)
     ]
+    mixed = spread_out["log-normal 256"]
+    rotated = [(32, 8, 128, "rope"), (32, 8, 64, "rope"), (16, 8, 128, "norms")]  # Llama 3 8B, 1B, Qwen3 0.6B
+    after = 2 * len(equal | spread_out)
+    found[after:after] = [
+        Group(AttentionShape(mixed, H, G, K, rotate=rotate), "log-normal 256", "forward") for H, G, K, rotate in rotated
+    ]
+    return found
 
 
 # --- ours, as tables choose and as they might ---------------------------------------------------------------
 
 
-def ours(shape: AttentionShape, t: Tensors, candidate: Candidate | None = None) -> Call:
-    """`attention` over slices of a merged product, as the decoder calls it."""
-    schedule = shape.schedule(t["q"].device)
+def ours(shape: AttentionShape, t: Tensors, candidate: Candidate | None = None, before: bool = False) -> Call:
+    """`attention` over slices of a merged product, as the decoder calls it; `before` rotates in passes of their own."""
+    schedule, rotation = shape.schedule(t["q"].device), rotation_of(t)
     q, k, v = (t[name].detach() for name in "qkv")
 
     def run() -> Tensor:
         with chosen(candidate):
-            return attention(q, k, v, schedule, scale=shape.K**-0.5)
+            if rotation is not None and before:
+                return attention(*rotate(q, k, rotation), v, schedule, scale=shape.K**-0.5)
+            return attention(q, k, v, schedule, scale=shape.K**-0.5, rotation=rotation)
 
     return Call(run, (q, k, v), lambda x: x, partial(chosen, candidate))
 
@@ -87,6 +105,10 @@ def variants(group: Group) -> dict[str, Peer]:
     found: dict[str, Peer] = {"flashvec": ours}
     for name, candidate in candidates(group.shape, group.direction).items():
         found[f"candidate {name}"] = partial(ours, candidate=candidate)
+        if group.shape.rotate != "none":
+            found[f"candidate {name}, rotated before"] = partial(ours, candidate=candidate, before=True)
+    if group.shape.rotate != "none":
+        return found
     peers = dict(PEERS)
     if group.shape.H == group.shape.G:
         del peers["torch flex, document mask"]  # it compiles for half a minute at each new shape
@@ -124,8 +146,9 @@ class Sample:
         schedule = taken.schedule(device)
         self.dout = torch.randn(shape.K, device=device).to(t["q"].dtype)  # one row for all: it fits every layout
         groups_of = torch.as_tensor(kv_heads).to(device)
-        q = t["q"][self.rows][:, self.heads]
-        k, v = (t[name][self.rows][:, groups_of] for name in "kv")
+        own = {name: x if name.endswith("norm") else x[self.rows] for name, x in t.items()}
+        q = rotated_reference(own, "q", "query_norm")[:, self.heads]
+        k, v = rotated_reference(own, "k", "key_norm")[:, groups_of], own["v"][:, groups_of]
         self.same, self.truth = (
             self._reference([x.to(dtype) for x in (q, k, v)], schedule, shape.K**-0.5, group.direction)
             for dtype in (q.dtype, torch.float32)
@@ -205,6 +228,7 @@ def row_of(session: Session, group: Group, variant: str, measured: Row, dtype: t
         "sequences": len(shape.lengths),
         "heads": f"{shape.H}/{shape.G}",
         "head_size": shape.K,
+        "rotation": shape.rotate,
         "dtype": str(dtype).removeprefix("torch."),
         **measured,
     }
@@ -233,10 +257,11 @@ def summary(rows: Sequence[Row]) -> list[str]:
     grouped: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if row["benchmark"] == "gpu attention":
-            key = (row["direction"], row["head_size"], row["heads"], row["lengths"])
+            key = (row["direction"], row["head_size"], row["heads"], row["lengths"], row.get("rotation", "none"))
             grouped.setdefault(key, {})[row["variant"]] = row
     lines = []
-    for (direction, head_size, heads, lengths), found in grouped.items():
+    for (direction, head_size, heads, lengths, rotation), found in grouped.items():
+        lengths = lengths if rotation == "none" else f"{lengths}, {rotation}"
         timed = {name: row["tflops"] for name, row in found.items() if "tflops" in row}
         line = f"{direction:8} K {head_size:3} {heads:5} {lengths:14} {_rate(timed, ['flashvec'])}"
         candidates = [name for name in timed if name.startswith("candidate")]

@@ -137,8 +137,9 @@ def compare(session: Session, builders: Mapping[str, Callable[[], Run]], num_set
         except Wrong as fault:
             found[name] = {"wrong": str(fault)}
         except Exception as error:  # a peer may fail in any way; it must not take the others' figures along
-            session.settle()
             found[name] = {"missing": describe(error)}
+        if "missing" in found.get(name, {}):
+            session.settle()  # past the handler: until then the error holds what its frames held
     seconds = take_turns({name: partial(_seconds, timed) for name, timed in ready.items()}, session.repetitions)
     for name, times in seconds.items():
         found[name] = {

@@ -153,18 +153,13 @@ def attention_problem(shape: AttentionShape, maker: Maker, tensors: Tensors | No
         spans = np.array([(n // 3, max(n // 3, n - 1)) for n in shape.lengths])
         queries = select_queries(schedule, spans)
 
-    def rotation(t: Tensors) -> Rotation | None:
-        if shape.rotate == "none":
-            return None
-        return Rotation(t["cos"], t["sin"], t.get("query_norm"), t.get("key_norm"), norm_eps=1e-2, norm_offset=1.0)
-
     def run(t: Tensors) -> Outputs:
         q = t["q"] if queries is None else t["q"][queries.rows]
-        more: dict[str, Any] = {"rotation": rotation(t), "queries": queries}
+        more: dict[str, Any] = {"rotation": rotation_of(t), "queries": queries}
         return (attention(q, t["k"], t["v"], schedule, **shape.options, **more),)
 
     def reference(t: Tensors) -> Outputs:
-        q, k = _rotated_reference(t, "q", "query_norm"), _rotated_reference(t, "k", "key_norm")
+        q, k = rotated_reference(t, "q", "query_norm"), rotated_reference(t, "k", "key_norm")
         out, _ = attention_reference(q, k, t["v"], schedule, **shape.options)
         return (out if queries is None else out[queries.rows],)
 
@@ -182,7 +177,14 @@ def attention_problem(shape: AttentionShape, maker: Maker, tensors: Tensors | No
     )
 
 
-def _rotated_reference(t: Tensors, name: str, norm: str) -> Tensor:
+def rotation_of(t: Tensors) -> Rotation | None:
+    """What `attention_tensors` drew for it."""
+    if "cos" not in t:
+        return None
+    return Rotation(t["cos"], t["sin"], t.get("query_norm"), t.get("key_norm"), norm_eps=1e-2, norm_offset=1.0)
+
+
+def rotated_reference(t: Tensors, name: str, norm: str) -> Tensor:
     """As the definition of `Rotation` has it, by the references of norm and rotation."""
     x = t[name]
     if "cos" not in t:

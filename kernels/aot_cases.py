@@ -116,7 +116,10 @@ def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, An
     softcap, threshold = options.get("softcap", 0.0), options.get("threshold", 0)
     numbers: Any = options.get("left", -1), options.get("right", -1), softcap, threshold, 12345, 6789
     if backward:
-        configs = backward_configs(target, dtype, K, packed, table is not None, threshold > 0, softcap > 0)
+        configs = backward_configs(
+            *(target, dtype, K, packed, table is not None, threshold > 0, softcap > 0),
+            window=max(numbers[:2]) >= 0,
+        )
         out, lse = meta(T, H, K, dtype=dtype), meta(H, T, dtype=torch.float32)
         attention_bwd._attention_bwd_launch(
             out,
@@ -134,7 +137,7 @@ def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, An
             *numbers,
         )
         return
-    tiles = [meta(600, 4, dtype=torch.int32) for _ in forward_configs(target, dtype, K, packed)]
+    tiles = [meta(600, 4, dtype=torch.int32) for _ in forward_configs(target, dtype, K, packed, table is not None)]
     attention._attention_fwd(
         q, k, v, None, tiles, [], T, table, table, norm, 1e-6, 0.0, identities, shift_stop, K**-0.5, *numbers
     )

@@ -291,7 +291,9 @@ def _attention_fwd(
     lse_HT[:, num_tokens:] = 0
     packed = packed_heads(H, G)
     K0, K1 = head_chunks(K)
-    for config, tile_list in zip(forward_configs(target(q_THK), q_THK.dtype, K, packed), tiles, strict=True):
+    for config, tile_list in zip(
+        forward_configs(target(q_THK), q_THK.dtype, K, packed, cos_TK is not None), tiles, strict=True
+    ):
         launch(
             _attention_fwd_kernel,
             (len(tile_list), H // packed),
@@ -520,7 +522,7 @@ def _attention_triton(
     queries: Queries | None,
 ) -> Tensor:
     packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
-    configs = forward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed)
+    configs = forward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotation is not None)
     tiles = [(schedule if queries is None else queries).tiles(config.tile_class) for config in configs]
     num_tokens = schedule.num_tokens if queries is None else queries.num_tokens
     cos_TK = sin_TK = query_norm_K = rotated_TGK = None
@@ -537,7 +539,9 @@ def _attention_triton(
         threshold, key, identities = dropout.threshold, dropout.key(), schedule.identities
     later_tiles: list[Tensor] = []  # the backward has no schedule at hand
     if needs_gradient(q_THK, k_TGK, v_TGK):
-        later_tiles = backward_tiles(q_THK, k_TGK, schedule, rotation is not None, threshold > 0, softcap is not None)
+        later_tiles = backward_tiles(
+            q_THK, k_TGK, schedule, rotation is not None, threshold > 0, softcap is not None, max(left, right) >= 0
+        )
     out_THK, _ = _attention(
         *(q_THK, k_TGK, v_TGK, rotated_TGK, tiles, later_tiles),
         0 if schedule.is_static else num_tokens,  # a captured batch zeroes all: the next one may be shorter

@@ -344,7 +344,7 @@ def _attention_bwd_launch(
     unrotate, unrotate_keys = rotate and K == K0, rotate and K == K0 <= 128
     # Of all tensors' elements; a short sequence's own offsets are always narrow.
     wide = max(T, 1) * max(H * K, q_THK.stride(0), k_TGK.stride(0), v_TGK.stride(0)) >= 2**31
-    configs = _configs(q_THK, k_TGK, rotate, threshold > 0, softcap > 0)
+    configs = _configs(q_THK, k_TGK, rotate, threshold > 0, softcap > 0, max(left, right) >= 0)
     for config, tile_list in zip(configs, tiles, strict=True):
         if config.form == "dq":
             tensors = [dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, delta_HT, dq_THK]
@@ -380,9 +380,11 @@ def _attention_bwd_launch(
     return dq_THK, dk_TGK, dv_TGK
 
 
-def _configs(q_THK: Tensor, k_TGK: Tensor, rotate: bool, dropout: bool, softcap: bool) -> tuple[BackwardConfig, ...]:
+def _configs(
+    q_THK: Tensor, k_TGK: Tensor, rotate: bool, dropout: bool, softcap: bool, window: bool
+) -> tuple[BackwardConfig, ...]:
     packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
-    return backward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, dropout, softcap)
+    return backward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, dropout, softcap, window)
 
 
 def _attention_bwd_fake(
@@ -404,10 +406,10 @@ attention_bwd = define_op(
 
 
 def backward_tiles(
-    q_THK: Tensor, k_TGK: Tensor, schedule: Schedule, rotate: bool, dropout: bool, softcap: bool
+    q_THK: Tensor, k_TGK: Tensor, schedule: Schedule, rotate: bool, dropout: bool, softcap: bool, window: bool
 ) -> list[Tensor]:
     """The tile lists that the backward of attention with these options walks, in its order."""
-    return [schedule.tiles(config.tile_class) for config in _configs(q_THK, k_TGK, rotate, dropout, softcap)]
+    return [schedule.tiles(config.tile_class) for config in _configs(q_THK, k_TGK, rotate, dropout, softcap, window)]
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

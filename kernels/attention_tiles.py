@@ -3,8 +3,8 @@
 Query heads that read one kv head lie side by side in a tile's rows: row m of a tile is token m // P and head m % P of
 the P heads it packs, so K and V are read once for all of them, and short sequences fill a tile P times as well.
 
-A head of any size is held in two chunks of powers of two, the second possibly absent: 64 = 64, 80 = 64 + 16,
-96 = 64 + 32. Products over a head are sums of one product per chunk.
+A head of any size is held in two chunks of powers of two, the second possibly absent: 64 = 64, 80 and 96 = 64 + 32.
+Products over a head are sums of one product per chunk.
 """
 
 from dataclasses import dataclass
@@ -62,21 +62,27 @@ def packed_heads(num_heads: int, num_kv_heads: int) -> int:
 
 
 def head_chunks(head_size: int) -> tuple[int, int]:
-    """Powers of two, at least 16, that hold a head; the second is 0 where one is enough."""
-    first = 1 << (head_size.bit_length() - 1)
-    rest = head_size - first
-    if first < 16:
-        return 16, 0
-    return first, (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
+    """Powers of two that hold a head, the first at least 16; the second is 0 where one is enough.
+
+    The second is at least 32: with 16 the forward of one-tile sequences reads shared memory out of bounds on an H100
+    (triton 3.6.0, head size 80, 128 x 128 tiles of 8 warps; found by compute-sanitizer, right in the interpreter).
+    """
+    whole = max(16, 1 << (head_size - 1).bit_length())
+    first = whole // 2
+    second = max(32, 1 << (head_size - first - 1).bit_length()) if head_size > 32 else first
+    return (first, second) if second < first else (whole, 0)
 
 
 @cache
-def forward_configs(target: Target, dtype: torch.dtype, head_size: int, packed: int) -> tuple[TileConfig, ...]:
+def forward_configs(
+    target: Target, dtype: torch.dtype, head_size: int, packed: int, rotate: bool
+) -> tuple[TileConfig, ...]:
     """How a target runs the forward: one config per class of sequence lengths, shortest first.
 
     A sequence's class depends on its own length alone, so its bits do not depend on its batch. Up to 64 and up to 128
     tokens one tile holds all keys; beyond, tiles of 64 or 128 keys are walked with a running maximum. The numbers were
-    chosen by compiling for each target and reading registers, spills and shared memory (`kernels/aot.py`).
+    chosen by compiling for each target and reading registers, spills and shared memory (`kernels/aot.py`); on sm_90,
+    among what does not spill, by time on an H100 (`bench/gpu_attention.py`). Rotating queries takes registers.
     """
     width = sum(head_chunks(head_size))
     if dtype == torch.float32:  # three matrix products for one: a path for checks, not for speed
@@ -94,12 +100,20 @@ def forward_configs(target: Target, dtype: torch.dtype, head_size: int, packed: 
             _config(64, 64, 8, 1, packed, longest=64, one_tile=True),
             _config(64, 32, 8, 1, packed, shorter=64),
         )
-    wide = target.name in WARPGROUPS and width > 64  # four warps spill there once the query is normalised, too
-    short = _config(64, 64, 8 if wide else 4, 1, packed, longest=64, one_tile=True)
-    if target.name in WARPGROUPS:
+    if target.name == "sm_90":  # two or three small blocks on an SM hide each other's loads better than one large
+        rows, warps = (128, 8) if width <= 64 else (64, 4)
+        short = _config(rows, 64, 8 if rotate else warps, 1, packed, longest=64, one_tile=True)
+        large = rotate and width > 64
+        middle = _config(
+            128 if large else 64, 128, 8 if large else 4, 1, packed, shorter=64, longest=128, one_tile=True
+        )
+        return short, middle, _config(rows, 64, warps, 3, packed, shorter=128)
+    if target.name in WARPGROUPS:  # four warps of wide heads spill once the query is normalised, too
+        short = _config(64, 64, 8 if width > 64 else 4, 1, packed, longest=64, one_tile=True)
         middle = _config(128, 128, 8, 1, packed, shorter=64, longest=128, one_tile=True)
         return short, middle, _config(128, 64, 8, 2, packed, shorter=128)
     # 128 rows, or 64 keys of wider heads, spill here; this leaves room for two to four blocks.
+    short = _config(64, 64, 4, 1, packed, longest=64, one_tile=True)
     return short, _config(64, 64 if width <= 64 else 32, 4, 2, packed, shorter=64)
 
 
@@ -129,7 +143,14 @@ Shape = tuple[int, int, int, int]  # keys, rows, warps, stages
 
 @cache
 def backward_configs(
-    target: Target, dtype: torch.dtype, head_size: int, packed: int, rotate: bool, dropout: bool, softcap: bool
+    target: Target,
+    dtype: torch.dtype,
+    head_size: int,
+    packed: int,
+    rotate: bool,
+    dropout: bool,
+    softcap: bool,
+    window: bool,
 ) -> tuple[BackwardConfig, ...]:
     """How a target runs the backward: the form for short sequences in its classes, then the two for longer ones.
 
@@ -147,6 +168,12 @@ def backward_configs(
     elif target.backend == "hip":  # 32 keys or rows a warp, as in the forward
         short = [(64, 16, 4, 1), (128, 16, 4, 1)]
         dq, dkv = (64 if width <= 128 else 16, 128, 4, 1), (128, 32 if width <= 128 else 16, 4, 1)
+    elif target.name == "sm_90" and width <= 64:
+        short = [(64, 32, 4, 2), (128, 64, 8, 1) if extras < 3 else (128, 32, 8, 2)]
+        dq, dkv = (64, 64, 4, 2), (64, 32, 4, 2)
+    elif target.name == "sm_90" and width <= 128:
+        short = [(64, 32, 4, 2), (128, 32, 8, 2)] if plain else [(64, 16, 8, 2), (128, 16, 8, 2)]
+        dq, dkv = (32 if window else 64, 128, 8, 2), (128, 32, 8, stages) if rotate else (64, 32, 4, 2)
     elif target.name in WARPGROUPS:
         if width <= 64:
             short = [(64, 32, 4, 2), (128, 32, 8, 2), *([(256, 16, 8, 2)] if plain else [])]

@@ -128,8 +128,12 @@ class DistillConfig(TrainConfig):
     prompts: tuple[str, ...] = (
         'This sentence : "{text}" means in one word:"',
         'Summarise the sentence "{text}" in one word:"',
+        'The essence of the sentence "{text}" is captured by the word:"',
+        'The topic of "{text}" in one word is:"',
     )
     teacher_layers: int | None = None  # default all but two
+    whitening: float = 0.35  # power of the teacher's inverse variances along principal axes; 0 centres alone
+    whitening_texts: int = 2048  # that mean and variances are estimated from
     temperature: float = 0.05  # of the rows' softmax, for both sides
     squared_weight: float = 1.0  # of the squared error of similarities, beside the divergence
     depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone

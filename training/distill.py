@@ -1,12 +1,16 @@
 """Self-distillation: what the model says in one word teaches what it says by the mean of its tokens.
 
     teacher   the frozen weights run causally under a prompt that asks for one word, the state of the last token some
-              layers before the end (Jiang et al. 2023); centred within the batch; several prompts averaged
+              layers before the end (Jiang et al. 2023); partly whitened; cosines of several prompts averaged
     student   the same weights, bidirectional, with what is trained, pooled as they will be used, without a prompt
 
     loss = mean over texts of KL(softmax(T[i] / t), softmax(S[i] / t)) + w * mean of (T - S)²
 
 T and S are cosines among the batch's texts, without each text's own. No other model, no label.
+
+Whitening: a few axes hold most of the variance of such states and say little. With variances v along the principal axes
+of some thousand texts' states, each axis is scaled by (v + SMOOTHING * mean v) ** -power (Su et al. 2021 take power
+0.5; on STS-B dev this teacher is best at 0.35: 80.9 where centring alone gives 79.1).
 """
 
 import warnings
@@ -28,6 +32,7 @@ from flashvec.training.model import Model
 from flashvec.training.step import Retention, backward_through
 
 FALLBACK_LAYERS = 2  # before the end, for a teacher that is told no layer
+SMOOTHING = 0.05  # of the mean variance: axes without any are not blown up
 
 
 class Distill:
@@ -44,7 +49,13 @@ class Distill:
         count = len(model.decoder.layers)
         if list(config.depths) != sorted(set(config.depths)) or not all(1 <= d <= count for d in config.depths):
             raise ConfigError(f"depths are {list(config.depths)}, expected rising numbers from 1 to {count}")
+        if not 0 <= config.whitening <= 0.5 or config.whitening_texts < 2:
+            raise ConfigError(
+                f"whitening is {config.whitening} over {config.whitening_texts} texts, expected a power from 0 to 0.5 "
+                "and at least two texts"
+            )
         self.teacher = frozen_teacher(model, config)
+        self.spaces = [self._space(prompt) for prompt in config.prompts]
         self.retention = Retention(config.loop.activation_gib)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -75,16 +86,33 @@ class Distill:
         return {"loss": float(loss), "tokens": int(rows.lengths.sum())}
 
     def teach(self, texts: list[str]) -> Tensor:
-        """Cosines of the teacher's vectors of a batch: fp32 [n, n]."""
-        total = None
-        for prompt in self.config.prompts:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", TruncationWarning)  # the student's tokens are cut alike
-                vectors = self.teacher.embed(texts, instruction=prompt, normalize=False, output="torch").float()
-            unit = F.normalize(vectors - vectors.mean(0), dim=-1)
-            total = unit @ unit.T if total is None else total + unit @ unit.T
-        assert total is not None
+        """Cosines of the teacher's vectors of a batch, the mean over prompts: fp32 [n, n]."""
+        total = torch.zeros(len(texts), len(texts), device=self.model.decoder.device)
+        for prompt, (mean_D, axes_DD) in zip(self.config.prompts, self.spaces, strict=True):
+            unit = F.normalize((self._states(texts, prompt) - mean_D) @ axes_DD, dim=-1)
+            total += unit @ unit.T
         return total / len(self.config.prompts)
+
+    def _states(self, texts: list[str], prompt: str) -> Tensor:
+        """The teacher's answers: fp32 [n, D]."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)  # the student's tokens are cut alike
+            return self.teacher.embed(texts, instruction=prompt, normalize=False, output="torch").float()
+
+    def _space(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """The mean of a prompt's states [D], and the axes [D, D] that they are seen along."""
+        config = self.config
+        order = np.random.default_rng(config.loop.seed).permutation(len(self.texts))
+        states = self._states([self.texts[i] for i in order[: config.whitening_texts]], prompt)
+        mean_D = states.mean(0)
+        if not config.whitening:
+            return mean_D, torch.eye(states.shape[1], device=states.device)
+        spread = (states - mean_D).double().cpu()
+        variances_D, axes_DD = torch.linalg.eigh(spread.T @ spread / len(spread))
+        variances_D = variances_D.clamp(min=0) + SMOOTHING * variances_D.mean().clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
+        return mean_D, (axes_DD * variances_D**-config.whitening).float().to(states.device)
 
     def loss(self, vectors: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch's vectors [n, D] against cosines [n, n]; of several depths side by side their mean."""

@@ -158,7 +158,7 @@ def test_kernel_is_a_well_behaved_torch_op(device, interpreted):
     from flashvec.kernels.attention import _attention
 
     q, k, v, schedule = heads([2, 20], 2, 1, 16, torch.float32, device)
-    configs = forward_configs(backend.target(q), q.dtype, 16, 2)
+    configs = forward_configs(backend.target(q), q.dtype, 16, 2, False)
     tiles = [schedule.tiles(config.tile_class) for config in configs]
     arguments = (q, k, v, None, tiles, [], 22, None, None, None, 0.0, 0.0, None, None, 0.3, -1, -1, 0.0, 0, 0, 0)
     torch.library.opcheck(_attention, arguments)
@@ -202,9 +202,10 @@ def test_heads_are_packed_by_divisors():
 
 
 def test_head_chunks_are_powers_of_two():
-    sizes = [1, 8, 16, 20, 64, 72, 80, 96, 104, 128, 256]
+    sizes = [1, 16, 20, 40, 64, 72, 80, 96, 104, 128, 160, 192, 256]
     assert [head_chunks(K) for K in sizes] == [
-        *[(16, 0), (16, 0), (16, 0), (16, 16), (64, 0), (64, 16), (64, 16), (64, 32), (64, 64), (128, 0), (256, 0)]
+        *[(16, 0), (16, 0), (32, 0), (64, 0), (64, 0), (64, 32), (64, 32), (64, 32), (128, 0), (128, 0)],
+        *[(128, 32), (128, 64), (256, 0)],
     ]
 
 

@@ -110,7 +110,7 @@ def test_head_sizes_in_full_precision(K, device, small_tiles):
 @pytest.mark.parametrize(("K", "dtype"), [(16, torch.float16), (128, torch.float16), (64, torch.float32)], ids=str)
 def test_lengths_at_edges_of_classes_and_tiles(K, dtype, device, interpreted):
     """With the table's own tiles."""
-    table = backward_configs(backend.target(torch.empty(0, device=device)), dtype, K, 2, False, False, False)
+    table = backward_configs(backend.target(torch.empty(0, device=device)), dtype, K, 2, False, False, False, False)
     edges = {c.tile_class.longest or c.tile_class.shorter + c.keys for c in table}
     lengths = [0, 1, 2, *(n + 1 for n in sorted(edges)), max(edges)]
     assert_matches_reference(*merged_heads(lengths, 2, 1, K, dtype, device), SPLIT)
@@ -200,7 +200,7 @@ def test_one_launch_for_each_class_in_the_batch(device, interpreted):
 def test_is_a_well_behaved_torch_op(rotate_, device, small_tiles):
     merged, parts, schedule = merged_heads([2, 20], 2, 1, 16, torch.float32, device)
     q, k, v = (x.detach().clone().requires_grad_() for x in merged.split(parts, 1))
-    configs = forward_configs(backend.target(q), q.dtype, 16, 2)
+    configs = forward_configs(backend.target(q), q.dtype, 16, 2, False)
     tiles = [schedule.tiles(config.tile_class) for config in configs]
     later = backward_tiles(q, k, schedule, rotate_, False, False)
     table = rotation_for(schedule, 16, device).cos_TK if rotate_ else None
@@ -220,7 +220,7 @@ def test_refuses_a_gradient_it_would_get_wrong(device, small_tiles):
     merged, parts, schedule = merged_heads([2], 2, 1, 16, torch.float32, device)
     q, k, v = merged.split(parts, 1)
     table = torch.ones(7, 8, device=device)
-    tiles = [schedule.tiles(c.tile_class) for c in forward_configs(backend.target(merged), merged.dtype, 16, 2)]
+    tiles = [schedule.tiles(c.tile_class) for c in forward_configs(backend.target(merged), merged.dtype, 16, 2, False)]
     numbers = (0.3, -1, -1, 0.0, 0, 0, 0)
     norm = torch.ones(16, device=device)
     with pytest.raises(RuntimeError, match="head norms"):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from training_runs import config_for
@@ -17,15 +18,22 @@ def objective_for(tmp_path, **values):
     return Distill(load_model(config), config, World())
 
 
-def test_teacher_is_the_model_run_causally_under_its_prompts(tmp_path):
+@pytest.mark.parametrize("whitening", [0.0, 0.35, 0.5])
+def test_teacher_is_the_model_run_causally_under_its_prompts(whitening, tmp_path):
     prompts = ['"{text}" means', "In a word, {text} is"]
-    objective = objective_for(tmp_path, prompts=prompts, teacher_layers=1)
+    objective = objective_for(tmp_path, prompts=prompts, teacher_layers=1, whitening=whitening)
     base = tmp_path / "base"
-    causal = Encoder.load(base, attention="causal", pooling="last", layers=1, dtype="float32")
+    cut = objective.teacher.spec.max_length  # some of the file's texts are longer
+    causal = Encoder.load(base, attention="causal", pooling="last", layers=1, dtype="float32", max_length=cut)
     want = torch.zeros(len(TEXTS), len(TEXTS))
     for prompt in prompts:
-        vectors = torch.from_numpy(causal.embed(TEXTS, instruction=prompt, normalize=False))
-        unit = torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
+        all_texts = causal.embed(objective.texts, instruction=prompt, normalize=False)
+        _, scales, axes = np.linalg.svd(all_texts - all_texts.mean(0), full_matrices=True)
+        variances = np.zeros(len(axes))
+        variances[: len(scales)] = scales**2 / len(all_texts)
+        weights = 1.0 if not whitening else (variances + 0.05 * variances.mean()) ** -whitening
+        vectors = causal.embed(TEXTS, instruction=prompt, normalize=False) - all_texts.mean(0)
+        unit = torch.nn.functional.normalize(torch.from_numpy(vectors @ axes.T * weights).float(), dim=1)
         want += unit @ unit.T / 2
     torch.testing.assert_close(objective.teach(TEXTS), want, rtol=0, atol=1e-5)
 
@@ -73,6 +81,8 @@ def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
         ({"teacher_layers": 3}, "teacher_layers is 3, the model has 2"),
         ({"prompts": ["one word"]}, r"each with \{text\} in it"),
         ({"prompts": []}, "give at least one"),
+        ({"whitening": 0.6}, "whitening is 0.6 over 2048 texts, expected a power from 0 to 0.5"),
+        ({"whitening_texts": 1}, "and at least two texts"),
     ],
     ids=str,
 )
