@@ -16,7 +16,7 @@ from typing import Any
 from flashvec.bench.timing import RESULTS
 
 README = RESULTS.parents[1] / "README.md"
-MARKED = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end -->)", re.S)
+MARKED = re.compile(r"(<!-- rows: ([a-z ]+) -->\n).*?(<!-- end -->)", re.S)
 PROFILE_ORDER = ("queries", "sentences", "passages", "pages", "long tail")
 MACHINE = ("cpu", "instructions", "cores", "threads")
 
@@ -93,7 +93,74 @@ def verify_table(rows: list[Row]) -> list[str]:
     return lines[:-1]
 
 
-TABLES = {"embed": embed_table, "verify": verify_table}
+def where_gpu(rows: list[Row]) -> str:
+    """The GPU, the versions, the commits and the newest day of rows that share a table."""
+    last = rows[-1]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return (
+        f"{last['gpu']}, torch {last['torch']}, triton {last['triton']},\n"
+        f"commit {commits}, {max(row['date'] for row in rows)}"
+    )
+
+
+GPU_PEERS = {"torch varlen": "torch varlen_attn", "cuDNN": "torch sdpa, cuDNN"}
+GPU_LENGTHS = ("log-normal 64", "log-normal 128", "log-normal 256", "log-normal 512", "512", "2048")
+
+
+def gpu_attention_table(rows: list[Row]) -> list[str]:
+    """Useful TFLOP/s by lengths, of ours and of the peers that were timed beside it; a table a GPU."""
+    lines: list[str] = []
+    for group in groups(
+        [row for row in rows if row["heads"] == "32/8" and row.get("rotation", "none") == "none"], "gpu"
+    ):
+        commit = group[-1]["commit"]
+        found = {
+            (r["direction"], r["head_size"], r["lengths"], r["variant"]): r
+            for r in group
+            if r["commit"] == commit and "tflops" in r
+        }
+        columns = [(d, k) for d in ("forward", "backward") for k in (128, 64)]
+        lines += [
+            "| TFLOP/s | " + " | ".join(f"{d}, head {k}" for d, k in columns) + " |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for lengths in GPU_LENGTHS:
+            cells = []
+            for direction, head_size in columns:
+                own = found.get((direction, head_size, lengths, "flashvec"))
+                peers = {
+                    name: found.get((direction, head_size, lengths, variant)) for name, variant in GPU_PEERS.items()
+                }
+                shown = [f"{name} {row['tflops']:.0f}" for name, row in peers.items() if row]
+                cells.append(f"{own['tflops']:.0f} ({', '.join(shown)})" if own else "")
+            lines.append(f"| {lengths} | " + " | ".join(cells) + " |")
+        used = [row for (*_, variant), row in found.items() if variant == "flashvec" or variant in GPU_PEERS.values()]
+        lines += ["", *f"{where_gpu(used)}; medians of {used[-1]['repetitions']} interleaved repetitions.".splitlines()]
+    return lines
+
+
+def gpu_embed_table(rows: list[Row]) -> list[str]:
+    """Tokens per second of whole models, ids on the host to vectors on the host."""
+    timed = [row for row in rows if "tokens_per_s" in row]
+    lines: list[str] = []
+    for group in groups(timed, "gpu"):
+        newest = {(r["model"], r["lengths"], r["variant"]): r for r in group}
+        lines += ["| model | lengths | | tokens/s | of 989 TFLOP/s | of its products | cosine |", "|---" * 7 + "|"]
+        for row in newest.values():
+            lines.append(
+                f"| {row['model']} | {row['lengths']} | {row['variant']} | {row['tokens_per_s']:,} {row['spread']} | "
+                f"{row['share_of_989']:.0%} | {row['share_of_products']:.0%} | {row['median_cosine']:.5f} |"
+            )
+        lines += ["", *f"{where_gpu(list(newest.values()))}.".splitlines()]
+    return lines
+
+
+TABLES = {
+    "embed": embed_table,
+    "verify": verify_table,
+    "gpu attention": gpu_attention_table,
+    "gpu embed": gpu_embed_table,
+}
 
 
 def render(text: str) -> str:

@@ -118,7 +118,7 @@ def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, An
     if backward:
         configs = backward_configs(
             *(target, dtype, K, packed, table is not None, threshold > 0, softcap > 0),
-            window=max(numbers[:2]) >= 0,
+            max(numbers[:2]) >= 0,
         )
         out, lse = meta(T, H, K, dtype=dtype), meta(H, T, dtype=torch.float32)
         attention_bwd._attention_bwd_launch(

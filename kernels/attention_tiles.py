@@ -3,8 +3,8 @@
 Query heads that read one kv head lie side by side in a tile's rows: row m of a tile is token m // P and head m % P of
 the P heads it packs, so K and V are read once for all of them, and short sequences fill a tile P times as well.
 
-A head of any size is held in two chunks of powers of two, the second possibly absent: 64 = 64, 80 and 96 = 64 + 32.
-Products over a head are sums of one product per chunk.
+A head of any size is held in two chunks of powers of two, the second possibly absent: 64 = 64, 80 = 64 + 16,
+96 = 64 + 32. Products over a head are sums of one product per chunk.
 """
 
 from dataclasses import dataclass
@@ -62,15 +62,12 @@ def packed_heads(num_heads: int, num_kv_heads: int) -> int:
 
 
 def head_chunks(head_size: int) -> tuple[int, int]:
-    """Powers of two that hold a head, the first at least 16; the second is 0 where one is enough.
-
-    The second is at least 32: with 16 the forward of one-tile sequences reads shared memory out of bounds on an H100
-    (triton 3.6.0, head size 80, 128 x 128 tiles of 8 warps; found by compute-sanitizer, right in the interpreter).
-    """
-    whole = max(16, 1 << (head_size - 1).bit_length())
-    first = whole // 2
-    second = max(32, 1 << (head_size - first - 1).bit_length()) if head_size > 32 else first
-    return (first, second) if second < first else (whole, 0)
+    """Powers of two, at least 16, that hold a head; the second is 0 where one is enough."""
+    first = 1 << (head_size.bit_length() - 1)
+    rest = head_size - first
+    if first < 16:
+        return 16, 0
+    return first, (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
 
 
 @cache
@@ -84,13 +81,18 @@ def forward_configs(
     chosen by compiling for each target and reading registers, spills and shared memory (`kernels/aot.py`); on sm_90,
     among what does not spill, by time on an H100 (`bench/gpu_attention.py`). Rotating queries takes registers.
     """
-    width = sum(head_chunks(head_size))
+    first, second = head_chunks(head_size)
+    width = first + second
     if dtype == torch.float32:  # three matrix products for one: a path for checks, not for speed
         rows, keys = (64, 32) if width <= 64 else (32 if width <= 128 else 16, 16)
         return (_config(rows, keys, 4, 1, packed),)
     if target.backend == "hip":  # a warp's matrix instruction takes 32 rows: more warps would compute scores twice
         short = _config(64, 64, 2, 1, packed, longest=64, one_tile=True)
         return short, _config(128, 64 if width <= 128 else 32, 4, 1, packed, shorter=64)
+    if second and target.name in WARPGROUPS:
+        # Compiled by triton 3.6.0 and run on an H100, tiles that hold all keys of such a head read shared memory out
+        # of bounds (72, 80; found by compute-sanitizer; right in the interpreter). The loop does not.
+        return (_config(128, 64, 8, 2, packed) if width <= 128 else _config(64, 32, 4, 1, packed),)
     if width > 128 and target.name in WARPGROUPS:  # a warpgroup multiplies 64 rows: more would compute scores twice
         short = _config(64, 64, 4, 1, packed, longest=64, one_tile=True)
         rows, warps = (128, 8) if target.name == "sm_90" else (64, 4)  # 128 rows spill on sm_100
@@ -100,14 +102,16 @@ def forward_configs(
             _config(64, 64, 8, 1, packed, longest=64, one_tile=True),
             _config(64, 32, 8, 1, packed, shorter=64),
         )
-    if target.name == "sm_90":  # two or three small blocks on an SM hide each other's loads better than one large
-        rows, warps = (128, 8) if width <= 64 else (64, 4)
-        short = _config(rows, 64, 8 if rotate else warps, 1, packed, longest=64, one_tile=True)
-        large = rotate and width > 64
-        middle = _config(
-            128 if large else 64, 128, 8 if large else 4, 1, packed, shorter=64, longest=128, one_tile=True
+    if target.name == "sm_90":  # small blocks, several on a multiprocessor, hide each other's loads
+        rows, warps = (64, 4) if width > 64 or rotate else (128, 8)
+        crowded = width > 64 and rotate  # four warps would spill
+        short = _config(rows, 64, 8 if crowded else warps, 1, packed, longest=64, one_tile=True)
+        all_keys = (128, 128, 8, 1) if crowded else (64, 128, 4, 1)
+        return (
+            short,
+            _config(*all_keys, packed, shorter=64, longest=128, one_tile=True),
+            _config(rows, 64, warps, 3, packed, shorter=128),
         )
-        return short, middle, _config(rows, 64, warps, 3, packed, shorter=128)
     if target.name in WARPGROUPS:  # four warps of wide heads spill once the query is normalised, too
         short = _config(64, 64, 8 if width > 64 else 4, 1, packed, longest=64, one_tile=True)
         middle = _config(128, 128, 8, 1, packed, shorter=64, longest=128, one_tile=True)
@@ -168,12 +172,13 @@ def backward_configs(
     elif target.backend == "hip":  # 32 keys or rows a warp, as in the forward
         short = [(64, 16, 4, 1), (128, 16, 4, 1)]
         dq, dkv = (64 if width <= 128 else 16, 128, 4, 1), (128, 32 if width <= 128 else 16, 4, 1)
-    elif target.name == "sm_90" and width <= 64:
-        short = [(64, 32, 4, 2), (128, 64, 8, 1) if extras < 3 else (128, 32, 8, 2)]
-        dq, dkv = (64, 64, 4, 2), (64, 32, 4, 2)
-    elif target.name == "sm_90" and width <= 128:
+    elif target.name == "sm_90" and second == 0 and width <= 64:
+        short = [(64, 32, 4, 2)]
+        dq, dkv = (64, 64, 4, 3), (64, 32, 4, 3)
+    elif target.name == "sm_90" and second == 0 and width <= 128:
         short = [(64, 32, 4, 2), (128, 32, 8, 2)] if plain else [(64, 16, 8, 2), (128, 16, 8, 2)]
-        dq, dkv = (32 if window else 64, 128, 8, 2), (128, 32, 8, stages) if rotate else (64, 32, 4, 2)
+        dq = (32, 128, 8, 2) if window else (64, 128, 8, 3)
+        dkv = (128, 32, 8, stages) if rotate else (64, 32, 4, 2)
     elif target.name in WARPGROUPS:
         if width <= 64:
             short = [(64, 32, 4, 2), (128, 32, 8, 2), *([(256, 16, 8, 2)] if plain else [])]

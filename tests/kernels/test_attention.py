@@ -202,11 +202,17 @@ def test_heads_are_packed_by_divisors():
 
 
 def test_head_chunks_are_powers_of_two():
-    sizes = [1, 16, 20, 40, 64, 72, 80, 96, 104, 128, 160, 192, 256]
+    sizes = [1, 8, 16, 20, 64, 72, 80, 96, 104, 128, 256]
     assert [head_chunks(K) for K in sizes] == [
-        *[(16, 0), (16, 0), (32, 0), (64, 0), (64, 0), (64, 32), (64, 32), (64, 32), (128, 0), (128, 0)],
-        *[(128, 32), (128, 64), (256, 0)],
+        *[(16, 0), (16, 0), (16, 0), (16, 16), (64, 0), (64, 16), (64, 16), (64, 32), (64, 64), (128, 0), (256, 0)]
     ]
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100"])
+def test_heads_of_two_chunks_are_walked_in_a_loop_where_tiles_of_all_keys_read_out_of_bounds(name):
+    for K in (72, 80, 96, 160, 192):
+        (config,) = forward_configs(backend.TARGETS[name], torch.bfloat16, K, 1, False)
+        assert not config.one_tile and config.tile_class.shorter == 0 and config.tile_class.longest is None
 
 
 # --- both -------------------------------------------------------------------------------------------------
