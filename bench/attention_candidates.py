@@ -11,8 +11,7 @@ from typing import Literal
 from unittest import mock
 
 from flashvec.bench.problems import AttentionShape
-from flashvec.kernels import attention as attention_module
-from flashvec.kernels import attention_bwd
+from flashvec.kernels import attention_bwd, attention_fwd
 from flashvec.kernels.attention_tiles import BackwardConfig, TileConfig, packed_heads
 from flashvec.kernels.schedule import TileClass
 
@@ -98,7 +97,7 @@ def chosen(candidate: Candidate | None) -> Iterator[None]:
     """Attention with these configurations."""
     with ExitStack() as stack:
         for module, name, configs in (
-            (attention_module, "forward_configs", candidate and candidate.forward),
+            (attention_fwd, "forward_configs", candidate and candidate.forward),
             (attention_bwd, "backward_configs", candidate and candidate.backward),
         ):
             if configs is not None:

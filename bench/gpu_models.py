@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashvec.runtime.decoder import Decoder, DecoderLoader
+from flashvec.runtime.decoder import Decoder
+from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.families import decoder_spec
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
 

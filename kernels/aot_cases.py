@@ -16,6 +16,7 @@ from flashvec.kernels import (
     add_rms_norm,
     attention,
     attention_bwd,
+    attention_fwd,
     attention_tma,
     cross_entropy,
     info_nce,
@@ -138,7 +139,7 @@ def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, An
         )
         return
     tiles = [meta(600, 4, dtype=torch.int32) for _ in forward_configs(target, dtype, K, packed, table is not None)]
-    attention._attention_fwd(
+    attention_fwd.attention_fwd_launch(
         q, k, v, None, tiles, [], T, table, table, norm, 1e-6, 0.0, identities, shift_stop, K**-0.5, *numbers
     )
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime import engine, prepare
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
-from flashvec.runtime.decoder import Decoder, DecoderLoader
+from flashvec.runtime.decoder import Decoder
+from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.engine import Engine
 from flashvec.runtime.non_finite import NonFiniteRows, report

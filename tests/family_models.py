@@ -18,7 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flashvec.kernels.rms_norm import rms_norm
 from flashvec.runtime import engine
-from flashvec.runtime.decoder import Decoder, DecoderLoader
+from flashvec.runtime.decoder import Decoder
+from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.families import FAMILIES, decoder_spec, stated_attention
 
 WINDOW = 9

@@ -20,7 +20,8 @@ from flashvec.runtime.checkpoint.llm2vec import llm2vec_spec
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
 from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE
-from flashvec.runtime.decoder import Decoder, DecoderLoader, Training
+from flashvec.runtime.decoder import Decoder, Training
+from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.placement import choose_dtype
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.tokenize import Tokenizer

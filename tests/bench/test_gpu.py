@@ -30,8 +30,7 @@ from flashvec.bench import (
 from flashvec.bench.gpu_session import Budget, Session, Wrong, compare
 from flashvec.bench.op_problems import OPS, Size
 from flashvec.bench.problems import AttentionShape, Maker, Problem, attention_problem
-from flashvec.kernels import attention as attention_module
-from flashvec.kernels import backend
+from flashvec.kernels import attention_fwd, backend
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -153,7 +152,7 @@ import os, sys
 import torch
 from flashvec.bench.compile_ahead import Ahead, _NamedDriver
 from flashvec.bench import gpu_attention as g
-from flashvec.kernels import attention as module, backend
+from flashvec.kernels import attention, attention_fwd, backend
 from flashvec.kernels.backend import TARGETS, triton
 
 def count():
@@ -177,7 +176,7 @@ def compile_only(kernel, grid, *args, **keywords):  # what a launch on real tens
         kernel.warmup(*args, grid=grid, **keywords, enable_fp_fusion=True)
 
 triton.runtime.driver.set_active(_NamedDriver(TARGETS["sm_90"]))
-module.launch, module.implementation = compile_only, lambda x: "triton"
+attention_fwd.launch, attention.implementation = compile_only, lambda x: "triton"
 g.ours(shape, g.attention_tensors(shape, g.Maker(torch.device("cpu"), torch.float16))).run()
 assert count() == before, (before, count())
 """
@@ -240,11 +239,11 @@ def test_attention_groups(lengths, tmp_path, monkeypatch, interpreted):
 @pytest.mark.parametrize("K", [64, 128])
 def test_candidates_take_the_place_of_the_tables_for_a_while(K, length):
     shape = AttentionShape((length, length // 2), 8, 2, K)
-    table = attention_module.forward_configs
+    table = attention_fwd.forward_configs
     for candidate in attention_candidates.candidates(shape, "forward").values():
         with attention_candidates.chosen(candidate):
-            assert attention_module.forward_configs("any", "arguments") == candidate.forward
-        assert attention_module.forward_configs is table
+            assert attention_fwd.forward_configs("any", "arguments") == candidate.forward
+        assert attention_fwd.forward_configs is table
     backward = attention_candidates.candidates(shape, "backward")
     assert backward and all(candidate.backward for candidate in backward.values())
     assert any(name.startswith("one tile") for name in backward) == (length <= max(attention_candidates.ONE_TILE[K]))

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from flashvec.kernels import attention_bwd as bwd
 from flashvec.kernels import backend
-from flashvec.kernels.attention import Rotation, _attention, attention, attention_reference, rotate
+from flashvec.kernels.attention import Rotation, attention, attention_reference, rotate
 from flashvec.kernels.attention_bwd import attention_bwd, backward_tiles
+from flashvec.kernels.attention_fwd import attention_op
 from flashvec.kernels.attention_tiles import BackwardConfig, backward_configs, forward_configs
 from flashvec.kernels.dropout import Dropout
 from flashvec.kernels.schedule import TileClass, build_schedule, select_queries
@@ -207,7 +208,7 @@ def test_is_a_well_behaved_torch_op(rotate_, device, small_tiles):
     rotated_k = k.detach() if rotate_ else None
     numbers = (0.3, -1, -1, 0.0, 0, 0, 0)
     torch.library.opcheck(
-        _attention, (q, k, v, rotated_k, tiles, later, 22, table, table, None, 0.0, 0.0, None, None, *numbers)
+        attention_op, (q, k, v, rotated_k, tiles, later, 22, table, table, None, 0.0, 0.0, None, None, *numbers)
     )
     out, lse = torch.randn_like(q), torch.randn(2, 27, device=device)
     torch.library.opcheck(
@@ -224,9 +225,9 @@ def test_refuses_a_gradient_it_would_get_wrong(device, small_tiles):
     numbers = (0.3, -1, -1, 0.0, 0, 0, 0)
     norm = torch.ones(16, device=device)
     with pytest.raises(RuntimeError, match="head norms"):
-        _attention(q, k, v, k.detach(), tiles, [], 2, table, table, norm, 0.0, 0.0, None, None, *numbers)
+        attention_op(q, k, v, k.detach(), tiles, [], 2, table, table, norm, 0.0, 0.0, None, None, *numbers)
     with pytest.raises(RuntimeError, match="rotated keys"):
-        _attention(q, k, v, None, tiles, [], 2, table, table, None, 0.0, 0.0, None, None, *numbers)
+        attention_op(q, k, v, None, tiles, [], 2, table, table, None, 0.0, 0.0, None, None, *numbers)
 
 
 def test_selected_queries(device, small_tiles):

@@ -9,7 +9,7 @@ import torch
 from family_models import ModuleSource, config_of, models
 
 from flashvec.runtime.checkpoint.source import CheckpointError
-from flashvec.runtime.decoder import DecoderLoader
+from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.families import decoder_spec
 
 CPU = torch.device("cpu")
