@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class JobIndex:
     their ranges. Binary ones are compared by the number of equal signs.
     """
 
-    def __init__(self, storage: Storage, plan: Plan, index: "faiss.Index", shards: dict[int, int]) -> None:
+    def __init__(self, storage: Storage, plan: Plan, index: Any, shards: dict[int, int]) -> None:
         self.index = index
         self._storage, self._plan = storage, plan
         self._shards, self._ends = list(shards), list(accumulate(shards.values()))
@@ -92,6 +93,7 @@ def index_job(folder: str | Path, *, factory: str | None = None, train_rows: int
     num_rows = sum(shards.values())
     if not num_rows:
         raise ValueError(f"{storage.location}: no shard of this job is finished, or none has a row")
+    index: Any  # faiss.Index, or faiss.IndexBinary, which is none
     if plan.settings.precision == "binary":
         width = 8 * -(-plan.dim // 8)
         index = faiss.index_binary_factory(width, factory or "BFlat")
