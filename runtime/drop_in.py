@@ -10,9 +10,21 @@ from torch import Tensor
 
 from flashvec.runtime.spec import ModelSpec
 
+QUERY_PROMPTS = ("query",)
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+def first_prompt(prompts: Iterable[str], wanted: Sequence[str]) -> str | None:
+    """The first of the wanted names that a model has a prompt of, None if it has none."""
+    known = set(prompts)
+    return next((name for name in wanted if name in known), None)
+
 
 class SentenceTransformerNames:
-    """`encode`, `encode_query`, `encode_document` and `similarity`, for code written for that library."""
+    """That library's methods and properties, for code written for it.
+
+    Code that asks for a `SentenceTransformer` by its class wants `runtime/integrations/sentence_transformers.py`.
+    """
 
     spec: ModelSpec
     embed: Callable[..., Any]
@@ -37,38 +49,39 @@ class SentenceTransformerNames:
 
         `batch_size` counts rows there and has no meaning here (packs are filled by tokens); `device` is where the
         encoder was loaded. Both are accepted so that code written for that library runs as it is.
+
+        Returns:
+            As there: an array [n, d], a tensor with `convert_to_tensor`, a list of tensors with neither conversion,
+            and for "token_embeddings" one tensor [len, d] per text; without the first dimension for a str.
+
+        Raises:
+            ValueError: an unknown `output_value` or `prompt_name`, or what `embed` refuses.
         """
-        if output_value == "token_embeddings":
-            if prompt_name is not None:
-                prompt = self.spec.prompts[prompt_name]
-            states = self.embed_tokens(inputs, instruction=prompt)
-            tensors = [torch.from_numpy(state.vectors) for state in states]
-            return tensors[0] if isinstance(inputs, str) else tensors
-        if output_value != "sentence_embedding":
-            raise ValueError(f"output_value is {output_value!r}, known are sentence_embedding, token_embeddings")
-        result = self.embed(
+        return encode(
+            self,
             inputs,
+            output_value=output_value,
+            convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor,
             instruction=prompt,
             prompt_name=prompt_name,
             normalize=True if normalize_embeddings else None,
             truncate_dim=truncate_dim,
             precision=precision,
             show_progress=show_progress_bar,
-            output="torch" if convert_to_tensor else "numpy",
         )
-        return result if convert_to_numpy or convert_to_tensor else [torch.from_numpy(row) for row in result]
 
     def encode_query(self, inputs: str | Iterable[str], **settings: Any) -> Any:
         """`encode` with the prompt named "query", where the model has one."""
-        return self._encode_as(("query",), inputs, settings)
+        return self._encode_as(QUERY_PROMPTS, inputs, settings)
 
     def encode_document(self, inputs: str | Iterable[str], **settings: Any) -> Any:
         """`encode` with the first prompt named "document", "passage" or "corpus" that the model has."""
-        return self._encode_as(("document", "passage", "corpus"), inputs, settings)
+        return self._encode_as(DOCUMENT_PROMPTS, inputs, settings)
 
     def _encode_as(self, names: Sequence[str], inputs: Any, settings: dict[str, Any]) -> Any:
         if settings.get("prompt") is None and settings.get("prompt_name") is None:
-            settings["prompt_name"] = next((name for name in names if name in self.spec.prompts), None)
+            settings["prompt_name"] = first_prompt(self.spec.prompts, names)
         return self.encode(inputs, **settings)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
@@ -86,6 +99,64 @@ class SentenceTransformerNames:
         if self.spec.similarity in ("euclidean", "manhattan"):
             return -torch.cdist(a, b, p=2 if self.spec.similarity == "euclidean" else 1)
         return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Score of every vector of the first with the one at its place in the second: fp32 [n], as `similarity`."""
+        a, b = (torch.atleast_2d(_as_tensor(x)) for x in (embeddings1, embeddings2))
+        if self.spec.similarity == "dot":
+            return (a * b).sum(-1)
+        if self.spec.similarity in ("euclidean", "manhattan"):
+            return -torch.linalg.vector_norm(a - b, 2 if self.spec.similarity == "euclidean" else 1, dim=-1)
+        return F.cosine_similarity(a, b)
+
+    def get_embedding_dimension(self) -> int:
+        """Width of a vector."""
+        return self.spec.embedding_size
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """`get_embedding_dimension` by its name before version 5."""
+        return self.spec.embedding_size
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens a text may have; set by `Encoder.load(max_length=...)`."""
+        return self.spec.max_length
+
+
+def encode(
+    encoder: SentenceTransformerNames,
+    inputs: str | Iterable[str],
+    *,
+    output_value: str | None = "sentence_embedding",
+    convert_to_numpy: bool = True,
+    convert_to_tensor: bool = False,
+    **settings: Any,
+) -> Any:
+    """`embed` or `embed_tokens`, returned in that library's types.
+
+    Args:
+        settings: of `embed`; of them tokens take the instruction and `max_length`.
+
+    Raises:
+        ValueError: an unknown `output_value` or `prompt_name`, or what `embed` refuses.
+    """
+    if output_value == "token_embeddings":
+        name, prompts = settings.get("prompt_name"), encoder.spec.prompts
+        if name is not None and name not in prompts:
+            raise ValueError(f"prompt_name is {name!r}; this model's prompts are: {', '.join(prompts) or 'none'}")
+        instruction = settings.get("instruction")
+        if name is not None and instruction is not None:
+            raise ValueError("give prompt or prompt_name, not both")
+        instruction = instruction if name is None else prompts[name]
+        states = encoder.embed_tokens(inputs, instruction=instruction, max_length=settings.get("max_length"))
+        tensors = [torch.from_numpy(state.vectors) for state in states]
+        return tensors[0] if isinstance(inputs, str) else tensors
+    if output_value != "sentence_embedding":
+        raise ValueError(f"output_value is {output_value!r}, known are sentence_embedding, token_embeddings")
+    result = encoder.embed(inputs, output="torch" if convert_to_tensor else "numpy", **settings)
+    if convert_to_numpy or convert_to_tensor:
+        return result
+    return torch.from_numpy(result) if isinstance(inputs, str) else [torch.from_numpy(row) for row in result]
 
 
 def _as_tensor(x: Any) -> Tensor:

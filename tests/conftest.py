@@ -2,6 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,3 +48,27 @@ def interpreted(device: str) -> Iterator[None]:
 
     with backend.interpreted():
         yield
+
+
+@pytest.fixture(scope="session")
+def prompted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that sentence-transformers opens too, with prompts for queries and documents."""
+    from tiny_models import tiny_checkpoint
+
+    from flashvec import Encoder
+
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("model") / "tiny"
+    tiny_checkpoint(source, "llama")
+    enc = Encoder.load(source, dtype="float32", attention="bidirectional", pooling="mean", max_length=256)
+    prompts = {"query": "Query: ", "document": "Passage: "}
+    enc.spec = replace(enc.spec, layout="sentence-transformers", span="prompt_tokens", prompts=prompts)
+    enc.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompted(prompted_folder: Path) -> Any:
+    """Its encoder, fp32."""
+    from flashvec import Encoder
+
+    return Encoder.load(prompted_folder, dtype="float32")

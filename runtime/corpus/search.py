@@ -41,7 +41,7 @@ def search_job(storage: Storage, queries: np.ndarray, top: int) -> list[list[tup
     Raises:
         PlanError: no job in the folder.
     """
-    plan = _plan(storage)
+    plan = job_plan(storage)
     if queries.shape[1] != plan.dim:
         raise ValueError(f"the query has {queries.shape[1]} dimensions, the job's vectors have {plan.dim}")
     unit = _unit(queries)
@@ -50,8 +50,8 @@ def search_job(storage: Storage, queries: np.ndarray, top: int) -> list[list[tup
     for shard in range(len(plan.shards)):
         if any(storage.size(name) is None for name in part_names(plan, shard)):
             continue  # not done yet
-        for start, block in _blocks(storage, plan, shard):
-            found = unit @ _comparable(block, plan).T if plan.settings.precision != "binary" else _signs(unit, block)
+        for start, block in vector_blocks(storage, plan, shard):
+            found = unit @ comparable(block, plan).T if plan.settings.precision != "binary" else _signs(unit, block)
             scores = np.concatenate([scores, found.astype(np.float32)], 1)
             rows = np.stack([np.full(len(block), shard), np.arange(start, start + len(block))], 1)
             places = np.concatenate([places, np.broadcast_to(rows, (len(queries), *rows.shape))], 1)
@@ -66,7 +66,7 @@ def search_job(storage: Storage, queries: np.ndarray, top: int) -> list[list[tup
 
 def describe_hits(storage: Storage, found: list[tuple[float, int, int]]) -> list[Hit]:
     """Where hits came from, with their text where the input is as it was."""
-    plan = _plan(storage)
+    plan = job_plan(storage)
     hits = []
     for score, shard, row in found:
         with storage.open(part_names(plan, shard)[-1]) as file:
@@ -86,7 +86,7 @@ def embed_query(storage: Storage, query: str, instruction: str | None = None, pr
     from flashvec.runtime.corpus.machine import model_facts
     from flashvec.runtime.encoder import Encoder
 
-    plan = _plan(storage)
+    plan = job_plan(storage)
     encoder = Encoder.load(**plan.model.load)
     different = list(plan.model.differences(model_facts(encoder, {})))
     if different:
@@ -97,14 +97,20 @@ def embed_query(storage: Storage, query: str, instruction: str | None = None, pr
     return encoder.embed([query], **settings)
 
 
-def _plan(storage: Storage) -> Plan:
+def job_plan(storage: Storage) -> Plan:
+    """The plan of the job in a folder.
+
+    Raises:
+        PlanError: no job there.
+    """
     plan = read_plan(storage)
     if plan is None:
         raise PlanError(f"{storage.location}: no plan.json there, so no job to search")
     return plan
 
 
-def _blocks(storage: Storage, plan: Plan, shard: int) -> Iterator[tuple[int, np.ndarray]]:
+def vector_blocks(storage: Storage, plan: Plan, shard: int) -> Iterator[tuple[int, np.ndarray]]:
+    """A finished shard's vectors as they are stored, in blocks [n, d], each with the number of its first row."""
     if plan.settings.format == "npy":
         vectors = part_vectors(storage, plan, shard)
         for start in range(0, len(vectors), BLOCK_ROWS):
@@ -118,7 +124,7 @@ def _blocks(storage: Storage, plan: Plan, shard: int) -> Iterator[tuple[int, np.
             start += len(block)
 
 
-def _comparable(block: np.ndarray, plan: Plan) -> np.ndarray:
+def comparable(block: np.ndarray, plan: Plan) -> np.ndarray:
     """A block as fp32 rows of unit length."""
     values = block.astype(np.float32)
     if plan.settings.precision == "int8":

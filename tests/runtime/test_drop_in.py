@@ -20,7 +20,7 @@ class Fixed(SentenceTransformerNames):
 
     def embed(self, texts, **settings):
         self.asked.append(settings)
-        return np.ones((len(texts), 3), np.float32)
+        return np.ones((len(texts), 3) if isinstance(texts, list) else 3, np.float32)
 
 
 def test_parameters_are_that_librarys():
@@ -49,6 +49,25 @@ def test_similarity_is_that_librarys(name):
     torch.testing.assert_close(Fixed(name).similarity(a.numpy(), b), theirs(a, b))
 
 
-def test_unknown_output_is_refused():
+@pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])
+def test_similarity_of_pairs_is_that_librarys(name):
+    from sentence_transformers import util
+
+    theirs = {"cosine": "cos_sim", "dot": "dot_score", "euclidean": "euclidean_sim", "manhattan": "manhattan_sim"}
+    a, b = torch.randn(3, 5), torch.randn(3, 5)
+    expected = getattr(util, f"pairwise_{theirs[name]}")(a, b)
+    torch.testing.assert_close(Fixed(name).similarity_pairwise(a.numpy(), b), expected)
+
+
+def test_without_conversion_a_list_of_tensors_or_for_a_str_one():
+    listed, single = (Fixed().encode(texts, convert_to_numpy=False) for texts in (["a", "b"], "a"))
+    assert [row.shape for row in listed] == [(3,), (3,)] and isinstance(single, torch.Tensor) and single.shape == (3,)
+
+
+def test_what_is_refused():
     with pytest.raises(ValueError, match="output_value is 'logits'"):
         Fixed().encode(["a"], output_value="logits")
+    with pytest.raises(ValueError, match="prompt_name is 'title'; this model's prompts are: query, corpus"):
+        Fixed().encode(["a"], output_value="token_embeddings", prompt_name="title")
+    with pytest.raises(ValueError, match="give prompt or prompt_name, not both"):
+        Fixed().encode(["a"], output_value="token_embeddings", prompt_name="query", prompt="Q: ")
