@@ -13,7 +13,7 @@ import argparse
 import random
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -55,6 +55,12 @@ class Texts:
         prose = re.sub(r"<[^>\n]*>", " ", prose)
         self.words = prose.split()
         self.tokens_per_word = tokens_per_word
+
+    @classmethod
+    def for_encoder(cls, path: Path | None, encoder: Encoder) -> "Texts":
+        """Texts whose lengths are counted in this encoder's tokens."""
+        sample = cls(path, 1.0).draw("passages", 2000, -2)
+        return cls(path, float(encoder.count_tokens(sample).sum() / sum(len(text.split()) for text in sample)))
 
     def draw(self, profile: str, num_tokens: int, seed: int) -> list[str]:
         """Texts of a profile, about `num_tokens` in all; lengths spread log-normally around the mean."""
@@ -186,33 +192,48 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     if options.quick:
         options.profiles, options.repetitions = ["passages"], 3
+    for rows in run(
+        *(options.model, options.texts, options.profiles, options.repetitions),
+        has_peers=not options.no_peers,
+        workers=options.workers,
+    ):
+        if not options.dry:
+            append_rows(rows)
 
+
+def run(
+    model: str,
+    texts: Path | None,
+    profiles: Sequence[str],
+    repetitions: int,
+    *,
+    has_peers: bool,
+    workers: Sequence[int] = (1,),
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure and print, profile by profile; yields each one's rows."""
     encoders: dict[str, Encoder] = {}
     peers: dict[str, Any] = {}
     ceilings: dict[str, Ceiling] = {}
     for name in ("bfloat16", "float32"):
-        if name == "bfloat16" and Encoder.load(options.model).dtype != torch.bfloat16:
+        if name == "bfloat16" and Encoder.load(model).dtype != torch.bfloat16:
             continue  # no hardware for it
-        for workers in options.workers:
-            encoder = Encoder.load(options.model, dtype=name)
-            encoder.workers = workers
-            encoders[f"flashvec {name}" + (f", {workers} workers" if workers > 1 else "")] = encoder
+        for count in workers:
+            encoder = Encoder.load(model, dtype=name)
+            encoder.workers = count
+            encoders[f"flashvec {name}" + (f", {count} workers" if count > 1 else "")] = encoder
         ceilings[name] = Ceiling(encoder)
-        if not options.no_peers and (name == "bfloat16" or "bfloat16" not in ceilings):
-            peers[f"hugging face {name}, sorted"] = HuggingFace(options.model, getattr(torch, name))
+        if has_peers and (name == "bfloat16" or "bfloat16" not in ceilings):
+            peers[f"hugging face {name}, sorted"] = HuggingFace(model, getattr(torch, name))
             if has_openvino():
-                peers[f"openvino {name}, sorted"] = OpenVINO(options.model, name)
-    if not options.no_peers and (Path(options.model) / "modules.json").is_file():
-        peers["sentence-transformers float32, as installed"] = SentenceTransformers(options.model)
-    sample = Texts(options.texts, 1.0).draw("passages", 2000, -2)
-    ratio = encoder.count_tokens(sample).sum() / sum(len(t.split()) for t in sample)
-    texts = Texts(options.texts, float(ratio))
+                peers[f"openvino {name}, sorted"] = OpenVINO(model, name)
+    if has_peers and (Path(model) / "modules.json").is_file():
+        peers["sentence-transformers float32, as installed"] = SentenceTransformers(model)
+    drawn = Texts.for_encoder(texts, encoder)
 
     print("  ".join(f"{k:>9}" if k != "variant" else f"{k:44}" for k in SHOWN))
-    for profile in options.profiles:
-        rows = bench_profile(profile, texts, encoders, peers, ceilings, options.repetitions)
-        if not options.dry:
-            append_rows([{"model": Path(options.model).name, **row} for row in rows])
+    for profile in profiles:
+        rows = bench_profile(profile, drawn, encoders, peers, ceilings, repetitions)
+        yield [{"model": Path(model).name, **row} for row in rows]
 
 
 if __name__ == "__main__":

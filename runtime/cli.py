@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flashvec
+from flashvec.bench.cli import bench
 from flashvec.runtime import cli_corpus
 from flashvec.runtime.cli_serve import serve
 from flashvec.training.cli import evaluate_app, mine, train_app
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 app.command()(mine)
+app.command()(bench)
 stdout, stderr = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
