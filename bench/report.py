@@ -1,4 +1,4 @@
-"""Write the tables of README and the documentation from the rows in `bench/results/`.
+"""Write the tables and plots of README and the documentation from the rows in `bench/results/`.
 
     python -m flashvec.bench.report            # rewrite them
     python -m flashvec.bench.report --check    # exit 1 if a page and the rows disagree
@@ -108,19 +108,22 @@ GPU_PEERS = {"torch varlen": "torch varlen_attn", "cuDNN": "torch sdpa, cuDNN"}
 GPU_LENGTHS = ("log-normal 64", "log-normal 128", "log-normal 256", "log-normal 512", "512", "2048")
 
 
+def gpu_attention_rows(rows: list[Row]) -> list[dict[tuple[str, int, str, str], Row]]:
+    """For each GPU the rows of its newest commit, of 32 heads over 8, by direction, head size, lengths, variant."""
+    shown = [
+        row for row in rows if row["heads"] == "32/8" and row.get("rotation", "none") == "none" and "tflops" in row
+    ]
+    return [
+        {(r["direction"], r["head_size"], r["lengths"], r["variant"]): r for r in g if r["commit"] == g[-1]["commit"]}
+        for g in groups(shown, "gpu")
+    ]
+
+
 def gpu_attention_table(rows: list[Row]) -> list[str]:
     """Useful TFLOP/s by lengths, of ours and of the peers that were timed beside it; a table a GPU."""
     lines: list[str] = []
-    for group in groups(
-        [row for row in rows if row["heads"] == "32/8" and row.get("rotation", "none") == "none"], "gpu"
-    ):
-        commit = group[-1]["commit"]
-        found = {
-            (r["direction"], r["head_size"], r["lengths"], r["variant"]): r
-            for r in group
-            if r["commit"] == commit and "tflops" in r
-        }
-        columns = [(d, k) for d in ("forward", "backward") for k in (128, 64)]
+    columns = [(d, k) for d in ("forward", "backward") for k in (128, 64)]
+    for found in gpu_attention_rows(rows):
         lines += [
             "| TFLOP/s | " + " | ".join(f"{d}, head {k}" for d, k in columns) + " |",
             "|---" * (len(columns) + 1) + "|",
@@ -192,6 +195,14 @@ def main() -> None:
         stale |= made != text
         if not options.check and made != text:
             page.write_text(made, encoding="utf-8")
+    from flashvec.bench.plots import render_plots
+
+    for name, svg in render_plots().items():
+        file = ROOT / "docs" / "plots" / f"{name}.svg"
+        stale |= not file.is_file() or file.read_text(encoding="utf-8") != svg
+        if not options.check:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(svg, encoding="utf-8")
     sys.exit(int(options.check and stale))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashvec.bench import report
+from flashvec.bench import plots, report
 
 
 def embed_row(**changes):
@@ -68,3 +68,12 @@ def test_a_new_torch_starts_the_machines_table_anew(make, row):
 
 def test_an_unmarked_readme_stays_as_it_is():
     assert report.render("# Title\n\n| a | b |\n") == "# Title\n\n| a | b |\n"
+
+
+def test_plots_are_those_of_the_rows():
+    made = plots.render_plots()
+    folder = report.ROOT / "docs" / "plots"
+    assert {file.stem for file in folder.glob("*.svg")} == set(made)
+    for name, svg in made.items():
+        assert (folder / f"{name}.svg").read_text(encoding="utf-8") == svg, "run: python -m flashvec.bench.report"
+    assert "flashvec" in made["embed"] and "torch varlen" in made["gpu_attention"]
