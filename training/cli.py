@@ -195,6 +195,41 @@ def words(
     stdout.print(f"{dev.name}, {task}: {facts} over {found['words']} words, {seeds} {plural}", highlight=False)
 
 
+@evaluate_app.command()
+def mteb(
+    model: Annotated[str, typer.Option(help="Model folder, GGUF file or hub id.", show_default=False)],
+    tasks: Annotated[
+        list[str], typer.Option(help="Names of mteb's tasks, with commas or repeated.", show_default=False)
+    ],
+    instructions: Annotated[Path | None, typer.Option(help="JSON: a task's name and what stands before texts.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
+    attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")] = None,
+    layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all that mteb measured.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run tasks of the Massive Text Embedding Benchmark; mteb fetches their data. Main scores, times 100.
+
+    Example: `flashvec evaluate mteb --model ./my-encoder --tasks STSBenchmark,SciFact`
+    """
+    from flashvec.training.mteb_encoder import MtebEncoder, evaluate_mteb, find_tasks, read_instructions
+
+    found_tasks = find_tasks([name.strip() for part in tasks for name in part.split(",") if name.strip()])
+    read = None if instructions is None else read_instructions(instructions)
+    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
+    encoder = _open(model, "flashvec", choices)
+    result = evaluate_mteb(MtebEncoder(encoder, model, instructions=read), found_tasks, show_progress=not as_json)
+    if out is not None:
+        result.to_disk(out)
+    scores = {task.task_name: round(100 * float(task.get_score()), 4) for task in result.task_results}
+    if as_json:
+        print(json.dumps({"model": model, "scores": scores}))
+        return
+    for name, score in scores.items():
+        stdout.print(f"{name}: {score:.2f}", highlight=False)
+
+
 def mine(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
     pairs: Annotated[Path, typer.Argument(help=".jsonl file of queries and positives.", show_default=False)],
