@@ -107,8 +107,10 @@ class SpreadEncoder(Encoder):
         run: RunSettings,
         normalize: bool | None,
         spans: Sequence[Sequence[tuple[int, int]]],
+        shift: int = 0,
     ) -> SpanVectors:
-        parts = self._spread("_spans_of_rows", rows, instructions, run, {"normalize": normalize}, spans=spans)
+        keywords = {"normalize": normalize, "shift": shift}
+        parts = self._spread("_spans_of_rows", rows, instructions, run, keywords, spans=spans)
         documents = [np.zeros((0, self.spec.embedding_size), np.float32), *(part.documents for part in parts)]
         return SpanVectors(
             np.concatenate(documents),

@@ -66,15 +66,17 @@ class PartVectors:
             rows, self._instructions(instruction, None, len(rows)), RunSettings(**run), normalize
         )
 
-    def embed_words(self, words: Iterable[Sequence[str]], **run: Any) -> list[np.ndarray]:
+    def embed_words(self, words: Iterable[Sequence[str]], *, shift: int = 0, **run: Any) -> list[np.ndarray]:
         """One vector per word of texts that are already split: the mean of the word's token states.
 
         Args:
             words: lists of words; they are joined by single spaces.
+            shift: as in `embed_spans`.
             run: as in `embed_tokens`.
 
         Returns:
-            One fp32 [words, D] array per list; a word cut off by `max_length` has a zero row.
+            One fp32 [words, D] array per list; a word without a token (cut off by `max_length`, or moved out of the
+            text by `shift`) has a zero row.
         """
         lists = [list(w) for w in words]
         spans = []
@@ -83,7 +85,7 @@ class PartVectors:
                 raise TypeError(f"words[{row}] must be a list of str, as in [['A', 'text'], ['Another', 'one']]")
             stops = np.cumsum([len(w) + 1 for w in word_list], dtype=np.int64) - 1
             spans.append([(int(s) - len(w), int(s)) for s, w in zip(stops, word_list, strict=True)])
-        return self.embed_spans([" ".join(w) for w in lists], spans, normalize=False, **run).spans
+        return self.embed_spans([" ".join(w) for w in lists], spans, normalize=False, shift=shift, **run).spans
 
     def embed_spans(
         self,
@@ -93,6 +95,7 @@ class PartVectors:
         instruction: Instruction = None,
         prompt_name: str | None = None,
         normalize: bool | None = None,
+        shift: int = 0,
         **run: Any,
     ) -> SpanVectors:
         """Documents, parts of them and their tokens from one forward: every part has seen the whole text.
@@ -103,6 +106,8 @@ class PartVectors:
                 instruction puts before it; they may nest and overlap.
             instruction, prompt_name: as in `embed`.
             normalize: for document and span vectors; default the layout's rule.
+            shift: read each span's states this many tokens further left. 1 suits a model trained to predict masked
+                tokens from the position before them (MNTP): the state that speaks of token i lies at i - 1.
             run: as in `embed_tokens`.
 
         Returns:
@@ -110,8 +115,11 @@ class PartVectors:
             one without any (cut off, or empty) is a zero row.
 
         Raises:
-            ValueError: a wrong number of lists, a range outside its text, or a model loaded with `compat`.
+            ValueError: a wrong number of lists, a range outside its text, a negative shift, or a model loaded with
+                `compat`.
         """
+        if shift < 0:
+            raise ValueError(f"shift is {shift}; expected 0, or how many tokens to the left")
         if self.spec.compat:
             raise ValueError(
                 f"compat={self.spec.compat!r} rewrites texts before it reads them: spans name nothing there"
@@ -125,7 +133,7 @@ class PartVectors:
                     size = len(rows[row])
                     raise ValueError(f"spans[{row}] has ({start}, {stop}); text {row} has {size} characters")
         instructions = self._instructions(instruction, prompt_name, len(rows))
-        return self._spans_of_rows(rows, instructions, RunSettings(**run), normalize, spans)
+        return self._spans_of_rows(rows, instructions, RunSettings(**run), normalize, spans, shift)
 
     def _tokens_of_rows(
         self, rows: list[str], instructions: list[str] | None, run: RunSettings, normalize: bool
@@ -146,6 +154,7 @@ class PartVectors:
         run: RunSettings,
         normalize: bool | None,
         spans: Sequence[Sequence[tuple[int, int]]],
+        shift: int = 0,
     ) -> SpanVectors:
         wanted = self.spec.normalize if normalize is None else normalize
         documents = np.zeros((len(rows), self.spec.embedding_size), np.float32)
@@ -162,6 +171,7 @@ class PartVectors:
                 before = window.text_starts[local]
                 for i, (start, stop) in enumerate(spans[row]):
                     first, last = prepare.char_span_to_tokens(own.offsets, special, before + start, before + stop)
+                    first, last = max(first - shift, 0), last - shift
                     if last > first:
                         part = own.vectors[first:last].mean(0, dtype=np.float64).astype(np.float32)
                         parts[row][i] = part / max(float(np.linalg.norm(part)), 1e-12) if wanted else part

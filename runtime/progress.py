@@ -12,10 +12,12 @@ class Progress:
     Args:
         total: texts to come.
         show: True or False, or None: on a terminal, when there are many texts.
+        doing, unit: what the bar says is done, and to what.
     """
 
-    def __init__(self, total: int, show: bool | None) -> None:
+    def __init__(self, total: int, show: bool | None, doing: str = "embedding", unit: str = "texts") -> None:
         self.total = total
+        self.doing, self.unit = doing, unit
         self.show = show if show is not None else total >= WORTH_A_BAR and sys.stderr.isatty()
         self.num_tokens = 0
         self.bar: Any = None
@@ -26,9 +28,9 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            rate = TextColumn("texts  {task.fields[rate]}")
+            rate = TextColumn(f"{self.unit}  {{task.fields[rate]}}")
             columns = (
-                TextColumn("embedding"),
+                TextColumn(self.doing),
                 BarColumn(),
                 MofNCompleteColumn(),
                 rate,

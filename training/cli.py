@@ -69,13 +69,12 @@ def distill(
     _train("DistillConfig", config, settings, print_config, as_json)
 
 
-def _embedder(model: str, backend: str, choices: dict[str, Any]) -> Any:
-    """Texts and an instruction to vectors, by this package or by the model's own."""
+def _open(model: str, backend: str, choices: dict[str, Any]) -> Any:
+    """An `Encoder`, or an `HfEncoder` for a model's own code."""
     if backend == "flashvec":
         from flashvec.runtime.encoder import Encoder
 
-        encoder = Encoder.load(model, **choices)
-        return lambda texts, instruction: encoder.embed(list(texts), instruction=instruction)
+        return Encoder.load(model, **choices)
     if backend != "hf":
         raise ValueError(f"backend is {backend!r}; known are flashvec and hf")
     given = [name for name, value in choices.items() if value]
@@ -83,7 +82,13 @@ def _embedder(model: str, backend: str, choices: dict[str, Any]) -> Any:
         raise ValueError(f"backend hf runs a model as it is, without {', '.join(given)}")
     from flashvec.training.hf_encoder import HfEncoder
 
-    return HfEncoder(model).embed
+    return HfEncoder(model)
+
+
+def _embedder(model: str, backend: str, choices: dict[str, Any]) -> Any:
+    """Texts and an instruction to vectors, by this package or by the model's own."""
+    encoder = _open(model, backend, choices)
+    return lambda texts, instruction: encoder.embed(list(texts), instruction=instruction)
 
 
 @evaluate_app.command()
@@ -144,6 +149,85 @@ def retrieval(
         return
     facts = f"nDCG@10 {found['ndcg@10']:.2f}, recall@100 {found['recall@100']:.2f}"
     stdout.print(f"{collection.name}: {facts} over {found['queries']} queries", highlight=False)
+
+
+@evaluate_app.command()
+def words(
+    train: Annotated[Path, typer.Argument(help="Tagged words: .conllu, or CoNLL columns.", show_default=False)],
+    dev: Annotated[Path, typer.Argument(help="The same, to measure on.", show_default=False)],
+    task: Annotated[str, typer.Option(help="pos, ner or chunk.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Model folder, GGUF file or hub id.", show_default=False)],
+    column: Annotated[str | None, typer.Option(help="Of the tags: a number, the word's being 1, or upos, ...")] = None,
+    shift: Annotated[
+        bool, typer.Option("--shift", help="Read a token's state one place to the left, for MNTP models.")
+    ] = False,
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
+    attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
+    seeds: Annotated[int, typer.Option(help="Probes to train; mean and deviation are shown.", min=1)] = 3,
+    max_sentences: Annotated[int | None, typer.Option(help="Of each file, from its start.", min=2)] = None,
+    backend: Backend = "flashvec",
+    as_json: Json = False,
+) -> None:
+    """Tag words by a linear probe on the frozen encoder's word vectors: accuracy, and F1 of whole entities.
+
+    Example: `flashvec evaluate words train.conllu dev.conllu --task pos --model ./my-encoder`
+    """
+    from flashvec.training.word_files import read_tagged
+    from flashvec.training.words import probe_words
+
+    read = [read_tagged(path, task, column=column, max_sentences=max_sentences) for path in (train, dev)]
+    choices = {"adapters": adapter or (), "attention": attention, "layers": layers}
+    encoder = _open(model, backend, choices)
+    found = probe_words(
+        lambda lists: encoder.embed_words(lists, shift=int(shift)), *read, has_entities=task != "pos", seeds=seeds
+    )
+    if as_json:
+        print(json.dumps({"model": model, "task": task, "train": train.name, "dev": dev.name, **found}))
+        return
+    spread = {
+        name: f" ± {found[f'{name}_std']:.2f}" if seeds > 1 else "" for name in ("accuracy", "f1") if name in found
+    }
+    facts = f"accuracy {found['accuracy']:.2f}{spread['accuracy']} (the commonest tag alone {found['commonest']:.2f})"
+    if "f1" in found:
+        facts += f", F1 {found['f1']:.2f}{spread['f1']} of {found['entities']} entities"
+    plural = "seeds" if seeds > 1 else "seed"
+    stdout.print(f"{dev.name}, {task}: {facts} over {found['words']} words, {seeds} {plural}", highlight=False)
+
+
+@evaluate_app.command()
+def mteb(
+    model: Annotated[str, typer.Option(help="Model folder, GGUF file or hub id.", show_default=False)],
+    tasks: Annotated[
+        list[str], typer.Option(help="Names of mteb's tasks, with commas or repeated.", show_default=False)
+    ],
+    instructions: Annotated[Path | None, typer.Option(help="JSON: a task's name and what stands before texts.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
+    attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")] = None,
+    layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all that mteb measured.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run tasks of the Massive Text Embedding Benchmark; mteb fetches their data. Main scores, times 100.
+
+    Example: `flashvec evaluate mteb --model ./my-encoder --tasks STSBenchmark,SciFact`
+    """
+    from flashvec.training.mteb_encoder import MtebEncoder, evaluate_mteb, find_tasks, read_instructions
+
+    found_tasks = find_tasks([name.strip() for part in tasks for name in part.split(",") if name.strip()])
+    read = None if instructions is None else read_instructions(instructions)
+    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
+    encoder = _open(model, "flashvec", choices)
+    result = evaluate_mteb(MtebEncoder(encoder, model, instructions=read), found_tasks, show_progress=not as_json)
+    if out is not None:
+        result.to_disk(out)
+    scores = {task.task_name: round(100 * float(task.get_score()), 4) for task in result.task_results}
+    if as_json:
+        print(json.dumps({"model": model, "scores": scores}))
+        return
+    for name, score in scores.items():
+        stdout.print(f"{name}: {score:.2f}", highlight=False)
 
 
 def mine(

@@ -230,6 +230,26 @@ def test_words(enc):
         enc.embed_words("cat")
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_words_read_from_the_position_before(bos, tmp_path):
+    """MNTP's shift: the first word reads BOS; without BOS its first piece has no place left of it."""
+    tiny_checkpoint(tmp_path, bos=bos)
+    enc = Encoder.load(tmp_path, dtype="float32")
+    words = ["x", "Mix", "flour", "unheardof"]
+    got = enc.embed_words([words], shift=1)[0]
+    tokens = enc.embed_tokens([" ".join(words)])[0]
+    at = 0
+    for word, vector in zip(words, got, strict=True):
+        own = [i for i, (a, b) in enumerate(tokens.offsets) if b > at and a < at + len(word)]
+        places = [i - 1 for i in own if i]
+        want = tokens.vectors[places].mean(0) if places else np.zeros(32)
+        np.testing.assert_allclose(vector, want, atol=1e-6)
+        at += len(word) + 1
+    assert got[0].any() == bos and got[1:].any(1).all()
+    with pytest.raises(ValueError, match="shift is -1"):
+        enc.embed_words([words], shift=-1)
+
+
 def test_spans_documents_and_tokens_from_one_forward(enc, monkeypatch):
     calls = []
     run = type(enc.decoder).run

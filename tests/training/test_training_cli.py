@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import yaml
@@ -47,8 +48,16 @@ def test_a_users_mistake_is_an_error_that_names_the_key(tmp_path):
     assert runner.invoke(evaluate_app, ["sts"]).exit_code == 2
 
 
+def test_mteb_is_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mteb", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "flashvec.training.mteb_encoder", raising=False)
+    result = runner.invoke(app, ["evaluate", "mteb", "--model", "x", "--tasks", "STS12"])
+    assert isinstance(result.exception, ImportError) and "pip install 'flashvec[mteb]'" in str(result.exception)
+
+
 def test_every_command_shows_an_example():
-    for group, command in (("train", "mntp"), ("train", "contrastive"), ("train", "distill"), ("evaluate", "sts")):
+    evaluations = [("evaluate", name) for name in ("sts", "retrieval", "words", "mteb")]
+    for group, command in (("train", "mntp"), ("train", "contrastive"), ("train", "distill"), *evaluations):
         result = runner.invoke(app, [group, command, "--help"])
         assert result.exit_code == 0 and "Example" in result.stdout
 
