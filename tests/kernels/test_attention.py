@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from flashvec.kernels import attention_cpu as cpu
 from flashvec.kernels import backend
 from flashvec.kernels.attention import Rotation, attention, attention_reference, rotate
+from flashvec.kernels.attention_fwd import attention_op
 from flashvec.kernels.attention_tiles import forward_configs, head_chunks, packed_heads
 from flashvec.kernels.dropout import Dropout
 from flashvec.kernels.schedule import build_schedule, select_queries
@@ -155,13 +156,11 @@ def test_kernel_shapes(lengths, heads_, K, left, right, device, interpreted):
 
 
 def test_kernel_is_a_well_behaved_torch_op(device, interpreted):
-    from flashvec.kernels.attention import _attention
-
     q, k, v, schedule = heads([2, 20], 2, 1, 16, torch.float32, device)
     configs = forward_configs(backend.target(q), q.dtype, 16, 2, False)
     tiles = [schedule.tiles(config.tile_class) for config in configs]
     arguments = (q, k, v, None, tiles, [], 22, None, None, None, 0.0, 0.0, None, None, 0.3, -1, -1, 0.0, 0, 0, 0)
-    torch.library.opcheck(_attention, arguments)
+    torch.library.opcheck(attention_op, arguments)
 
 
 SPANS = [(2, 3), (0, 150), (0, 0), (69, 70), (0, 1)]  # of lengths 5, 150, 4, 70, 64

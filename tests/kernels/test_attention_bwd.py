@@ -187,14 +187,15 @@ def test_shapes(lengths, heads, K, left, right, device, small_tiles):
         assert_matches_reference(*merged_heads(lengths, *heads, K, torch.float16, device), window=(left, right))
 
 
-def test_one_launch_for_each_class_in_the_batch(device, interpreted):
-    merged, parts, schedule = merged_heads([3, 60, 100, 300], 2, 1, 16, torch.float16, device)
-    dout = torch.ones(len(merged), 2, 16, dtype=torch.float16, device=device)
+@pytest.mark.parametrize(("K", "classes"), [(16, 2), (128, 3)])  # up to 64 tokens, (up to 128,) longer
+def test_one_launch_for_each_class_in_the_batch(K, classes, device, interpreted):
+    merged, parts, schedule = merged_heads([3, 60, 100, 300], 2, 1, K, torch.float16, device)
+    dout = torch.ones(len(merged), 2, K, dtype=torch.float16, device=device)
     before = backend.launches.copy()
     gradient(merged, parts, schedule, dout, dropout=DROPOUT)
     ran = backend.launches - before
     assert ran["_attention_bwd_dq_kernel"] == 1
-    assert ran["_attention_bwd_dkv_kernel"] == 3  # up to 64 tokens, up to 128, longer
+    assert ran["_attention_bwd_dkv_kernel"] == classes
 
 
 @pytest.mark.parametrize("rotate_", [False, True])
@@ -203,7 +204,7 @@ def test_is_a_well_behaved_torch_op(rotate_, device, small_tiles):
     q, k, v = (x.detach().clone().requires_grad_() for x in merged.split(parts, 1))
     configs = forward_configs(backend.target(q), q.dtype, 16, 2, False)
     tiles = [schedule.tiles(config.tile_class) for config in configs]
-    later = backward_tiles(q, k, schedule, rotate_, False, False)
+    later = backward_tiles(q, k, schedule, rotate_, False, False, False)
     table = rotation_for(schedule, 16, device).cos_TK if rotate_ else None
     rotated_k = k.detach() if rotate_ else None
     numbers = (0.3, -1, -1, 0.0, 0, 0, 0)
