@@ -75,9 +75,16 @@ def _below(folder: Path, local_files_only: bool) -> Path:
 
 
 def _local(stated: str, folder: Path) -> Path | None:
-    """A base that is on this machine: at the path as stated, seen from the adapter's folder, or beside it."""
+    """A base that is on this machine: at the path as stated, seen from the adapter's folder, or beside it.
+
+    `./` and `../` are meant from the adapter's folder first, as a training run writes them: what lies at such a path
+    from the working directory is another folder of that name.
+    """
     name = Path(stated).name
-    places = [Path(stated).expanduser(), folder / stated, *([folder.parent / name] if name else [])]
+    places = [Path(stated).expanduser(), folder / stated]
+    if stated.startswith("."):
+        places.reverse()
+    places += [folder.parent / name] if name else []
     here = folder.resolve()
     try:
         return next((place for place in places if place.is_dir() and place.resolve() != here), None)

@@ -145,8 +145,11 @@ def test_refuses_to_go_on_from_another_adapter(config, named, tmp_path):
         loaded(tmp_path, {**config, "start": str(tmp_path / "theirs")})
 
 
-def test_chain_of_two_trained_folders(tmp_path):
+def test_chain_of_two_trained_folders(tmp_path, monkeypatch):
     """MNTP first, then contrastive on it: the second folder leads to the first, and that to the base."""
+    for name in ("elsewhere/work", "elsewhere/base", "elsewhere/mntp"):  # what ../base is from another folder
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "work")
     run_training(config_for("mntp", tmp_path, output=str(tmp_path / "mntp"), loop={"steps": 2}))
     second = config_for("contrastive", tmp_path, model=str(tmp_path / "mntp"), output=str(tmp_path / "simcse"))
     run_training(second, until=None)
