@@ -1,7 +1,7 @@
 """Tiles of attention that the tables do not choose, for a GPU to choose among.
 
-A candidate runs all sequences of a batch with one configuration. None spills on sm_90 (compiled with triton 3.6.0,
-bf16, four query heads to a kv head), so that what differs is how the work is cut and what overlaps.
+A candidate runs all sequences of a batch with one configuration, or is a whole table of classes. Without options none
+spills on sm_90 (bf16, four query heads to a kv head), so that what differs is how the work is cut and what overlaps.
 """
 
 from collections.abc import Iterator, Sequence

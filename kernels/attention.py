@@ -7,9 +7,9 @@ from i - left to i + right: everything by default, nothing to the right when cau
 
 On a GPU one program owns a tile: some tokens of one sequence, times the query heads that share a kv head, read from the
 batch's tile list (`kernels/schedule.py`). It walks the sequence's keys once with a running maximum (FlashAttention);
-sequences of up to 128 tokens fit one tile of keys and need no walk. Queries, of heads up to 128 elements, can be
-normalised and rotated as they are loaded; keys, which every tile of a sequence reads again, are rotated once by a pass
-of their own.
+short sequences (up to 64 or 128 tokens, as a target's registers allow) fit one tile of keys and need no walk. Queries,
+of heads up to 128 elements, can be normalised and rotated as they are loaded; keys, which every tile of a sequence
+reads again, are rotated once by a pass of their own.
 
 Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size, n = a sequence's tokens.
 Cost 4*n²*K FLOPs a head, 2*(2 + 2*G/H)*n*K bytes in 16 bits: bound by memory below some 300 tokens on an H100.

@@ -158,8 +158,9 @@ def backward_configs(
 ) -> tuple[BackwardConfig, ...]:
     """How a target runs the backward: the form for short sequences in its classes, then the two for longer ones.
 
-    As in the forward a sequence's class depends on its own length alone, and the numbers come from compiling. Rotation,
-    dropout and the soft-cap each take registers: with them on, tiles that would spill are narrower or left out.
+    As in the forward a sequence's class depends on its own length alone, and the numbers come from compiling; on sm_90
+    those without options come from time, too. Rotation, dropout and the soft-cap each take registers: with them on,
+    tiles that would spill are narrower or left out.
     """
     extras, plain = rotate + dropout + softcap, not (rotate or dropout or softcap)
     first, second = head_chunks(head_size)
