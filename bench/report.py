@@ -2,6 +2,7 @@
 
     python -m flashvec.bench.report            # rewrite them
     python -m flashvec.bench.report --check    # exit 1 if a page and the rows disagree
+    python -m flashvec.bench.report --rerun --model smollm2-encoder    # measure README's ratios again, on this machine
 
 Tables stand between `<!-- rows: NAME -->` and `<!-- end -->`. Each holds rows of one machine and one torch only: the
 newest row of each variant, measured with the newest torch on that machine.
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flashvec.bench.rerun import rerun
 from flashvec.bench.timing import RESULTS
 
 ROOT = RESULTS.parents[1]
@@ -57,7 +59,8 @@ def where(rows: list[Row]) -> str:
 def embed_table(rows: list[Row]) -> list[str]:
     """Tokens per second by length profile, with the share of the ceiling; a table for each model and machine."""
     lines: list[str] = []
-    for group in comparable(rows, "model"):
+    failed = {(row["variant"], row["failed"]): row for row in rows if "failed" in row}
+    for group in comparable([row for row in rows if "failed" not in row], "model"):
         newest = {(row["profile"], row["variant"]): row for row in group}
         variants = list(dict.fromkeys(row["variant"] for row in newest.values()))
         profiles = [p for p in PROFILE_ORDER if any(profile == p for profile, _ in newest)]
@@ -72,7 +75,15 @@ def embed_table(rows: list[Row]) -> list[str]:
             f"{group[-1]['model']} on {where(list(newest.values()))}; medians of {repetitions} interleaved repetitions."
         )
         lines += ["", *last.splitlines(), ""]
+        same = [row for row in failed.values() if all(row[key] == group[-1][key] for key in (*MACHINE, "model"))]
+        lines += [line for row in same for line in (f"Did not run: {row['variant']} ({row['failed']}).", "")]
     return lines[:-1]
+
+
+def newest_embed_rows() -> list[Row]:
+    """The rows that README's table of speed shows."""
+    group = comparable([row for row in read_rows("embed") if "failed" not in row], "model")[-1]
+    return list({(row["profile"], row["variant"]): row for row in group}.values())
 
 
 def verify_table(rows: list[Row]) -> list[str]:
@@ -159,11 +170,28 @@ def gpu_embed_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def quality_table(rows: list[Row]) -> list[str]:
+    """Scores of readings, untrained and trained, a column for each set; a table for each model and machine."""
+    lines: list[str] = []
+    for group in comparable(rows, "model", "dtype"):
+        newest = {(row["variant"], row["data"]): row for row in group}
+        sets = list(dict.fromkeys((row["data"], row["measure"]) for row in newest.values()))
+        lines += ["| | " + " | ".join(f"{name} ({measure})" for name, measure in sets) + " |"]
+        lines += ["|---" * (len(sets) + 1) + "|"]
+        for variant in dict.fromkeys(variant for variant, _ in newest):
+            cells = [newest.get((variant, name)) for name, _ in sets]
+            lines.append(f"| {variant} | " + " | ".join(f"{c['score']:.1f}" if c else "" for c in cells) + " |")
+        about = f"{group[-1]['model']}, {group[-1]['dtype'].removeprefix('torch.')}, on {where(list(newest.values()))}."
+        lines += ["", *about.splitlines(), ""]
+    return lines[:-1]
+
+
 TABLES = {
     "embed": embed_table,
     "verify": verify_table,
     "gpu attention": gpu_attention_table,
     "gpu embed": gpu_embed_table,
+    "quality": quality_table,
 }
 
 
@@ -186,8 +214,18 @@ def render(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page and the rows disagree")
+    parser.add_argument(
+        "--rerun", action="store_true", help="measure README's ratios here; exit 1 if one does not hold"
+    )
+    parser.add_argument("--model", help="of --rerun: model folder or GGUF file")
+    parser.add_argument("--texts", type=Path, help="of --rerun: file or folder of prose")
+    parser.add_argument("--repetitions", type=int, default=3, help="of --rerun")
     options = parser.parse_args()
+    if options.rerun:
+        if not options.model:
+            parser.error("--rerun needs --model: the folder that `flashvec convert` wrote")
+        sys.exit(int(not rerun(newest_embed_rows(), options.model, options.texts, options.repetitions)))
     stale = False
     for page in pages():
         text = page.read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """The benchmarks' own code: inputs, ceiling, peers, and the refusal to time a model that is another."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
-from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, report, timing
+from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, peers, report, timing
 from flashvec.bench.bench_embed import PROFILES, Ceiling, Texts, bench_profile
 from flashvec.bench.peers import HuggingFace, SentenceTransformers
 from flashvec.runtime.encoder import Encoder
@@ -47,8 +48,8 @@ def test_rows_of_a_profile(folder, monkeypatch):
     monkeypatch.setattr(bench_embed, "CEILING_TOKENS", 4096)
     enc = Encoder.load(folder, dtype="float32")
     encoders, ceilings = {"flashvec float32": enc}, {"float32": Ceiling(enc)}
-    peers = {"hugging face float32": HuggingFace(str(folder), torch.float32)}
-    rows = bench_profile("queries", Texts(None, 3.0), encoders, peers, ceilings, 2)
+    theirs = {"hugging face float32": HuggingFace(str(folder), torch.float32)}
+    rows = bench_profile("queries", Texts(None, 3.0), encoders, theirs, ceilings, 2)
     assert [row["variant"] for row in rows] == ["flashvec float32", "hugging face float32"]
     assert all(row["tokens_per_s"] > 0 and row["ceiling_tokens_per_s"] > 0 for row in rows)
     table = report.embed_table([{**r, "model": "m", "cores": 2, "threads": 2, "cpu": "c", "instructions": "i",
@@ -59,8 +60,45 @@ def test_rows_of_a_profile(folder, monkeypatch):
         def embed(self, texts):
             return -enc.embed(texts)
 
-    with pytest.raises(SystemExit, match="not the same model"):
-        bench_profile("queries", Texts(None, 3.0), encoders, {"other": Other()}, ceilings, 1)
+    class Broken:
+        def embed(self, texts):
+            raise RuntimeError("no such\n operator")
+
+    others = {"other float32": Other(), "broken": Broken()}
+    rows = bench_profile("queries", Texts(None, 3.0), encoders, others, ceilings, 1)
+    assert [(row["variant"], row.get("failed", "ran")[:28]) for row in rows] == [
+        ("other float32", "ValueError: median cosine -1"),
+        ("broken", "RuntimeError: no such operat"),
+        ("flashvec float32", "ran"),
+    ]
+    with pytest.raises(RuntimeError, match="no such"):
+        bench_profile("queries", Texts(None, 3.0), {"flashvec float32": enc, "ours": Broken()}, {}, ceilings, 1)
+
+
+def test_peers_that_fail_or_are_missing_are_named(folder, monkeypatch, capsys):
+    monkeypatch.setattr(bench_embed, "TOKENS_PER_RUN", 200)
+    monkeypatch.setattr(bench_embed, "WARM_UP_TOKENS", 50)
+    monkeypatch.setattr(bench_embed, "CEILING_TOKENS", 4096)
+    installed = importlib.util.find_spec
+    hidden = ("openvino", "onnxruntime")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else installed(name))
+    monkeypatch.setattr(peers, "SentenceTransformers", lambda model: 1 / 0)
+    done = list(bench_embed.run(str(folder), None, ["queries"], 1, has_peers=True))
+    name = "sentence-transformers float32, as installed"
+    assert [(row["variant"], row["failed"]) for row in done[0]] == [(name, "ZeroDivisionError: division by zero")]
+    assert [row["variant"].split()[0] for row in done[1]][-1] == "hugging" and len(done) == 2
+    out = capsys.readouterr().out
+    assert "openvino is not installed (make peers)" in out and out.count("onnxruntime is not installed") == 1
+    machine = {"cores": 2, "threads": 2, "cpu": "c", "instructions": "i", "torch": "t", "commit": "x", "date": "d"}
+    lines = report.embed_table([{**row, **machine} for rows in done for row in rows])
+    assert lines[-1] == f"Did not run: {name} (ZeroDivisionError: division by zero)."
+
+
+def test_onnx_runtime_gives_the_same_vectors(folder):
+    pytest.importorskip("onnxruntime", reason="comes with make peers")
+    ours = Encoder.load(folder, dtype="float32").embed(list(TEXTS))
+    np.testing.assert_allclose(peers.OnnxRuntime(str(folder)).embed(TEXTS), ours, atol=1e-5)
+    assert np.median((peers.OnnxRuntime(str(folder), int8=True).embed(TEXTS) * ours).sum(1)) > 0.9
 
 
 def test_fidelity_rows(folder, tmp_path, monkeypatch):
