@@ -17,7 +17,7 @@ import flashvec
 from flashvec.bench.cli import bench
 from flashvec.runtime import cli_corpus
 from flashvec.runtime.cli_serve import serve
-from flashvec.training.cli import evaluate_app, mine, train_app
+from flashvec.training.cli import evaluate_app, mine, sentences, train_app
 
 app = typer.Typer(
     name="flashvec",
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 app.command()(mine)
+app.command()(sentences)
 app.command()(bench)
 stdout, stderr = Console(), Console(stderr=True)
 

@@ -26,7 +26,7 @@ PREFIXES = {"headless": "base_model.model.", "causal_lm": "base_model.model.mode
 def write_adapter(
     folder: Path, lora: Lora, base_name: str | None, wrapped: Literal["headless", "causal_lm"] = "headless"
 ) -> None:
-    """Write adapter_model.safetensors (fp32) and adapter_config.json.
+    """Write adapter_model.safetensors (in the dtype that `LoraConfig.saved_as` names) and adapter_config.json.
 
     Args:
         folder: where to; made if it is not there.
@@ -36,9 +36,10 @@ def write_adapter(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
+    dtype = getattr(torch, lora.config.saved_as)
     for name, a_RC, b_nR in lora.matrices():
         for letter, x in (("A", a_RC), ("B", b_nR)):
-            tensors[f"{PREFIXES[wrapped]}{name}.lora_{letter}.weight"] = x.float().cpu().contiguous().clone()
+            tensors[f"{PREFIXES[wrapped]}{name}.lora_{letter}.weight"] = x.to("cpu", dtype).contiguous().clone()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",

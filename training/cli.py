@@ -270,3 +270,28 @@ def mine(
         print(json.dumps({"out": str(out), **counts}))
         return
     stdout.print(f"{out}: {counts['negatives']} negatives for {counts['pairs']} pairs", highlight=False)
+
+
+def sentences(
+    texts: Annotated[list[Path], typer.Argument(help=".txt files of one paragraph a line.", show_default=False)],
+    out: Annotated[Path, typer.Option(help=".txt file to write, one text a line.", show_default=False)],
+    limit: Annotated[int | None, typer.Option(help="Lines at most, of paragraphs drawn at random.", min=1)] = None,
+    passages: Annotated[float, typer.Option(help="Share of lines of several sentences.", min=0, max=1)] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Cut running text into sentences to train on: one a line, each once, fragments left out.
+
+    Example: `flashvec sentences wiki/*.txt --out sentences.txt --limit 20000`
+    """
+    from flashvec.training.sentences import training_lines, write_lines
+
+    lines = training_lines([str(path) for path in texts], limit=limit, passages=passages, seed=seed)
+    if not lines:
+        raise ValueError(f"{', '.join(path.name for path in texts)}: no paragraph has two whole sentences")
+    write_lines(out, lines)
+    words = sum(len(line.split()) for line in lines)
+    if as_json:
+        print(json.dumps({"out": str(out), "lines": len(lines), "words": words}))
+        return
+    stdout.print(f"{out}: {len(lines):,} lines, {words / len(lines):.0f} words each", highlight=False)

@@ -38,6 +38,7 @@ class LoraConfig:
     targets: tuple[str, ...] = PROJECTIONS
     rslora: bool = False
     start: str | None = None  # an adapter folder to go on from, instead of zero updates
+    saved_as: Literal["float32", "bfloat16"] = "float32"  # the adapter's file; masters and checkpoints are fp32
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class DistillConfig(TrainConfig):
     temperature: float = 0.05  # of the rows' softmax, for both sides
     squared_weight: float = 1.0  # of the squared error of similarities, beside the divergence
     depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone
+    neighbours: int = 1  # lines that follow each other in a file and meet in a batch, where they differ the least
+    crops: bool = False  # every text of six words or more also comes as a part of itself
     attention_dropout: float = 0.0
     max_length: int = 128
 

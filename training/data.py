@@ -183,10 +183,14 @@ class SourceBatches:
     Args:
         sources: int [n]: number of each row's file.
         names: what must not meet in a batch, a set for each row: a copy would be taken for a wrong answer.
+        together: rows that follow each other are drawn in runs of so many.
     """
 
-    def __init__(self, sources: np.ndarray, names: Sequence[frozenset[int]], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, sources: np.ndarray, names: Sequence[frozenset[int]], batch_size: int, seed: int, together: int = 1
+    ) -> None:
         self.sources, self.names, self.batch_size, self.seed = sources, names, batch_size, seed
+        self.together = together
         self._epoch, self._batches = -1, [np.zeros(0, np.int64)]
         self.per_epoch = len(self._of_epoch(0))
         if not self.per_epoch:
@@ -203,13 +207,20 @@ class SourceBatches:
 
     def _of_epoch(self, epoch: int) -> list[np.ndarray]:
         if epoch != self._epoch:
-            order = epoch_order(len(self.sources), self.seed, epoch)
+            order = self._order(epoch)
             batches: list[list[int]] = []
             for source in np.unique(self.sources):
                 batches += self._deal([int(row) for row in order if self.sources[row] == source])
             mixed = np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches))
             self._epoch, self._batches = epoch, [np.array(batches[i], np.int64) for i in mixed]
         return self._batches
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Every row once, runs of neighbours in an order of the epoch's own."""
+        num_rows = len(self.sources)
+        runs = epoch_order(-(-num_rows // self.together), self.seed, epoch)
+        rows = (runs[:, None] * self.together + np.arange(self.together)).ravel()
+        return rows[rows < num_rows]
 
     def _deal(self, rows: list[int]) -> list[list[int]]:
         """Full batches; a row that meets its own text waits for the next one."""

@@ -8,6 +8,9 @@
 
 T and S are cosines among the batch's texts, without each text's own. No other model, no label.
 
+What a student learns from a batch is how alike its texts are; of texts drawn at random it is mostly that they are not.
+So `neighbours` brings texts of one passage together, and `crops` texts with parts of themselves.
+
 Whitening: a few axes hold most of the variance of such states and say little. With variances v along the principal axes
 of some thousand texts' states, each axis is scaled by (v + SMOOTHING * mean v) ** -power (Su et al. 2021 take power
 0.5; on 400 pairs of STS-B dev this teacher is best at 0.35: 80.9, and 79.1 centred).
@@ -33,6 +36,9 @@ from flashvec.training.step import Retention, backward_through
 
 FALLBACK_LAYERS = 2  # before the end, for a teacher that is told no layer
 SMOOTHING = 0.05  # of the mean variance: axes without any are not blown up
+CROP_WORDS = 6  # the shortest text that is cropped
+CROP_SHARES = (0.4, 0.8)  # of a text's words
+MAX_KNOWN_BYTES = 1 << 30  # of the teacher's states that are kept for later epochs
 
 
 class Distill:
@@ -40,9 +46,16 @@ class Distill:
 
     def __init__(self, model: Model, config: DistillConfig, world: World) -> None:
         self.model, self.config, self.world = model, config, world
+        if config.neighbours < 1:
+            raise ConfigError(f"neighbours is {config.neighbours}, expected 1 or more")
         self.texts = read_texts(config.texts)
+        self.originals = np.arange(len(self.texts))
+        if config.crops:
+            self.texts, self.originals = with_crops(self.texts, config.loop.seed)
         names = [frozenset([text_hash(text)]) for text in self.texts]
-        self.batches = SourceBatches(np.zeros(len(self.texts), np.int64), names, config.batch_size, config.loop.seed)
+        together = config.neighbours * (2 if config.crops else 1)
+        one_source = np.zeros(len(self.texts), np.int64)
+        self.batches = SourceBatches(one_source, names, config.batch_size, config.loop.seed, together)
         self.rates = Rates(
             config.attention_dropout, config.lora.dropout if config.train == "lora" else 0.0, config.loop.seed
         )
@@ -56,6 +69,7 @@ class Distill:
             )
         self.teacher = frozen_teacher(model, config)
         self.spaces = [self._space(prompt) for prompt in config.prompts]
+        self.known = Known(len(self.texts), len(config.prompts), model.decoder.spec.hidden_size)
         self.retention = Retention(config.loop.activation_gib)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -65,10 +79,11 @@ class Distill:
     def step(self, step: int) -> dict[str, float]:
         """Gradients of one step, of this process's share; and the loss of all."""
         loop, device = self.config.loop, self.model.decoder.device
-        texts = [self.texts[row] for row in self.batches.rows(step)]
+        drawn = self.batches.rows(step)
+        texts = [self.texts[row] for row in drawn]
         rows = token_rows(self.model, texts)
         training = self.rates.training(self.model.trainable.training(), step, loop.recompute)
-        target = self.teach(texts)
+        target = self.teach(drawn)
 
         def vectors_of(own: np.ndarray) -> Tensor:
             return encode(self.model, rows.take(own), own, training, self.config.depths)
@@ -85,11 +100,15 @@ class Distill:
         )
         return {"loss": float(loss), "tokens": int(rows.lengths.sum())}
 
-    def teach(self, texts: list[str]) -> Tensor:
-        """Cosines of the teacher's vectors of a batch, the mean over prompts: fp32 [n, n]."""
-        total = torch.zeros(len(texts), len(texts), device=self.model.decoder.device)
-        for prompt, (mean_D, axes_DD) in zip(self.config.prompts, self.spaces, strict=True):
-            unit = F.normalize((self._states(texts, prompt) - mean_D) @ axes_DD, dim=-1)
+    def teach(self, rows: np.ndarray) -> Tensor:
+        """Cosines of the teacher's vectors of some of the texts, the mean over prompts: fp32 [n, n]."""
+        new = rows[self.known.lacks(rows)]
+        texts = [self.texts[row] for row in new]
+        asked = torch.stack([self._states(texts, prompt) for prompt in self.config.prompts]) if texts else None
+        total = torch.zeros(len(rows), len(rows), device=self.model.decoder.device)
+        # Kept as the teacher gave them, which does not hang on the batch: a resumed run has the bits of a whole one.
+        for states, (mean_D, axes_DD) in zip(self.known.take(rows, new, asked), self.spaces, strict=True):
+            unit = F.normalize((states - mean_D) @ axes_DD, dim=-1)
             total += unit @ unit.T
         return total / len(self.config.prompts)
 
@@ -133,7 +152,58 @@ class Distill:
 
     def seen(self, step: int) -> Iterator[int]:
         """Hashes of the texts of a step."""
-        return (text_hash(self.texts[row]) for row in self.batches.rows(step))
+        for row in self.batches.rows(step):
+            yield text_hash(self.texts[row])
+            if self.originals[row] != row:
+                yield text_hash(self.texts[self.originals[row]])
+
+
+class Known:
+    """The teacher's states of texts that were met before: it is frozen, so it reads a text once, not once an epoch.
+
+    Kept in memory while all of them would fit `MAX_KNOWN_BYTES`; beyond it nothing is kept.
+    """
+
+    def __init__(self, num_texts: int, num_prompts: int, hidden_size: int) -> None:
+        self.fits = 4 * num_texts * num_prompts * hidden_size <= MAX_KNOWN_BYTES
+        self.places = np.full(num_texts, -1)
+        self.parts: list[Tensor] = []  # fp32 [prompts, D], by place
+
+    def lacks(self, rows: np.ndarray) -> np.ndarray:
+        """bool [n]: which rows must be asked for."""
+        return self.places[rows] < 0
+
+    def take(self, rows: np.ndarray, new: np.ndarray, states: Tensor | None) -> Tensor:
+        """States of `rows` in their order, fp32 [prompts, n, D], from what is kept and those of `new` rows."""
+        fresh = {} if states is None else dict(zip(new.tolist(), states.unbind(1), strict=True))
+        found = [fresh[row] if row in fresh else self.parts[self.places[row]] for row in rows.tolist()]
+        if self.fits:
+            for row, state in fresh.items():
+                self.places[row] = len(self.parts)
+                self.parts.append(state.clone())
+        return torch.stack(found, 1)
+
+
+def with_crops(texts: list[str], seed: int) -> tuple[list[str], np.ndarray]:
+    """Each text, and behind it a run of its words: where a crop starts and ends is a function of seed and place.
+
+    Returns:
+        Texts and crops, and for each which of them it was cut from (itself, where it is whole).
+    """
+    found: list[str] = []
+    originals: list[int] = []
+    for number, text in enumerate(texts):
+        place = len(found)
+        found.append(text)
+        originals.append(place)
+        words = text.split()
+        if len(words) >= CROP_WORDS:
+            rng = np.random.default_rng([seed, number])
+            count = max(2, round(len(words) * rng.uniform(*CROP_SHARES)))
+            start = int(rng.integers(len(words) - count + 1))
+            found.append(" ".join(words[start : start + count]))
+            originals.append(place)
+    return found, np.array(originals)
 
 
 def frozen_teacher(model: Model, config: DistillConfig) -> Encoder:

@@ -80,6 +80,7 @@ def fingerprint(config: TrainConfig, files: Iterable[str]) -> str:
         "recompute",
     ):
         settings["loop"].pop(key)
+    settings["lora"].pop("saved_as")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in files:
         path = Path(name).expanduser()

@@ -1,5 +1,6 @@
 """Low-rank parameters against PEFT: what is computed, what is written, what is read."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -120,6 +121,20 @@ def test_what_is_written_peft_and_the_encoder_read(wrapped, tmp_path):
     assert len(got) == len(stored) == 2 * 14
     for name, x in stored.items():
         assert torch.equal(got[name.split(".layers.")[1]], x) and x.any()
+
+
+def test_half_the_bytes_where_asked_and_a_finished_run_is_only_saved_anew(tmp_path):
+    config = config_for("contrastive", tmp_path, loop={"steps": 2}, lora={"dropout": 0.0})
+    run_training(config)
+    whole = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    log = (tmp_path / "out" / "log.jsonl").read_text()
+    half_config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, saved_as="bfloat16"))
+    run_training(half_config)
+    half = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert half.keys() == whole.keys() and (tmp_path / "out" / "log.jsonl").read_text() == log
+    assert all(torch.equal(half[name], x.bfloat16()) for name, x in whole.items())
+    vectors = Encoder.load(tmp_path / "out", dtype="float32").embed(["one", "two willows in a meadow"])
+    assert np.isfinite(vectors).all()
 
 
 def test_reads_what_peft_wrote_and_goes_on_from_it(tmp_path):

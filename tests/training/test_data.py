@@ -102,6 +102,17 @@ def test_batches_are_of_one_file_and_hold_no_text_twice():
         SourceBatches(sources, [frozenset([0])] * 31, 2, seed=3)
 
 
+def test_neighbours_stay_together_and_every_row_comes_once_an_epoch():
+    batches = SourceBatches(np.zeros(26, np.int64), [frozenset([i]) for i in range(26)], 8, seed=1, together=4)
+    epochs = [[batches.rows(3 * epoch + step).tolist() for step in range(3)] for epoch in range(2)]
+    for epoch in epochs:
+        rows = [row for batch in epoch for row in batch]
+        assert len(rows) == len(set(rows)) == 24
+        whole = [row for row in rows if row % 4 == 0 and row < 24]
+        assert sum(rows[rows.index(row) :][:4] == [row, row + 1, row + 2, row + 3] for row in whole) >= 4
+    assert epochs[0] != epochs[1]
+
+
 def test_hashes_go_by_what_is_read():
     assert text_hash("Ａ  cat\n") == text_hash("a cat") != text_hash("a cot")
     assert 0 <= text_hash("x") < 1 << 63

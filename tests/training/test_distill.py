@@ -4,8 +4,10 @@ import torch
 from training_runs import config_for
 
 from flashvec.runtime.encoder import Encoder
+from flashvec.training import distill
 from flashvec.training.config import ConfigError
-from flashvec.training.distill import Distill, frozen_teacher
+from flashvec.training.data import text_hash
+from flashvec.training.distill import Distill, frozen_teacher, with_crops
 from flashvec.training.distributed import World
 from flashvec.training.encode import encode, token_rows
 from flashvec.training.model import load_model
@@ -25,17 +27,55 @@ def test_teacher_is_the_model_run_causally_under_its_prompts(whitening, tmp_path
     base = tmp_path / "base"
     cut = objective.teacher.spec.max_length  # some of the file's texts are longer
     causal = Encoder.load(base, attention="causal", pooling="last", layers=1, dtype="float32", max_length=cut)
-    want = torch.zeros(len(TEXTS), len(TEXTS))
+    rows = np.array([3, 0, 5, 2])
+    texts = [objective.texts[row] for row in rows]
+    want = torch.zeros(len(rows), len(rows))
     for prompt in prompts:
         all_texts = causal.embed(objective.texts, instruction=prompt, normalize=False)
         _, scales, axes = np.linalg.svd(all_texts - all_texts.mean(0), full_matrices=True)
         variances = np.zeros(len(axes))
         variances[: len(scales)] = scales**2 / len(all_texts)
         weights = 1.0 if not whitening else (variances + 0.05 * variances.mean()) ** -whitening
-        vectors = causal.embed(TEXTS, instruction=prompt, normalize=False) - all_texts.mean(0)
+        vectors = causal.embed(texts, instruction=prompt, normalize=False) - all_texts.mean(0)
         unit = torch.nn.functional.normalize(torch.from_numpy(vectors @ axes.T * weights).float(), dim=1)
         want += unit @ unit.T / 2
-    torch.testing.assert_close(objective.teach(TEXTS), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(objective.teach(rows), want, rtol=0, atol=1e-5)
+
+
+def test_teacher_reads_a_text_once_and_says_the_same_later(tmp_path, monkeypatch):
+    objective = objective_for(tmp_path)
+    fresh = objective_for(tmp_path)
+    monkeypatch.setattr(distill, "MAX_KNOWN_BYTES", 0)
+    forgetful = objective_for(tmp_path)
+    asked: list[str] = []
+    read = objective._states
+    monkeypatch.setattr(objective, "_states", lambda texts, prompt: asked.extend(texts) or read(texts, prompt))
+    objective.teach(np.array([0, 1, 2, 3]))
+    asked.clear()
+    rows = np.array([4, 2, 0, 5])
+    for each in (objective, forgetful):
+        assert torch.equal(each.teach(rows), fresh.teach(rows))
+    assert asked == [objective.texts[row] for row in (4, 5)] * len(objective.config.prompts)
+    assert not forgetful.known.parts
+
+
+def test_crops_are_runs_of_a_texts_words_behind_it_and_the_same_again():
+    texts = ["one two three four five six seven eight", "too short", "a b c d e f"]
+    found, originals = with_crops(texts, seed=3)
+    assert originals.tolist() == [0, 0, 2, 3, 3] and [found[i] for i in (0, 2, 3)] == texts
+    for text, crop in ((texts[0], found[1]), (texts[2], found[4])):
+        assert f" {crop} " in f" {text} "
+        assert 0.4 <= len(crop.split()) / len(text.split()) <= 0.85
+    assert with_crops(texts, seed=3)[0] == found
+    assert len({with_crops(texts, seed=seed)[0][1] for seed in range(9)}) > 3
+
+
+def test_crops_and_neighbours_meet_in_a_batch(tmp_path):
+    objective = objective_for(tmp_path, batch_size=4, crops=True, neighbours=2)
+    rows = objective.batches.rows(0)
+    assert rows[0] % 4 == 0 and rows.tolist() == list(range(rows[0], rows[0] + 4))
+    seen = set(objective.seen(0))
+    assert {text_hash(objective.texts[row]) for row in {*rows, *objective.originals[rows]}} == seen
 
 
 def test_teacher_stays_as_it_was_while_the_body_is_trained(tmp_path):
@@ -83,6 +123,7 @@ def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
         ({"prompts": []}, "give at least one"),
         ({"whitening": 0.6}, "whitening is 0.6 over 2048 texts, expected a power from 0 to 0.5"),
         ({"whitening_texts": 1}, "and at least two texts"),
+        ({"neighbours": 0}, "neighbours is 0, expected 1 or more"),
     ],
     ids=str,
 )
