@@ -132,7 +132,8 @@ def bench_profile(
     warm = texts.draw(profile, WARM_UP_TOKENS, -1)
     truth = first.embed(warm)
     embedders: dict[str, Any] = {}
-    cosines, rows = {}, []
+    cosines: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
     for name, embedder in {**encoders, **peers}.items():
         try:
             cosines[name] = float(np.median((embedder.embed(warm) * truth).sum(1)))

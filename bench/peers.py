@@ -81,7 +81,8 @@ class OnnxRuntime(HuggingFace):
         import onnxruntime
 
         super().__init__(model, torch.float32)
-        self.module.set_attn_implementation("eager")  # sdpa's masks do not trace with a length that changes
+        module: Any = self.module
+        module.set_attn_implementation("eager")  # sdpa's masks do not trace with a length that changes
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.onnx"
             _export(_Pooled(self.module).eval(), file)

@@ -178,7 +178,7 @@ def quality_table(rows: list[Row]) -> list[str]:
         sets = list(dict.fromkeys((row["data"], row["measure"]) for row in newest.values()))
         lines += ["| | " + " | ".join(f"{name} ({measure})" for name, measure in sets) + " |"]
         lines += ["|---" * (len(sets) + 1) + "|"]
-        for variant in dict.fromkeys(variant for variant, _ in newest):
+        for variant in sorted(dict.fromkeys(variant for variant, _ in newest), key=lambda v: v.startswith("trained")):
             cells = [newest.get((variant, name)) for name, _ in sets]
             lines.append(f"| {variant} | " + " | ".join(f"{c['score']:.1f}" if c else "" for c in cells) + " |")
         about = f"{group[-1]['model']}, {group[-1]['dtype'].removeprefix('torch.')}, on {where(list(newest.values()))}."

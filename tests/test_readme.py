@@ -25,7 +25,7 @@ def test_tree_is_the_tree():
     folders = [line.split("/")[0] for line in tree.strip().splitlines()]
     assert all((ROOT / folder).is_dir() for folder in folders)
     own = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    assert own - set(folders) <= {"build", "dist", "site", "demo-cache", "flashvec.egg-info"}
+    assert own - set(folders) <= {"build", "dist", "site", "demo-cache", "peers", "flashvec.egg-info"}
 
 
 def test_named_files_and_make_targets_exist():

@@ -277,6 +277,7 @@ def sentences(
     out: Annotated[Path, typer.Option(help=".txt file to write, one text a line.", show_default=False)],
     limit: Annotated[int | None, typer.Option(help="Lines at most, of paragraphs drawn at random.", min=1)] = None,
     passages: Annotated[float, typer.Option(help="Share of lines of several sentences.", min=0, max=1)] = 0.1,
+    max_words: Annotated[int, typer.Option(help="Of a sentence; longer ones are left out.", min=5)] = 28,
     seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
@@ -286,7 +287,8 @@ def sentences(
     """
     from flashvec.training.sentences import training_lines, write_lines
 
-    lines = training_lines([str(path) for path in texts], limit=limit, passages=passages, seed=seed)
+    paths = [str(path) for path in texts]
+    lines = training_lines(paths, limit=limit, passages=passages, max_words=max_words, seed=seed)
     if not lines:
         raise ValueError(f"{', '.join(path.name for path in texts)}: no paragraph has two whole sentences")
     write_lines(out, lines)

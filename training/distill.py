@@ -13,7 +13,9 @@ So `neighbours` brings texts of one passage together, and `crops` texts with par
 
 Whitening: a few axes hold most of the variance of such states and say little. With variances v along the principal axes
 of some thousand texts' states, each axis is scaled by (v + SMOOTHING * mean v) ** -power (Su et al. 2021 take power
-0.5; on 400 pairs of STS-B dev this teacher is best at 0.35: 80.9, and 79.1 centred).
+0.5). Mean and axes are those of a text's own file, and a batch holds texts of one file: what tells captions from
+articles would else stand for what they say. On 300 pairs of STS-B dev a prompt scores 76.1 centred by these texts' own
+mean and 77.5 whitened to the power 0.35, but 72.9 and 70.5 with Wikipedia's mean and axes.
 """
 
 import warnings
@@ -48,14 +50,16 @@ class Distill:
         self.model, self.config, self.world = model, config, world
         if config.neighbours < 1:
             raise ConfigError(f"neighbours is {config.neighbours}, expected 1 or more")
-        self.texts = read_texts(config.texts)
+        files = [read_texts([file]) for file in config.texts] or [read_texts(())]
+        self.texts = [text for texts in files for text in texts]
+        self.sources = np.repeat(np.arange(len(files)), [len(texts) for texts in files])
         self.originals = np.arange(len(self.texts))
         if config.crops:
-            self.texts, self.originals = with_crops(self.texts, config.loop.seed)
+            self.texts, self.originals, places = with_crops(self.texts, config.loop.seed)
+            self.sources = self.sources[places]
         names = [frozenset([text_hash(text)]) for text in self.texts]
         together = config.neighbours * (2 if config.crops else 1)
-        one_source = np.zeros(len(self.texts), np.int64)
-        self.batches = SourceBatches(one_source, names, config.batch_size, config.loop.seed, together)
+        self.batches = SourceBatches(self.sources, names, config.batch_size, config.loop.seed, together)
         self.rates = Rates(
             config.attention_dropout, config.lora.dropout if config.train == "lora" else 0.0, config.loop.seed
         )
@@ -68,8 +72,8 @@ class Distill:
                 "and at least two texts"
             )
         self.teacher = frozen_teacher(model, config)
-        self.spaces = [self._space(prompt) for prompt in config.prompts]
         self.known = Known(len(self.texts), len(config.prompts), model.decoder.spec.hidden_size)
+        self.spaces = [self._spaces_of(source) for source in range(len(files))]
         self.retention = Retention(config.loop.activation_gib)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -101,37 +105,45 @@ class Distill:
         return {"loss": float(loss), "tokens": int(rows.lengths.sum())}
 
     def teach(self, rows: np.ndarray) -> Tensor:
-        """Cosines of the teacher's vectors of some of the texts, the mean over prompts: fp32 [n, n]."""
-        new = rows[self.known.lacks(rows)]
-        texts = [self.texts[row] for row in new]
-        asked = torch.stack([self._states(texts, prompt) for prompt in self.config.prompts]) if texts else None
+        """Cosines of the teacher's vectors of some texts of one file, the mean over prompts: fp32 [n, n]."""
         total = torch.zeros(len(rows), len(rows), device=self.model.decoder.device)
-        # Kept as the teacher gave them, which does not hang on the batch: a resumed run has the bits of a whole one.
-        for states, (mean_D, axes_DD) in zip(self.known.take(rows, new, asked), self.spaces, strict=True):
+        spaces = self.spaces[self.sources[rows[0]]]
+        for states, (mean_D, axes_DD) in zip(self._states(rows), spaces, strict=True):
             unit = F.normalize((states - mean_D) @ axes_DD, dim=-1)
             total += unit @ unit.T
         return total / len(self.config.prompts)
 
-    def _states(self, texts: list[str], prompt: str) -> Tensor:
-        """The teacher's answers: fp32 [n, D]."""
+    def _states(self, rows: np.ndarray) -> Tensor:
+        """The teacher's answers to each prompt, fp32 [prompts, n, D].
+
+        Kept as the teacher gives them, which does not hang on the batch: a resumed run has the bits of a whole one.
+        """
+        new = rows[self.known.lacks(rows)]
+        texts = [self.texts[row] for row in new]
+        asked = torch.stack([self._ask(texts, prompt) for prompt in self.config.prompts]) if texts else None
+        return self.known.take(rows, new, asked)
+
+    def _ask(self, texts: list[str], prompt: str) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)  # the student's tokens are cut alike
             return self.teacher.embed(texts, instruction=prompt, normalize=False, output="torch").float()
 
-    def _space(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """The mean of a prompt's states [D], and the axes [D, D] that they are seen along."""
-        config = self.config
-        order = np.random.default_rng(config.loop.seed).permutation(len(self.texts))
-        states = self._states([self.texts[i] for i in order[: config.whitening_texts]], prompt)
+    def _spaces_of(self, source: int) -> list[tuple[Tensor, Tensor]]:
+        """For each prompt the mean [D] of its states over texts of one file, and the axes [D, D] to see them along."""
+        rows = np.flatnonzero(self.sources == source)
+        order = np.random.default_rng(self.config.loop.seed).permutation(len(rows))
+        return [self._space(states) for states in self._states(rows[order[: self.config.whitening_texts]])]
+
+    def _space(self, states: Tensor) -> tuple[Tensor, Tensor]:
         mean_D = states.mean(0)
-        if not config.whitening:
+        if not self.config.whitening:
             return mean_D, torch.eye(states.shape[1], device=states.device)
         spread = (states - mean_D).double().cpu()
         variances_D, axes_DD = torch.linalg.eigh(spread.T @ spread / len(spread))
         variances_D = variances_D.clamp(min=0) + SMOOTHING * variances_D.mean().clamp(
             min=torch.finfo(torch.float32).tiny
         )
-        return mean_D, (axes_DD * variances_D**-config.whitening).float().to(states.device)
+        return mean_D, (axes_DD * variances_D**-self.config.whitening).float().to(states.device)
 
     def loss(self, vectors: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch's vectors [n, D] against cosines [n, n]; of several depths side by side their mean."""
@@ -184,18 +196,20 @@ class Known:
         return torch.stack(found, 1)
 
 
-def with_crops(texts: list[str], seed: int) -> tuple[list[str], np.ndarray]:
+def with_crops(texts: list[str], seed: int) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Each text, and behind it a run of its words: where a crop starts and ends is a function of seed and place.
 
     Returns:
-        Texts and crops, and for each which of them it was cut from (itself, where it is whole).
+        Texts and crops; for each which of these it was cut from (itself, where it is whole); and its place in `texts`.
     """
     found: list[str] = []
     originals: list[int] = []
+    places: list[int] = []
     for number, text in enumerate(texts):
         place = len(found)
         found.append(text)
         originals.append(place)
+        places.append(number)
         words = text.split()
         if len(words) >= CROP_WORDS:
             rng = np.random.default_rng([seed, number])
@@ -203,7 +217,8 @@ def with_crops(texts: list[str], seed: int) -> tuple[list[str], np.ndarray]:
             start = int(rng.integers(len(words) - count + 1))
             found.append(" ".join(words[start : start + count]))
             originals.append(place)
-    return found, np.array(originals)
+            places.append(number)
+    return found, np.array(originals), np.array(places)
 
 
 def frozen_teacher(model: Model, config: DistillConfig) -> Encoder:

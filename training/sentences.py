@@ -13,7 +13,8 @@ import numpy as np
 
 from flashvec.training.data import read_texts, text_hash
 
-MIN_WORDS, MAX_WORDS = 5, 28  # of a sentence
+MIN_WORDS = 5  # of a sentence
+MAX_WORDS = 28
 PASSAGE_SENTENCES = 4  # at most
 MIN_LETTERS = 0.7  # share of a sentence's characters that are letters or spaces
 # After . ! ? and what closes quotes, before a capital letter, digit or quote; not after an initial or an abbreviation.
@@ -24,21 +25,26 @@ BOUNDARY = re.compile(
 ENDS = (".", "!", "?", '."', '!"', '?"')
 
 
-def sentences_of(paragraph: str) -> list[str]:
+def sentences_of(paragraph: str, max_words: int = MAX_WORDS) -> list[str]:
     """The whole sentences of a paragraph, in order."""
     found = [" ".join(part.split()) for part in BOUNDARY.split(paragraph)]
-    return [part for part in found if _is_sentence(part)]
+    return [part for part in found if _is_sentence(part, max_words)]
 
 
-def _is_sentence(text: str) -> bool:
-    if not MIN_WORDS <= len(text.split()) <= MAX_WORDS or not text.endswith(ENDS):
+def _is_sentence(text: str, max_words: int) -> bool:
+    if not MIN_WORDS <= len(text.split()) <= max_words or not text.endswith(ENDS):
         return False
     letters = sum(c.isalpha() or c == " " for c in text)
     return letters >= MIN_LETTERS * len(text) and not text.startswith("<")
 
 
 def training_lines(
-    paths: Sequence[str], *, limit: int | None = None, passages: float = 0.1, seed: int = 0
+    paths: Sequence[str],
+    *,
+    limit: int | None = None,
+    passages: float = 0.1,
+    max_words: int = MAX_WORDS,
+    seed: int = 0,
 ) -> list[str]:
     """Lines of a training file.
 
@@ -46,6 +52,7 @@ def training_lines(
         paths: .txt files of paragraphs.
         limit: lines at most: paragraphs are then drawn at random, the sentences of each stay together.
         passages: share of lines that hold up to `PASSAGE_SENTENCES` sentences instead of one.
+        max_words: of a sentence; longer ones are left out.
         seed: of what is drawn.
 
     Raises:
@@ -54,7 +61,7 @@ def training_lines(
     if not 0 <= passages <= 1 or (limit is not None and limit < 1):
         raise ValueError(f"passages is {passages}, limit {limit}; expected a share from 0 to 1, and at least 1")
     rng = np.random.default_rng(seed)
-    paragraphs = [found for text in read_texts(paths) if len(found := sentences_of(text)) > 1]
+    paragraphs = [found for text in read_texts(paths) if len(found := sentences_of(text, max_words)) > 1]
     chosen = rng.permutation(len(paragraphs)) if limit is not None else np.arange(len(paragraphs))
     kept: dict[int, list[str]] = {}
     seen: set[int] = set()

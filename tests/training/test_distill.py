@@ -43,29 +43,44 @@ def test_teacher_is_the_model_run_causally_under_its_prompts(whitening, tmp_path
 
 
 def test_teacher_reads_a_text_once_and_says_the_same_later(tmp_path, monkeypatch):
-    objective = objective_for(tmp_path)
-    fresh = objective_for(tmp_path)
+    objective, fresh = (objective_for(tmp_path, whitening_texts=2) for _ in range(2))
     monkeypatch.setattr(distill, "MAX_KNOWN_BYTES", 0)
-    forgetful = objective_for(tmp_path)
-    asked: list[str] = []
-    read = objective._states
-    monkeypatch.setattr(objective, "_states", lambda texts, prompt: asked.extend(texts) or read(texts, prompt))
+    forgetful = objective_for(tmp_path, whitening_texts=2)
     objective.teach(np.array([0, 1, 2, 3]))
-    asked.clear()
-    rows = np.array([4, 2, 0, 5])
+    asked: list[str] = []
+    ask = objective._ask
+    monkeypatch.setattr(objective, "_ask", lambda texts, prompt: asked.extend(texts) or ask(texts, prompt))
+    rows = np.array([7, 4, 2, 0, 5, 6])
+    new = rows[objective.known.lacks(rows)]
+    assert 2 <= len(new) <= 4
     for each in (objective, forgetful):
         assert torch.equal(each.teach(rows), fresh.teach(rows))
-    assert asked == [objective.texts[row] for row in (4, 5)] * len(objective.config.prompts)
-    assert not forgetful.known.parts
+    assert asked == [objective.texts[row] for row in new] * len(objective.config.prompts)
+    objective.teach(rows)
+    assert len(asked) == len(new) * len(objective.config.prompts) and not forgetful.known.parts
+
+
+def test_every_file_has_its_own_mean_and_its_own_batches(tmp_path):
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, start in zip(files, ("the river", "a stone"), strict=True):
+        file.write_text("".join(f"{start} number {i}\n" for i in range(12)))
+    objective = objective_for(tmp_path, texts=[str(file) for file in files], batch_size=4)
+    alone = [objective_for(tmp_path, texts=[str(file)], batch_size=4) for file in files]
+    for source, single in enumerate(alone):
+        rows = np.arange(4) + 12 * source
+        torch.testing.assert_close(objective.teach(rows), single.teach(np.arange(4)), rtol=0, atol=1e-5)
+    drawn = [objective.sources[objective.batches.rows(step)] for step in range(6)]
+    assert all(len(set(sources)) == 1 for sources in drawn) and len({int(sources[0]) for sources in drawn}) == 2
 
 
 def test_crops_are_runs_of_a_texts_words_behind_it_and_the_same_again():
     texts = ["one two three four five six seven eight", "too short", "a b c d e f"]
-    found, originals = with_crops(texts, seed=3)
+    found, originals, places = with_crops(texts, seed=3)
+    assert places.tolist() == [0, 0, 1, 2, 2]
     assert originals.tolist() == [0, 0, 2, 3, 3] and [found[i] for i in (0, 2, 3)] == texts
     for text, crop in ((texts[0], found[1]), (texts[2], found[4])):
         assert f" {crop} " in f" {text} "
-        assert 0.4 <= len(crop.split()) / len(text.split()) <= 0.85
+        assert 0.35 <= len(crop.split()) / len(text.split()) <= 0.85
     assert with_crops(texts, seed=3)[0] == found
     assert len({with_crops(texts, seed=seed)[0][1] for seed in range(9)}) > 3
 

@@ -1,0 +1,100 @@
+"""How good vectors are before and after training: a decoder's own readings, untrained, beside an adapter's.
+
+    python -m flashvec.bench.bench_quality --model demo-cache/smollm2-135m --adapter models/smollm2-135m \\
+        --sts sts-dev.csv --sts SICK_trial.txt --retrieval CISI.ALL
+
+Untrained: bidirectional mean pooling, causal mean pooling, and the strongest reading known of an untrained decoder,
+the last token's state under a one-word prompt (Jiang et al. 2023), two layers before the end. Trained: bidirectional
+mean pooling without a prompt, at the model's full depth and cut. Spearman of cosines x 100, nDCG@10 x 100.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flashvec.bench.timing import append_rows
+from flashvec.runtime.encoder import Encoder
+from flashvec.training.evaluate import read_scored_pairs, sts_score
+from flashvec.training.retrieval import read_collection, retrieval_score
+
+ONE_WORD = 'This sentence : "{text}" means in one word:"'
+LAYERS_BEFORE_END = 2
+
+
+class Reading(NamedTuple):
+    """One way to read vectors."""
+
+    variant: str
+    load: dict[str, Any]  # what `Encoder.load` is told
+    instruction: str | None = None
+
+
+def readings(num_layers: int, adapter: str | None, depths: list[int], *, untrained: bool) -> Iterator[Reading]:
+    """Those without training, then the adapter's at each depth.
+
+    Args:
+        num_layers: of the model.
+        depths: numbers of layers to run, besides all.
+        untrained: include the readings without an adapter.
+    """
+    if untrained:
+        yield Reading("untrained, bidirectional, mean", {"attention": "bidirectional", "pooling": "mean"})
+        yield Reading("untrained, causal, mean", {"attention": "causal", "pooling": "mean"})
+        layers = max(1, num_layers - LAYERS_BEFORE_END)
+        causal = {"attention": "causal", "pooling": "last", "layers": layers}
+        yield Reading(f"untrained, causal, one-word prompt, layer {layers}", causal, ONE_WORD)
+    if adapter is not None:
+        for layers in sorted({*depths, num_layers}, reverse=True):
+            at = "" if layers == num_layers else f", {layers} layers"
+            yield Reading(f"trained, bidirectional, mean{at}", {"adapters": (adapter,), "layers": layers})
+
+
+def measure(reading: Reading, model: str, sts: list[Path], retrieval: list[Path]) -> Iterator[dict[str, Any]]:
+    """A row for each file."""
+    encoder = Encoder.load(model, **reading.load)
+
+    def embed(texts: Any) -> Any:
+        return encoder.embed(list(texts), instruction=reading.instruction)
+
+    about = {"benchmark": "quality", "model": Path(model).name, "variant": reading.variant, "dtype": str(encoder.dtype)}
+    for file in sts:
+        start = time.perf_counter()
+        found = sts_score(embed, read_scored_pairs(file))
+        yield {**about, "data": file.stem, "score": found["spearman"], "measure": "Spearman", "pairs": found["pairs"],
+               "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
+    for file in retrieval:
+        start = time.perf_counter()
+        scores = retrieval_score(embed, embed, read_collection(file))
+        yield {**about, "data": file.stem, "score": scores["ndcg@10"], "measure": "nDCG@10",
+               "queries": scores["queries"], "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="base model: folder or GGUF file")
+    parser.add_argument("--adapter", help="adapter folder; without it only the untrained readings are measured")
+    parser.add_argument("--depths", type=int, nargs="*", default=[], help="numbers of layers to cut the adapter's at")
+    parser.add_argument("--trained-only", action="store_true", help="leave the untrained readings out")
+    parser.add_argument("--sts", type=Path, action="append", default=[], help="scored pairs; may be repeated")
+    parser.add_argument(
+        "--retrieval", type=Path, action="append", default=[], help="judged collection; may be repeated"
+    )
+    parser.add_argument("--dry", action="store_true", help="keep no rows")
+    options = parser.parse_args()
+    if not (options.sts or options.retrieval):
+        parser.error("name what to measure on: --sts FILE or --retrieval FILE")
+    if options.trained_only and options.adapter is None:
+        parser.error("--trained-only needs --adapter")
+    num_layers = Encoder.load(options.model).spec.decoder.num_layers
+    for reading in readings(num_layers, options.adapter, options.depths, untrained=not options.trained_only):
+        for row in measure(reading, options.model, options.sts, options.retrieval):
+            shown = f"{row['variant']:56} {row['data']:14} {row['measure']} {row['score']:6.2f}"
+            print(f"{shown}  {row['seconds']} s", flush=True)
+            if not options.dry:
+                append_rows([row])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+import json
+
+import pytest
+from training_runs import config_for
+
+from flashvec.bench import bench_quality, report
+from flashvec.bench.bench_quality import readings
+from flashvec.training.run import run_training
+
+
+def test_readings():
+    names = [(reading.variant, reading.load.get("layers")) for reading in readings(30, "a", [15, 30], untrained=True)]
+    assert names == [
+        ("untrained, bidirectional, mean", None),
+        ("untrained, causal, mean", None),
+        ("untrained, causal, one-word prompt, layer 28", 28),
+        ("trained, bidirectional, mean", 30),
+        ("trained, bidirectional, mean, 15 layers", 15),
+    ]
+    assert [r.variant for r in readings(30, "a", [], untrained=False)] == ["trained, bidirectional, mean"]
+    assert len(list(readings(30, None, [15], untrained=True))) == 3
+
+
+def test_rows_of_every_reading_and_file(tmp_path, monkeypatch, capsys):
+    run_training(config_for("contrastive", tmp_path, loop={"steps": 1}))
+    pairs = tmp_path / "pairs.jsonl"
+    words = ("river", "stone", "winter", "falcon")
+    pairs.write_text(
+        "".join(
+            json.dumps({"sentence1": a, "sentence2": b, "score": float(a == b)}) + "\n" for a in words for b in words
+        )
+    )
+    monkeypatch.setattr(bench_quality, "append_rows", lambda rows: kept.extend(rows))
+    kept: list[dict] = []
+    arguments = ["x", "--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "out"), "--depths", "1"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--sts", str(pairs)])
+    bench_quality.main()
+    assert [row["variant"].split(",")[0] for row in kept] == ["untrained"] * 3 + ["trained"] * 2
+    assert all(row["pairs"] == 16 and row["data"] == "pairs" and -100 <= row["score"] <= 100 for row in kept)
+    assert capsys.readouterr().out.count("Spearman") == 5
+    for wrong in (arguments, ["x", "--model", "m", "--sts", "f", "--trained-only"]):
+        monkeypatch.setattr("sys.argv", wrong)
+        with pytest.raises(SystemExit, match="2"):
+            bench_quality.main()
+
+
+def test_a_table_has_a_column_for_each_set():
+    machine = {"cpu": "c", "instructions": "i", "cores": 2, "threads": 2, "torch": "t", "commit": "a", "date": "d"}
+    about = {"benchmark": "quality", "model": "m", "dtype": "torch.float32", **machine}
+    rows = [
+        {**about, "variant": "untrained", "data": "sts", "measure": "Spearman", "score": 28.4},
+        {**about, "variant": "trained", "data": "sts", "measure": "Spearman", "score": 70.0},
+        {**about, "variant": "trained", "data": "cisi", "measure": "nDCG@10", "score": 31.25},
+        {**about, "variant": "trained", "data": "sts", "measure": "Spearman", "score": 76.04},
+    ]
+    lines = report.quality_table(rows)
+    assert lines[0] == "| | sts (Spearman) | cisi (nDCG@10) |"
+    assert "| untrained | 28.4 |  |" in lines and "| trained | 76.0 | 31.2 |" in lines
+    assert lines[-2].startswith("m, float32, on 2 cores of c")

@@ -1,0 +1,61 @@
+"""The adapter that this repository carries: whole, small, openly described, and for the model it names."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "models" / "smollm2-135m"
+HIDDEN, QUERY, KV, MLP, LAYERS = 576, 576, 192, 1536, 30
+SHAPES = {  # of SmolLM2-135M's products: outputs, inputs
+    "self_attn.q_proj": (QUERY, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, QUERY),
+    "mlp.gate_proj": (MLP, HIDDEN),
+    "mlp.up_proj": (MLP, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MLP),
+}
+MAX_BYTES = 25_000_000
+
+
+def test_has_a_pair_for_every_product_and_is_small():
+    config = json.loads((FOLDER / "adapter_config.json").read_text())
+    assert "SmolLM2-135M-Instruct" in config["base_model_name_or_path"]
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= MAX_BYTES
+    with safe_open(FOLDER / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert len(names) == 2 * LAYERS * len(SHAPES)
+        for layer in range(LAYERS):
+            for product, (outputs, inputs) in SHAPES.items():
+                a, b = (file.get_tensor(f"base_model.model.layers.{layer}.{product}.lora_{x}.weight") for x in "AB")
+                assert a.shape == (config["r"], inputs) and b.shape == (outputs, config["r"])
+                assert bool(a.isfinite().all() and b.isfinite().all() and b.any()), (layer, product)
+
+
+def test_says_how_it_is_pooled_and_how_it_was_made():
+    settings = json.loads((FOLDER / "llm2vec_config.json").read_text())
+    assert settings["pooling_mode"] == "mean"
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for word in ("license: apache-2.0", "flashvec train distill", "Wikipedia", "STS-B", "seed"):
+        assert word in card, word
+
+
+def test_its_settings_are_those_that_train_takes():
+    from flashvec.training.config import DistillConfig, read_config
+
+    config = read_config(DistillConfig, FOLDER / "train.yaml")
+    assert config.lora.r == json.loads((FOLDER / "adapter_config.json").read_text())["r"]
+    assert not any(Path(name).is_absolute() for name in (config.model, config.output, *config.texts))
+
+
+@pytest.mark.parametrize("name", ["a man is playing a guitar", "The woman is slicing onions.", "a dog"])
+def test_the_texts_it_saw_are_named_by_their_hashes(name):
+    from flashvec.training.data import text_hash
+
+    seen = np.load(FOLDER / "seen.npy", allow_pickle=False)
+    assert seen.dtype == np.int64 and (np.diff(seen) > 0).all() and len(seen) > 1000
+    assert text_hash(name) not in seen

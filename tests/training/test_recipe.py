@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from tiny_models import tiny_checkpoint
+
+from flashvec.runtime.encoder import Encoder
+from flashvec.training import recipe
+from flashvec.training.data import DataError
+
+LICENCE = "  1 This software and database | is being provided\n"
+NOUNS = LICENCE + (
+    '00001740 03 n 01 entity 0 000 | that which is seen to be a thing; "it was full of rackets and balls"\n'
+    '00001930 03 n 01 short 0 000 | too short; "not long"\n'
+    "00002137 03 n 01 dog 0 000 | a common animal that has been kept by people for long\n"
+    '00002138 03 n 01 cat 0 000 | an animal; "the cat slept all day long"; "it was full of rackets and balls"\n'
+)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Wikipedia's and WordNet's files, and a tiny base model."""
+    tiny_checkpoint(tmp_path / "base", "llama", num_hidden_layers=2)
+    line = "The mill of village {0} was built of grey stone. It stands beside the road to village {0} still.\n"
+    (tmp_path / "wiki.txt").write_text("".join(line.format(i) for i in range(40)))
+    folder = tmp_path / "wordnet"
+    folder.mkdir()
+    (folder / "data.noun").write_text(NOUNS)
+    for part, verb in (("verb", "walked"), ("adj", "looked"), ("adv", "talked")):
+        entries = (
+            f'0 0 v 0 | to have {verb} a long way in year {i}; "she {verb} all the way {i} times"\n' for i in range(40)
+        )
+        (folder / f"data.{part}").write_text(LICENCE + "".join(entries))
+    return tmp_path
+
+
+def test_wordnet_gives_whole_examples_and_definitions_once(sources):
+    examples, glosses = recipe.wordnet_texts(sources / "wordnet")
+    assert examples[:2] == ["it was full of rackets and balls", "the cat slept all day long"]
+    assert glosses[:2] == [
+        "that which is seen to be a thing",
+        "a common animal that has been kept by people for long",
+    ]
+    assert len(examples) == 2 + 120 and len(glosses) == 2 + 120 and not any("database" in line for line in glosses)
+    (sources / "wordnet" / "data.adv").unlink()
+    with pytest.raises(DataError, match=r"data\.adv: no such file; .* wordnet-base"):
+        recipe.wordnet_texts(sources / "wordnet")
+
+
+def test_runs_keep_neighbours():
+    lines = [str(i) for i in range(42)]
+    drawn = [int(line) for line in recipe.drawn_runs(lines, 12, seed=3)]
+    assert len(drawn) == 12 and drawn == sorted(drawn)
+    assert all(np.diff(drawn[i : i + 4]).tolist() == [1, 1, 1] and drawn[i] % 4 == 0 for i in (0, 4, 8))
+
+
+def test_the_command_leaves_an_adapter(sources, monkeypatch):
+    out = sources / "out"
+    settings = sources / "train.yaml"
+    settings.write_text(
+        "model: elsewhere\noutput: nowhere\nbatch_size: 8\nwhitening_texts: 8\ncrops: true\nneighbours: 4\n"
+    )
+    overrides = [f"model={sources / 'base'}", "loop.steps=3", "lora.saved_as=bfloat16"]
+    arguments = ["--wikipedia", str(sources / "wiki.txt"), "--wordnet", str(sources / "wordnet"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings)])
+    recipe.main()
+    assert sorted(file.name for file in (out / "texts").iterdir()) == ["examples.txt", "glosses.txt", "wiki.txt"]
+    vectors = Encoder.load(sources / "base", adapters=out / "adapter", dtype="float32").embed(["a mill", "a road"])
+    assert np.isfinite(vectors).all() and len(np.load(out / "adapter" / "seen.npy", allow_pickle=False)) > 8

@@ -1,0 +1,97 @@
+"""How `models/smollm2-135m` was made: text files from Wikipedia and WordNet, then self-distillation, by one command.
+
+    python -m flashvec.training.recipe --wikipedia wiki/*.txt --wordnet /usr/share/wordnet --out out/smollm2
+
+Wikipedia as an extractor leaves it (a paragraph a line); WordNet 3.0's data files (Debian: wordnet-base), of which the
+example sentences and the definitions are taken: short, everyday language beside an encyclopaedia's. Only text is used,
+no relation, no label. Run again, it goes on where it was.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flashvec.training.config import DistillConfig, read_config
+from flashvec.training.data import DataError
+from flashvec.training.run import run_training
+from flashvec.training.sentences import training_lines, write_lines
+
+SETTINGS = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m" / "train.yaml"
+TOGETHER = 4  # lines that stay neighbours: WordNet lists what is alike side by side
+WIKIPEDIA_LINES, EXAMPLE_LINES, GLOSS_LINES = 3000, 4000, 1600
+MAX_SENTENCE_WORDS = 20
+MIN_WORDS, MAX_GLOSS_WORDS = 5, 20
+PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+
+
+def wordnet_texts(folder: Path) -> tuple[list[str], list[str]]:
+    """Example sentences and definitions of WordNet's data files, each once, in the files' order.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    examples: dict[str, None] = {}
+    glosses: dict[str, None] = {}
+    for gloss in _glosses(folder):
+        examples |= dict.fromkeys(
+            text.strip() for text in re.findall(r'"([^"]+)"', gloss) if len(text.split()) >= MIN_WORDS
+        )
+        definition = gloss.split('; "')[0].strip().rstrip(";")
+        if MIN_WORDS <= len(definition.split()) <= MAX_GLOSS_WORDS and '"' not in definition:
+            glosses[definition] = None
+    return list(examples), list(glosses)
+
+
+def _glosses(folder: Path) -> Iterator[str]:
+    for part in PARTS_OF_SPEECH:
+        file = folder / f"data.{part}"
+        if not file.is_file():
+            raise DataError(f"{file}: no such file; WordNet 3.0's data files come with Debian's wordnet-base")
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                if not line.startswith("  ") and "|" in line:  # the licence stands before the entries, indented
+                    yield line.split("|", 1)[1].strip()
+
+
+def drawn_runs(lines: Sequence[str], limit: int, seed: int) -> list[str]:
+    """About `limit` lines, in runs of `TOGETHER` that were neighbours, in their order."""
+    runs = np.random.default_rng(seed).permutation(len(lines) // TOGETHER)[: limit // TOGETHER]
+    return [lines[TOGETHER * run + place] for run in sorted(runs.tolist()) for place in range(TOGETHER)]
+
+
+def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> list[str]:
+    """The three files that the recipe trains on, each a source of its own; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    examples, glosses = wordnet_texts(wordnet)
+    found = {
+        "wiki.txt": training_lines(
+            wikipedia, limit=WIKIPEDIA_LINES, passages=0.08, max_words=MAX_SENTENCE_WORDS, seed=0
+        ),
+        "examples.txt": drawn_runs(examples, EXAMPLE_LINES, 0),
+        "glosses.txt": drawn_runs(glosses, GLOSS_LINES, 0),
+    }
+    for name, lines in found.items():
+        write_lines(folder / name, lines)
+    return [str(folder / name) for name in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wikipedia", nargs="+", required=True, help=".txt files of one paragraph a line")
+    parser.add_argument(
+        "--wordnet", type=Path, required=True, help="folder of data.noun, data.verb, data.adj, data.adv"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the texts and the adapter")
+    parser.add_argument("--settings", type=Path, default=SETTINGS, help="YAML; default models/smollm2-135m/train.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the settings', such as loop.seed=1")
+    options = parser.parse_args()
+    texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts")
+    own = [f"texts={texts}", f"output={options.out / 'adapter'}", *options.overrides]
+    run_training(read_config(DistillConfig, options.settings, own))
+
+
+if __name__ == "__main__":
+    main()
