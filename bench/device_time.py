@@ -85,7 +85,7 @@ class DeviceStopwatch:
         except torch.OutOfMemoryError:
             _abandon(graph)
             raise
-        except (RuntimeError, AssertionError, NotImplementedError, ValueError):  # what refuses to be recorded
+        except (RuntimeError, AssertionError, ValueError):  # what refuses to be recorded
             _abandon(graph)
             torch.cuda.synchronize(self.device)
             return None

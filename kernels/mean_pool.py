@@ -143,7 +143,7 @@ def _mean_pool_fwd_kernel(
         pooled = tl.full((ROWS, BLOCK_D), float("-inf") if MODE == "max" else 0.0, tl.float32)
         last = tl.minimum(start + (chunk + 1) * size, stop)
         for at in range(start + chunk * size, last, ROWS):
-            row = at + tl.arange(0, ROWS)
+            row = at + tl.arange(0, ROWS).to(tl.int64)
             exists = row < last
             inside = exists[:, None] & (d < D)[None, :]
             x = tl.load(x_ptr + row[:, None] * x_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)

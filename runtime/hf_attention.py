@@ -87,7 +87,7 @@ def register_with_transformers() -> None:
 
 
 def _refuse(*args: Any, **keywords: Any) -> NoReturn:
-    raise NotImplementedError(
+    raise ValueError(
         "this model calls flash attention's functions itself instead of transformers' AttentionInterface: "
         f"attn_implementation={NAME!r} cannot serve it"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from compare import assert_as_close_as_torch
 from torch import Tensor
@@ -11,7 +12,7 @@ HALVES = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torc
 
 def outputs_and_gradients(op: Callable[..., Tensor | tuple[Tensor, ...]], leaves: Sequence[Tensor]) -> list[Tensor]:
     """What `op` returns for the leaves, and the gradient of a fixed random combination of it in each of them."""
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]  # as they lie in memory
     returned = op(*leaves)
     outputs = [returned] if isinstance(returned, Tensor) else list(returned)
     generator = torch.Generator().manual_seed(1)
@@ -36,6 +37,16 @@ def surrounded(x: Tensor) -> Tensor:
     return wide[1:-1, ..., 8:-8]
 
 
-def fits(elements: int) -> bool:
-    """Whether a GPU is there with room for tensors of this many halves, four times over."""
-    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 8 * elements
+def far_apart(x: Tensor) -> Tensor:
+    """The same rows, so far apart that the last lies past 2^31 elements; what is between them is never touched."""
+    stride = 2**31 // (len(x) - 1) + 64
+    memory = torch.empty((len(x) - 1) * stride + x[0].numel(), dtype=x.dtype, device=x.device)
+    rows = memory.as_strided(x.shape, (stride, *x.stride()[1:]))
+    assert rows[-1].storage_offset() > 2**31
+    return rows.copy_(x)
+
+
+def dense_past_2_31(elements: int = 2**31) -> pytest.MarkDecorator:
+    """For tests that write past 2^31 elements: outputs are dense, so they need that memory (`far_apart` does not)."""
+    fits = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 8 * elements
+    return pytest.mark.skipif(not fits, reason=f"writes {elements:,} elements: a GPU with {8 * elements >> 30} GB")

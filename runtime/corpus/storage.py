@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import parse_qsl, urlsplit
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 import xxhash
 
@@ -38,7 +39,7 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
         raise ValueError(f"a {parts.scheme} URI holds a secret: give credentials through the environment instead")
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (ValueError, OSError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
+    except (OSError, pa.ArrowException) as error:
         raise ValueError(f"cannot open {uri}: {str(error).splitlines()[0]}") from None
     return filesystem, path.rstrip("/")
 

@@ -168,7 +168,7 @@ class _EncoderModule(torch.nn.Module):
         return self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_seq_length, return_tensors="pt")
 
     def forward(self, features: Any) -> NoReturn:
-        raise NotImplementedError(
+        raise ValueError(
             "FlashvecSentenceTransformer encodes texts, it has no forward of features: train with `flashvec train`, or "
             "save it and open the folder with SentenceTransformer"
         )

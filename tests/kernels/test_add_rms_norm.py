@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
-from gradients import HALVES, assert_op_and_gradients, fits, outputs_and_gradients, surrounded
+from gradients import HALVES, assert_op_and_gradients, dense_past_2_31, far_apart, outputs_and_gradients, surrounded
 
 from flashvec.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from flashvec.kernels.backend import launches
@@ -115,7 +117,14 @@ def test_op_is_well_formed(device, interpreted):
     torch.library.opcheck(op, (h[:0], y[:0].float(), w, None, 1e-6, 0.0, torch.float16))
 
 
-@pytest.mark.skipif(not fits(2**32), reason="needs a GPU with 32 GB")
+@pytest.mark.parametrize("which", [0, 1])
+def test_reads_rows_past_2_31_elements(which, device, interpreted):
+    leaves = [torch.randn(3, 48, device=device), torch.randn(3, 48, device=device), torch.randn(48, device=device)]
+    leaves[which] = far_apart(leaves[which])
+    assert_op_and_gradients(partial(add_rms_norm, eps=1e-6), partial(add_rms_norm_reference, eps=1e-6), leaves)
+
+
+@dense_past_2_31(2**32)
 def test_rows_past_2_31_elements():
     T, D = 2**31 // 4096 + 2, 4096
     h, w = torch.ones(T, D, dtype=torch.bfloat16, device="cuda"), torch.ones(D, device="cuda")

@@ -3,7 +3,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from compare import assert_as_close_as_torch
-from gradients import HALVES, assert_op_and_gradients, fits, outputs_and_gradients, surrounded
+from gradients import HALVES, assert_op_and_gradients, dense_past_2_31, far_apart, outputs_and_gradients, surrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -296,7 +296,15 @@ def test_op_is_well_formed(device, interpreted):
     torch.library.opcheck(op, (x, None, None, w, spans[:0], None, 1e-6, 0.0, "mean", 8, False, 7))
 
 
-@pytest.mark.skipif(not fits(2**31), reason="needs a GPU with 16 GB")
+@pytest.mark.parametrize("mode", ["mean", "last", "max"])
+def test_reads_rows_past_2_31_elements(mode, device, interpreted):
+    x, w = torch.randn(3, 48, device=device), torch.randn(48, device=device)
+    spans = torch.tensor([[0, 1], [1, 3]], device=device)
+    op, reference = (lambda x, w, of=of: of(x, spans, w, 1e-6, mode=mode) for of in (mean_pool, mean_pool_reference))
+    assert_op_and_gradients(op, reference, [far_apart(x), w])
+
+
+@dense_past_2_31()
 def test_rows_past_2_31_elements():
     T, D = 2**31 // 4096 + 2, 4096
     x, w = torch.ones(T, D, dtype=torch.bfloat16, device="cuda"), torch.ones(D, device="cuda")

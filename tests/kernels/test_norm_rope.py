@@ -1,7 +1,7 @@
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
-from gradients import HALVES, assert_op_and_gradients, fits, outputs_and_gradients, surrounded
+from gradients import HALVES, assert_op_and_gradients, dense_past_2_31, far_apart, outputs_and_gradients, surrounded
 
 from flashvec.kernels.backend import launches
 from flashvec.kernels.norm_rope import norm_rope, norm_rope_reference
@@ -100,7 +100,14 @@ def test_op_is_well_formed(device, interpreted):
     torch.library.opcheck(torch.ops.flashvec.norm_rope.default, (x, cos, sin, w, 1e-6, 1.0))
 
 
-@pytest.mark.skipif(not fits(2**31), reason="needs a GPU with 16 GB")
+def test_reads_tokens_past_2_31_elements(device, interpreted):
+    x, w = torch.randn(3, 4, 32, device=device), torch.randn(32, device=device)
+    cos, sin = (t.to(device) for t in rope_table(Rope(10.0), 32, 3))
+    op, reference = (lambda x, w, of=of: of(x, cos, sin, w, 1e-6) for of in (norm_rope, norm_rope_reference))
+    assert_op_and_gradients(op, reference, [far_apart(x), w])
+
+
+@dense_past_2_31()
 def test_heads_past_2_31_elements():
     T = 2**31 // 4096 + 2
     cos, sin = (t.cuda()[torch.zeros(T, dtype=torch.int64)] for t in rope_table(Rope(10.0), 128, 2))

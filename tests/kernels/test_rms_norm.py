@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
-from gradients import HALVES, assert_op_and_gradients, fits, surrounded
+from gradients import HALVES, assert_op_and_gradients, dense_past_2_31, far_apart, surrounded
 
 from flashvec.kernels.backend import launches
 from flashvec.kernels.rms_norm import backward_grid, rms_norm, rms_norm_reference, row_tile
@@ -107,7 +109,12 @@ def test_op_is_well_formed(device, interpreted):
         torch.library.opcheck(torch.ops.flashvec.rms_norm.default, (rows, w, 1e-6, 0.0, torch.float32))
 
 
-@pytest.mark.skipif(not fits(2**31), reason="needs a GPU with 16 GB")
+def test_reads_rows_past_2_31_elements(device, interpreted):
+    x, w = torch.randn(3, 48, device=device), torch.randn(48, device=device)
+    assert_op_and_gradients(partial(rms_norm, eps=1e-6), partial(rms_norm_reference, eps=1e-6), [far_apart(x), w])
+
+
+@dense_past_2_31()
 def test_rows_past_2_31_elements():
     T, D = 2**31 // 4096 + 2, 4096
     x, w = torch.ones(T, D, dtype=torch.bfloat16, device="cuda"), torch.ones(D, device="cuda")

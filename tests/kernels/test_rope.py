@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
-from gradients import HALVES, assert_op_and_gradients, fits, surrounded
+from gradients import HALVES, assert_op_and_gradients, dense_past_2_31, far_apart, surrounded
 
 from flashvec.kernels.backend import launches
 from flashvec.kernels.rope import Rope, rope, rope_frequencies, rope_reference, rope_table
@@ -137,7 +137,13 @@ def test_op_is_well_formed(device, interpreted):
     torch.library.opcheck(torch.ops.flashvec.rope.default, (x, cos, sin, False))
 
 
-@pytest.mark.skipif(not fits(2**31), reason="needs a GPU with 16 GB")
+def test_reads_tokens_past_2_31_elements(device, interpreted):
+    cos, sin = (t.to(device) for t in rope_table(Rope(10.0), 32, 3))
+    op, reference = (lambda x, of=of: of(x, cos, sin) for of in (rope, rope_reference))
+    assert_op_and_gradients(op, reference, [far_apart(torch.randn(3, 4, 32, device=device))])
+
+
+@dense_past_2_31()
 def test_heads_past_2_31_elements():
     T = 2**31 // 4096 + 2
     cos, sin = (t.cuda()[torch.zeros(T, dtype=torch.int64)] for t in rope_table(Rope(10.0), 128, 2))

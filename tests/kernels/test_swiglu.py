@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
-from gradients import HALVES, assert_op_and_gradients, fits, surrounded
+from gradients import HALVES, assert_op_and_gradients, dense_past_2_31, far_apart, surrounded
 
 from flashvec.kernels.backend import launches
 from flashvec.kernels.swiglu import ACTIVATIONS, swiglu, swiglu_reference
@@ -91,7 +91,11 @@ def test_op_is_well_formed(device, interpreted):
     torch.library.opcheck(torch.ops.flashvec.swiglu.default, (x[:, 2:-2], "gelu_tanh"))
 
 
-@pytest.mark.skipif(not fits(2**31), reason="needs a GPU with 16 GB")
+def test_reads_rows_past_2_31_elements(device, interpreted):
+    assert_op_and_gradients(swiglu, swiglu_reference, [far_apart(torch.randn(3, 2 * 48, device=device))])
+
+
+@dense_past_2_31()
 def test_rows_past_2_31_elements():
     x = torch.ones(2**31 // 28672 + 2, 28672, dtype=torch.bfloat16, device="cuda")
     x[-1] = torch.randn(28672)
