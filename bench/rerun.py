@@ -80,7 +80,7 @@ def lines(found: Sequence[Outcome]) -> list[str]:
     return made
 
 
-def rerun(rows: Sequence[Row], model: str, texts: Path | None, repetitions: int, has_peers: bool = True) -> bool:
+def rerun(rows: Sequence[Row], model: str, texts: Path | None, repetitions: int) -> bool:
     """Measure what `rows` claim, print it beside them; True where everything that could be measured holds.
 
     Raises:
@@ -90,7 +90,7 @@ def rerun(rows: Sequence[Row], model: str, texts: Path | None, repetitions: int,
 
     claimed = claims_of(rows)
     compared = {claim.profile for claim in claimed if claim.other != CEILING}
-    measured = [row for done in run(model, texts, sorted(compared), repetitions, has_peers=has_peers) for row in done]
+    measured = [row for done in run(model, texts, sorted(compared), repetitions, has_peers=True) for row in done]
     found = outcomes([claim for claim in claimed if claim.profile in compared], measured)
     print("\n".join(lines(found)))
     if not any(outcome.here is not None for outcome in found):

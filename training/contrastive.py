@@ -50,7 +50,9 @@ class Contrastive:
             raise ConfigError(f"prefixes end at {config.prefixes[-1]}, vectors have {model.decoder.spec.hidden_size}")
         names = [frozenset(text_hash(t) for t in {p.query, p.positive}) for p in self.pairs]
         sources = np.array([p.source for p in self.pairs])
-        self.batches = SourceBatches(sources, names, config.batch_size, config.loop.seed)
+        self.batches = SourceBatches(
+            sources, names, config.batch_size, config.loop.seed, files=config.texts or config.pairs
+        )
         self.rates = Rates(config.attention_dropout, self._lora_dropout, config.loop.seed)
         self.retention = Retention(config.loop.activation_gib)
 

@@ -183,21 +183,36 @@ class SourceBatches:
     Args:
         sources: int [n]: number of each row's file.
         names: what must not meet in a batch, a set for each row: a copy would be taken for a wrong answer.
+        files: the files' names, for errors.
         together: rows that follow each other are drawn in runs of so many.
+
+    Raises:
+        DataError: a file fills no batch: nothing of it would ever be seen.
     """
 
     def __init__(
-        self, sources: np.ndarray, names: Sequence[frozenset[int]], batch_size: int, seed: int, together: int = 1
+        self,
+        sources: np.ndarray,
+        names: Sequence[frozenset[int]],
+        batch_size: int,
+        seed: int,
+        *,
+        files: Sequence[str] = (),
+        together: int = 1,
     ) -> None:
         self.sources, self.names, self.batch_size, self.seed = sources, names, batch_size, seed
         self.together = together
         self._epoch, self._batches = -1, [np.zeros(0, np.int64)]
-        self.per_epoch = len(self._of_epoch(0))
-        if not self.per_epoch:
-            raise DataError(
-                f"batch_size is {batch_size}, and no file holds as many rows with different texts ({len(sources)} rows "
-                "in all): take a smaller batch"
-            )
+        batches = self._of_epoch(0)
+        self.per_epoch = len(batches)
+        seen = {int(sources[batch[0]]) for batch in batches}
+        for source in np.unique(sources).tolist():
+            if source not in seen:
+                name = Path(files[source]).name if source < len(files) else f"file {source + 1}"
+                raise DataError(
+                    f"batch_size is {batch_size}, and {name} does not hold as many rows with different texts "
+                    f"({int((sources == source).sum())} rows): take a smaller batch, or join it with another file"
+                )
 
     def rows(self, step: int) -> np.ndarray:
         """int64 [batch_size]."""

@@ -51,15 +51,16 @@ class Distill:
         if config.neighbours < 1:
             raise ConfigError(f"neighbours is {config.neighbours}, expected 1 or more")
         files = [read_texts([file]) for file in config.texts] or [read_texts(())]
-        self.texts = [text for texts in files for text in texts]
-        self.sources = np.repeat(np.arange(len(files)), [len(texts) for texts in files])
-        self.originals = np.arange(len(self.texts))
+        self.lines = self.texts = [text for texts in files for text in texts]
+        self.origins = np.arange(len(self.lines))  # the line that each text is or was cut from
         if config.crops:
-            self.texts, self.originals, places = with_crops(self.texts, config.loop.seed)
-            self.sources = self.sources[places]
+            self.texts, self.origins = with_crops(self.lines, config.loop.seed)
+        self.sources = np.repeat(np.arange(len(files)), [len(texts) for texts in files])[self.origins]
         names = [frozenset([text_hash(text)]) for text in self.texts]
         together = config.neighbours * (2 if config.crops else 1)
-        self.batches = SourceBatches(self.sources, names, config.batch_size, config.loop.seed, together)
+        self.batches = SourceBatches(
+            self.sources, names, config.batch_size, config.loop.seed, files=config.texts, together=together
+        )
         self.rates = Rates(
             config.attention_dropout, config.lora.dropout if config.train == "lora" else 0.0, config.loop.seed
         )
@@ -72,7 +73,10 @@ class Distill:
                 "and at least two texts"
             )
         self.teacher = frozen_teacher(model, config)
-        self.known = Known(len(self.texts), len(config.prompts), model.decoder.spec.hidden_size)
+        # The teacher is frozen: its states of a text, fp32 [prompts, D], are kept for later epochs where all would fit.
+        self.known: dict[int, Tensor] = {}
+        needed_bytes = 4 * len(self.texts) * len(config.prompts) * model.decoder.spec.hidden_size
+        self.keeps_known = needed_bytes <= MAX_KNOWN_BYTES
         self.spaces = [self._spaces_of(source) for source in range(len(files))]
         self.retention = Retention(config.loop.activation_gib)
 
@@ -118,10 +122,15 @@ class Distill:
 
         Kept as the teacher gives them, which does not hang on the batch: a resumed run has the bits of a whole one.
         """
-        new = rows[self.known.lacks(rows)]
-        texts = [self.texts[row] for row in new]
-        asked = torch.stack([self._ask(texts, prompt) for prompt in self.config.prompts]) if texts else None
-        return self.known.take(rows, new, asked)
+        new = [row for row in rows.tolist() if row not in self.known]
+        fresh: dict[int, Tensor] = {}
+        if new:
+            texts = [self.texts[row] for row in new]
+            answers = torch.stack([self._ask(texts, prompt) for prompt in self.config.prompts], 1)
+            fresh = dict(zip(new, answers, strict=True))
+        if self.keeps_known:
+            self.known |= fresh
+        return torch.stack([fresh[row] if row in fresh else self.known[row] for row in rows.tolist()], 1)
 
     def _ask(self, texts: list[str], prompt: str) -> Tensor:
         with warnings.catch_warnings():
@@ -166,59 +175,28 @@ class Distill:
         """Hashes of the texts of a step."""
         for row in self.batches.rows(step):
             yield text_hash(self.texts[row])
-            if self.originals[row] != row:
-                yield text_hash(self.texts[self.originals[row]])
+            yield text_hash(self.lines[self.origins[row]])
 
 
-class Known:
-    """The teacher's states of texts that were met before: it is frozen, so it reads a text once, not once an epoch.
-
-    Kept in memory while all of them would fit `MAX_KNOWN_BYTES`; beyond it nothing is kept.
-    """
-
-    def __init__(self, num_texts: int, num_prompts: int, hidden_size: int) -> None:
-        self.fits = 4 * num_texts * num_prompts * hidden_size <= MAX_KNOWN_BYTES
-        self.places = np.full(num_texts, -1)
-        self.parts: list[Tensor] = []  # fp32 [prompts, D], by place
-
-    def lacks(self, rows: np.ndarray) -> np.ndarray:
-        """bool [n]: which rows must be asked for."""
-        return self.places[rows] < 0
-
-    def take(self, rows: np.ndarray, new: np.ndarray, states: Tensor | None) -> Tensor:
-        """States of `rows` in their order, fp32 [prompts, n, D], from what is kept and those of `new` rows."""
-        fresh = {} if states is None else dict(zip(new.tolist(), states.unbind(1), strict=True))
-        found = [fresh[row] if row in fresh else self.parts[self.places[row]] for row in rows.tolist()]
-        if self.fits:
-            for row, state in fresh.items():
-                self.places[row] = len(self.parts)
-                self.parts.append(state.clone())
-        return torch.stack(found, 1)
-
-
-def with_crops(texts: list[str], seed: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+def with_crops(texts: list[str], seed: int) -> tuple[list[str], np.ndarray]:
     """Each text, and behind it a run of its words: where a crop starts and ends is a function of seed and place.
 
     Returns:
-        Texts and crops; for each which of these it was cut from (itself, where it is whole); and its place in `texts`.
+        Texts and crops, and which of `texts` each of these is or was cut from.
     """
     found: list[str] = []
-    originals: list[int] = []
-    places: list[int] = []
+    origins: list[int] = []
     for number, text in enumerate(texts):
-        place = len(found)
         found.append(text)
-        originals.append(place)
-        places.append(number)
+        origins.append(number)
         words = text.split()
         if len(words) >= CROP_WORDS:
             rng = np.random.default_rng([seed, number])
             count = max(2, round(len(words) * rng.uniform(*CROP_SHARES)))
             start = int(rng.integers(len(words) - count + 1))
             found.append(" ".join(words[start : start + count]))
-            originals.append(place)
-            places.append(number)
-    return found, np.array(originals), np.array(places)
+            origins.append(number)
+    return found, np.array(origins)
 
 
 def frozen_teacher(model: Model, config: DistillConfig) -> Encoder:

@@ -9,6 +9,7 @@ no relation, no label. Run again, it goes on where it was.
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from flashvec.training.config import DistillConfig, read_config
 from flashvec.training.data import DataError
+from flashvec.training.loop import TrainingStopped
 from flashvec.training.run import run_training
 from flashvec.training.sentences import training_lines, write_lines
 
@@ -88,9 +90,12 @@ def main() -> None:
     parser.add_argument("--settings", type=Path, default=SETTINGS, help="YAML; default models/smollm2-135m/train.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the settings', such as loop.seed=1")
     options = parser.parse_args()
-    texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts")
-    own = [f"texts={texts}", f"output={options.out / 'adapter'}", *options.overrides]
-    run_training(read_config(DistillConfig, options.settings, own))
+    try:
+        texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts")
+        own = [f"texts={texts}", f"output={options.out / 'adapter'}", *options.overrides]
+        run_training(read_config(DistillConfig, options.settings, own))
+    except (ValueError, TrainingStopped) as error:  # files, settings, a model: each says what and where
+        sys.exit(f"recipe: {error}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_a_text_cut_to_nothing_is_refused(tmp_path):
     ("values", "error", "named"),
     [
         ({"texts": []}, ConfigError, "give either texts"),
-        ({"batch_size": 50}, DataError, "batch_size is 50, and no file holds as many"),
+        ({"batch_size": 50}, DataError, "batch_size is 50, and .* does not hold as many"),
         ({"attention_dropout": 0.0, "lora": {"dropout": 0.0}}, ConfigError, "nothing is dropped"),
         ({"loss": "cosent"}, ConfigError, "scores belong to cosent"),
         ({"prefixes": [8, 64]}, ConfigError, "prefixes end at 64, vectors have 32"),

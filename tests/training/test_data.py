@@ -98,7 +98,7 @@ def test_batches_are_of_one_file_and_hold_no_text_twice():
             seen += rows.tolist()
         assert len(seen) >= len(set(seen)) >= 20
     assert np.array_equal(batches.rows(2), SourceBatches(sources, names, 4, seed=3).rows(2))
-    with pytest.raises(DataError, match="no file holds as many rows with different texts"):
+    with pytest.raises(DataError, match=r"file 1 does not hold as many rows with different texts \(20 rows\)"):
         SourceBatches(sources, [frozenset([0])] * 31, 2, seed=3)
 
 

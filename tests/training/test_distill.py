@@ -6,7 +6,7 @@ from training_runs import config_for
 from flashvec.runtime.encoder import Encoder
 from flashvec.training import distill
 from flashvec.training.config import ConfigError
-from flashvec.training.data import text_hash
+from flashvec.training.data import DataError, text_hash
 from flashvec.training.distill import Distill, frozen_teacher, with_crops
 from flashvec.training.distributed import World
 from flashvec.training.encode import encode, token_rows
@@ -51,13 +51,13 @@ def test_teacher_reads_a_text_once_and_says_the_same_later(tmp_path, monkeypatch
     ask = objective._ask
     monkeypatch.setattr(objective, "_ask", lambda texts, prompt: asked.extend(texts) or ask(texts, prompt))
     rows = np.array([7, 4, 2, 0, 5, 6])
-    new = rows[objective.known.lacks(rows)]
+    new = [row for row in rows.tolist() if row not in objective.known]
     assert 2 <= len(new) <= 4
     for each in (objective, forgetful):
         assert torch.equal(each.teach(rows), fresh.teach(rows))
     assert asked == [objective.texts[row] for row in new] * len(objective.config.prompts)
     objective.teach(rows)
-    assert len(asked) == len(new) * len(objective.config.prompts) and not forgetful.known.parts
+    assert len(asked) == len(new) * len(objective.config.prompts) and not forgetful.known
 
 
 def test_every_file_has_its_own_mean_and_its_own_batches(tmp_path):
@@ -69,15 +69,17 @@ def test_every_file_has_its_own_mean_and_its_own_batches(tmp_path):
     for source, single in enumerate(alone):
         rows = np.arange(4) + 12 * source
         torch.testing.assert_close(objective.teach(rows), single.teach(np.arange(4)), rtol=0, atol=1e-5)
+    (tmp_path / "b.txt").write_text("too few\n")
+    with pytest.raises(DataError, match=r"batch_size is 4, and b\.txt does not hold as many rows .*\(1 rows\)"):
+        objective_for(tmp_path, texts=[str(file) for file in files], batch_size=4)
     drawn = [objective.sources[objective.batches.rows(step)] for step in range(6)]
     assert all(len(set(sources)) == 1 for sources in drawn) and len({int(sources[0]) for sources in drawn}) == 2
 
 
 def test_crops_are_runs_of_a_texts_words_behind_it_and_the_same_again():
     texts = ["one two three four five six seven eight", "too short", "a b c d e f"]
-    found, originals, places = with_crops(texts, seed=3)
-    assert places.tolist() == [0, 0, 1, 2, 2]
-    assert originals.tolist() == [0, 0, 2, 3, 3] and [found[i] for i in (0, 2, 3)] == texts
+    found, origins = with_crops(texts, seed=3)
+    assert origins.tolist() == [0, 0, 1, 2, 2] and [found[i] for i in (0, 2, 3)] == texts
     for text, crop in ((texts[0], found[1]), (texts[2], found[4])):
         assert f" {crop} " in f" {text} "
         words = len(text.split())
@@ -91,7 +93,8 @@ def test_crops_and_neighbours_meet_in_a_batch(tmp_path):
     rows = objective.batches.rows(0)
     assert rows[0] % 4 == 0 and rows.tolist() == list(range(rows[0], rows[0] + 4))
     seen = set(objective.seen(0))
-    assert {text_hash(objective.texts[row]) for row in {*rows, *objective.originals[rows]}} == seen
+    lines = {objective.lines[line] for line in objective.origins[rows]}
+    assert {text_hash(text) for text in lines | {objective.texts[row] for row in rows}} == seen
 
 
 def test_teacher_stays_as_it_was_while_the_body_is_trained(tmp_path):

@@ -64,4 +64,7 @@ def test_the_command_leaves_an_adapter(sources, monkeypatch):
     recipe.main()
     assert sorted(file.name for file in (out / "texts").iterdir()) == ["examples.txt", "glosses.txt", "wiki.txt"]
     vectors = Encoder.load(sources / "base", adapters=out / "adapter", dtype="float32").embed(["a mill", "a road"])
+    monkeypatch.setattr("sys.argv", ["recipe", *arguments, "--settings", str(sources / "none.yaml")])
+    with pytest.raises(SystemExit, match=r"recipe: .*none\.yaml: no such file"):
+        recipe.main()
     assert np.isfinite(vectors).all() and len(np.load(out / "adapter" / "seen.npy", allow_pickle=False)) > 8
