@@ -1,7 +1,6 @@
 """Hugging Face's models on the packed attention: as close to fp64 as on their own, forward and backward."""
 
 import copy
-import inspect
 from functools import cache
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from compare import assert_as_close_as_torch
 from tiny_models import tiny_checkpoint, tiny_model
 
-from flashvec.kernels.attention import attention
 from flashvec.runtime import hf_attention
 from flashvec.runtime.hf_attention import NAME, register_with_transformers
 
@@ -181,7 +179,6 @@ def test_compiled_models_run():
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif("dropout" not in inspect.signature(attention).parameters, reason="attention takes no dropout yet")
 def test_dropout_follows_torchs_generator():
     ours, _ = variants("llama dropout")
     ours.train()
