@@ -184,7 +184,7 @@ class SourceBatches:
         sources: int [n]: number of each row's file.
         names: what must not meet in a batch, a set for each row: a copy would be taken for a wrong answer.
         files: the files' names, for errors.
-        together: rows that follow each other are drawn in runs of so many.
+        groups: rows that are drawn together, every row in one group; default each alone.
 
     Raises:
         DataError: a file fills no batch: nothing of it would ever be seen.
@@ -198,10 +198,10 @@ class SourceBatches:
         seed: int,
         *,
         files: Sequence[str] = (),
-        together: int = 1,
+        groups: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.sources, self.names, self.batch_size, self.seed = sources, names, batch_size, seed
-        self.together = together
+        self._groups = np.arange(len(sources))[:, None] if groups is None else groups
         self._epoch, self._batches = -1, [np.zeros(0, np.int64)]
         batches = self._of_epoch(0)
         self.per_epoch = len(batches)
@@ -231,11 +231,8 @@ class SourceBatches:
         return self._batches
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Every row once, runs of neighbours in an order of the epoch's own."""
-        num_rows = len(self.sources)
-        runs = epoch_order(-(-num_rows // self.together), self.seed, epoch)
-        rows = (runs[:, None] * self.together + np.arange(self.together)).ravel()
-        return rows[rows < num_rows]
+        """Every row once, groups in an order of the epoch's own."""
+        return np.concatenate([self._groups[i] for i in epoch_order(len(self._groups), self.seed, epoch)])
 
     def _deal(self, rows: list[int]) -> list[list[int]]:
         """Full batches; a row that meets its own text waits for the next one."""

@@ -57,9 +57,8 @@ class Distill:
             self.texts, self.origins = with_crops(self.lines, config.loop.seed)
         self.sources = np.repeat(np.arange(len(files)), [len(texts) for texts in files])[self.origins]
         names = [frozenset([text_hash(text)]) for text in self.texts]
-        together = config.neighbours * (2 if config.crops else 1)
         self.batches = SourceBatches(
-            self.sources, names, config.batch_size, config.loop.seed, files=config.texts, together=together
+            self.sources, names, config.batch_size, config.loop.seed, files=config.texts, groups=self._groups()
         )
         self.rates = Rates(
             config.attention_dropout, config.lora.dropout if config.train == "lora" else 0.0, config.loop.seed
@@ -79,6 +78,14 @@ class Distill:
         self.keeps_known = needed_bytes <= MAX_KNOWN_BYTES
         self.spaces = [self._spaces_of(source) for source in range(len(files))]
         self.retention = Retention(config.loop.activation_gib)
+
+    def _groups(self) -> list[np.ndarray]:
+        """Rows that meet in a batch: lines that follow each other in a file, and their crops."""
+        first_rows = np.flatnonzero(np.diff(self.origins, prepend=-1))  # of each line
+        _, first_lines = np.unique(self.sources[first_rows], return_index=True)
+        ends = [*first_lines[1:].tolist(), len(first_rows)]
+        starts = [range(start, end, self.config.neighbours) for start, end in zip(first_lines, ends, strict=True)]
+        return np.split(np.arange(len(self.texts)), first_rows[np.concatenate(starts)][1:])
 
     def parameters(self) -> dict[str, Tensor]:
         """None beside the model's own."""
@@ -123,14 +130,20 @@ class Distill:
         Kept as the teacher gives them, which does not hang on the batch: a resumed run has the bits of a whole one.
         """
         new = [row for row in rows.tolist() if row not in self.known]
-        fresh: dict[int, Tensor] = {}
-        if new:
-            texts = [self.texts[row] for row in new]
-            answers = torch.stack([self._ask(texts, prompt) for prompt in self.config.prompts], 1)
-            fresh = dict(zip(new, answers, strict=True))
+        fresh = dict(zip(new, self._answers([self.texts[row] for row in new]), strict=True)) if new else {}
         if self.keeps_known:
             self.known |= fresh
         return torch.stack([fresh[row] if row in fresh else self.known[row] for row in rows.tolist()], 1)
+
+    def _answers(self, texts: list[str]) -> Tensor:
+        """fp32 [n, prompts, D]; every process asks for its part of the texts, and all have all answers."""
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        own = sorted(order[self.world.rank :: self.world.size])
+        shape = (len(texts), len(self.config.prompts), self.model.decoder.spec.hidden_size)
+        answers = torch.zeros(shape, device=self.model.decoder.device)
+        for number, prompt in enumerate(self.config.prompts if own else ()):
+            answers[own, number] = self._ask([texts[place] for place in own], prompt)
+        return self.world.sum(answers)  # zeros and one process's answer: the bits of one process alone
 
     def _ask(self, texts: list[str], prompt: str) -> Tensor:
         with warnings.catch_warnings():

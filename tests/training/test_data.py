@@ -103,7 +103,8 @@ def test_batches_are_of_one_file_and_hold_no_text_twice():
 
 
 def test_neighbours_stay_together_and_every_row_comes_once_an_epoch():
-    batches = SourceBatches(np.zeros(26, np.int64), [frozenset([i]) for i in range(26)], 8, seed=1, together=4)
+    groups = np.split(np.arange(26), range(4, 26, 4))
+    batches = SourceBatches(np.zeros(26, np.int64), [frozenset([i]) for i in range(26)], 8, seed=1, groups=groups)
     epochs = [[batches.rows(3 * epoch + step).tolist() for step in range(3)] for epoch in range(2)]
     for epoch in epochs:
         rows = [row for batch in epoch for row in batch]
