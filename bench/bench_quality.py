@@ -5,22 +5,31 @@
 
 Untrained: bidirectional mean pooling, causal mean pooling, and the strongest reading known of an untrained decoder,
 the last token's state under a one-word prompt (Jiang et al. 2023), two layers before the end. Trained: bidirectional
-mean pooling without a prompt, at the model's full depth and cut. Spearman of cosines x 100, nDCG@10 x 100.
+mean pooling without a prompt, at the model's full depth and cut. Retrieval also by BM25 (Robertson; Lucene's form, with
+English stop words and stems). Spearman of cosines x 100, nDCG@10 x 100.
 """
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashvec.bench.timing import append_rows
 from flashvec.runtime.encoder import Encoder
 from flashvec.training.evaluate import read_scored_pairs, sts_score
-from flashvec.training.retrieval import read_collection, retrieval_score
+from flashvec.training.retrieval import (
+    Collection,
+    judged_queries,
+    ranking_score,
+    read_collection,
+    retrieval_score,
+)
 
 ONE_WORD = 'This sentence : "{text}" means in one word:"'
 LAYERS_BEFORE_END = 2
+TRAINED = "trained"
 
 
 class Reading(NamedTuple):
@@ -31,13 +40,16 @@ class Reading(NamedTuple):
     instruction: str | None = None
 
 
-def readings(num_layers: int, adapter: str | None, depths: list[int], *, untrained: bool) -> Iterator[Reading]:
+def readings(
+    num_layers: int, adapter: str | None, depths: list[int], *, untrained: bool, name: str = TRAINED
+) -> Iterator[Reading]:
     """Those without training, then the adapter's at each depth.
 
     Args:
         num_layers: of the model.
         depths: numbers of layers to run, besides all.
         untrained: include the readings without an adapter.
+        name: of the adapter's readings.
     """
     if untrained:
         yield Reading("untrained, bidirectional, mean", {"attention": "bidirectional", "pooling": "mean"})
@@ -48,7 +60,7 @@ def readings(num_layers: int, adapter: str | None, depths: list[int], *, untrain
     if adapter is not None:
         for layers in sorted({*depths, num_layers}, reverse=True):
             at = "" if layers == num_layers else f", {layers} layers"
-            yield Reading(f"trained, bidirectional, mean{at}", {"adapters": (adapter,), "layers": layers})
+            yield Reading(f"{name}, bidirectional, mean{at}", {"adapters": (adapter,), "layers": layers})
 
 
 def measure(reading: Reading, model: str, sts: list[Path], retrieval: list[Path]) -> Iterator[dict[str, Any]]:
@@ -67,14 +79,43 @@ def measure(reading: Reading, model: str, sts: list[Path], retrieval: list[Path]
     for file in retrieval:
         start = time.perf_counter()
         scores = retrieval_score(embed, embed, read_collection(file))
-        yield {**about, "data": file.stem, "score": scores["ndcg@10"], "measure": "nDCG@10",
-               "queries": scores["queries"], "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
+        yield {**about, "data": file.stem, **_retrieval(scores), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def measure_bm25(model: str, retrieval: list[Path]) -> Iterator[dict[str, Any]]:
+    """A row for each file, beside a model's."""
+    for file in retrieval:
+        start = time.perf_counter()
+        scores = bm25_score(read_collection(file))
+        yield {"benchmark": "quality", "model": Path(model).name, "variant": "BM25", "dtype": "torch.float32",
+               "data": file.stem, **_retrieval(scores), "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
+
+
+def _retrieval(scores: dict[str, float]) -> dict[str, Any]:
+    return {"score": scores["ndcg@10"], "measure": "nDCG@10", "queries": scores["queries"]}
+
+
+def bm25_score(collection: Collection) -> dict[str, float]:
+    """`ranking_score` of BM25 (bm25s, its defaults), words stemmed by Snowball."""
+    import bm25s
+    import Stemmer
+
+    stemmer = Stemmer.Stemmer("english")
+
+    def words(texts: Sequence[str]) -> Any:
+        return bm25s.tokenize(list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
+
+    index = bm25s.BM25()
+    index.index(words(list(collection.documents.values())), show_progress=False)
+    queries = words([collection.queries[query] for query in judged_queries(collection)])
+    return ranking_score((index.get_scores(query) for query in queries), collection)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="base model: folder or GGUF file")
     parser.add_argument("--adapter", help="adapter folder; without it only the untrained readings are measured")
+    parser.add_argument("--name", default=TRAINED, help="what the adapter's rows are called; default %(default)s")
     parser.add_argument("--depths", type=int, nargs="*", default=[], help="numbers of layers to cut the adapter's at")
     parser.add_argument("--trained-only", action="store_true", help="leave the untrained readings out")
     parser.add_argument("--sts", type=Path, action="append", default=[], help="scored pairs; may be repeated")
@@ -88,12 +129,14 @@ def main() -> None:
     if options.trained_only and options.adapter is None:
         parser.error("--trained-only needs --adapter")
     num_layers = Encoder.load(options.model).spec.decoder.num_layers
-    for reading in readings(num_layers, options.adapter, options.depths, untrained=not options.trained_only):
-        for row in measure(reading, options.model, options.sts, options.retrieval):
-            shown = f"{row['variant']:56} {row['data']:14} {row['measure']} {row['score']:6.2f}"
-            print(f"{shown}  {row['seconds']} s", flush=True)
-            if not options.dry:
-                append_rows([row])
+    untrained = not options.trained_only
+    found = readings(num_layers, options.adapter, options.depths, untrained=untrained, name=options.name)
+    rows = chain.from_iterable(measure(each, options.model, options.sts, options.retrieval) for each in found)
+    for row in chain(measure_bm25(options.model, options.retrieval if untrained else []), rows):
+        shown = f"{row['variant']:56} {row['data']:14} {row['measure']} {row['score']:6.2f}"
+        print(f"{shown}  {row['seconds']} s", flush=True)
+        if not options.dry:
+            append_rows([row])
 
 
 if __name__ == "__main__":

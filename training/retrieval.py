@@ -6,7 +6,7 @@ a folder    BEIR's: corpus.jsonl (_id, title, text), queries.jsonl (_id, text), 
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,25 +138,37 @@ def _read(path: Path) -> str:
 def retrieval_score(
     embed_queries: Embed, embed_documents: Embed, collection: Collection, depth: int = 10
 ) -> dict[str, float]:
+    """`ranking_score` of cosines."""
+    documents = _unit(embed_documents(list(collection.documents.values())))
+    queries = _unit(embed_queries([collection.queries[query] for query in judged_queries(collection)]))
+    rows = max(1, BLOCK_SCORES // len(documents))
+    blocks = (queries[start : start + rows] @ documents.T for start in range(0, len(queries), rows))
+    return ranking_score((row for block in blocks for row in block), collection, depth)
+
+
+def judged_queries(collection: Collection) -> list[str]:
+    """Names of the queries that have a relevant document."""
+    return [q for q, found in collection.relevance.items() if any(score > 0 for score in found.values())]
+
+
+def ranking_score(scores: Iterable[np.ndarray], collection: Collection, depth: int = 10) -> dict[str, float]:
     """Means over the queries that have a relevant document.
+
+    Args:
+        scores: one row for each of `judged_queries`: how well each document fits it, in the collection's order.
 
     Returns:
         `ndcg` at `depth` (gain = the judgement), `recall` at 100, times 100, and `queries`.
     """
     names = list(collection.documents)
-    judged = [q for q, found in collection.relevance.items() if any(score > 0 for score in found.values())]
-    documents = _unit(embed_documents([collection.documents[name] for name in names]))
-    queries = _unit(embed_queries([collection.queries[q] for q in judged]))
+    judged = judged_queries(collection)
     gains, recalls = [], []
-    rows = max(1, BLOCK_SCORES // len(names))
-    for start in range(0, len(judged), rows):
-        cosines = queries[start : start + rows] @ documents.T
-        for query, row in zip(judged[start : start + rows], cosines, strict=True):
-            order = np.argsort(-row, kind="stable")[: max(depth, 100)]
-            relevant = collection.relevance[query]
-            gains.append(ndcg([relevant.get(names[i], 0.0) for i in order[:depth]], list(relevant.values()), depth))
-            known = {document for document, score in relevant.items() if score > 0}
-            recalls.append(len(known & {names[i] for i in order[:100]}) / len(known))
+    for query, row in zip(judged, scores, strict=True):
+        order = np.argsort(-row, kind="stable")[: max(depth, 100)]
+        relevant = collection.relevance[query]
+        gains.append(ndcg([relevant.get(names[i], 0.0) for i in order[:depth]], list(relevant.values()), depth))
+        known = {document for document, score in relevant.items() if score > 0}
+        recalls.append(len(known & {names[i] for i in order[:100]}) / len(known))
     return {
         f"ndcg@{depth}": round(100 * float(np.mean(gains)), 4),
         "recall@100": round(100 * float(np.mean(recalls)), 4),

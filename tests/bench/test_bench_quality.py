@@ -4,7 +4,8 @@ import pytest
 from training_runs import config_for
 
 from flashvec.bench import bench_quality, report
-from flashvec.bench.bench_quality import readings
+from flashvec.bench.bench_quality import bm25_score, readings
+from flashvec.training.retrieval import Collection
 from flashvec.training.run import run_training
 
 
@@ -42,6 +43,32 @@ def test_rows_of_every_reading_and_file(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", wrong)
         with pytest.raises(SystemExit, match="2"):
             bench_quality.main()
+
+
+def test_bm25_finds_words_by_their_stems_and_rows_carry_their_name(tmp_path, monkeypatch, capsys):
+    documents = {"a": "The cats chase mice.", "b": "Dogs were barking.", "c": "The river froze in winter."}
+    collection = Collection(documents, {"q": "a barking dog", "r": "chasing a cat"}, {"q": {"b": 1.0}, "r": {"a": 2.0}})
+    assert bm25_score(collection)["ndcg@10"] == 100
+    wrong = Collection(documents, collection.queries, {"q": {"c": 1.0}, "r": {"c": 1.0}})
+    assert bm25_score(wrong)["ndcg@10"] < 80
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": k, "text": t}) + "\n" for k, t in documents.items())
+    )
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "a barking dog"}) + "\n")
+    (folder / "qrels" / "test.tsv").write_text("query\tcorpus\tscore\nq\tb\t1\n")
+    run_training(config_for("contrastive", tmp_path, loop={"steps": 1}))
+    monkeypatch.setattr(bench_quality, "append_rows", lambda rows: kept.extend(rows))
+    kept: list[dict] = []
+    arguments = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "out"), "--retrieval", str(folder)]
+    monkeypatch.setattr("sys.argv", ["x", *arguments, "--name", "SimCSE"])
+    bench_quality.main()
+    assert [row["variant"].split(",")[0] for row in kept] == ["BM25", *["untrained"] * 3, "SimCSE"]
+    assert kept[0]["score"] == 100 and all(row["measure"] == "nDCG@10" and row["queries"] == 1 for row in kept)
+    monkeypatch.setattr("sys.argv", ["x", *arguments, "--trained-only", "--dry"])
+    bench_quality.main()
+    assert len(kept) == 5 and capsys.readouterr().out.splitlines()[-1].startswith("trained, bidirectional, mean")
 
 
 def test_a_table_has_a_column_for_each_set():
