@@ -1,5 +1,5 @@
 # make demo   a real decoder as a text encoder: download, convert, embed, search (CPU, no account, about 3 minutes)
-# make test   the environment and all tests; those of kernels run in Triton's interpreter, one process a core
+# make test   the environment and all tests, one process a core; those of kernels run in Triton's interpreter
 # make docs   the documentation as a site, in site/
 # make peers  what the benchmarks compare with, in an environment of its own: peers/bin/python -m flashvec.bench.bench_embed
 # Both create .venv from constraints.txt and reuse it. PYTHON=... picks another interpreter (3.11 or later).
@@ -23,7 +23,7 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses auto tests/kernels
-	$(VENV)/bin/python -m pytest --ignore tests/kernels --ignore $(RAY_TESTS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --ignore tests/kernels --ignore $(RAY_TESTS)
 	$(VENV)/bin/python -m pytest $(RAY_TESTS)
 
 # 200 random batches of up to 300 texts of 1 to 600 tokens, each text also alone, and this machine's row counts anew;
