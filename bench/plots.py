@@ -4,14 +4,17 @@ python -m flashvec.bench.report      # rewrites tables and plots
 """
 
 import io
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flashvec.bench.report import GPU_LENGTHS, PROFILE_ORDER, comparable, gpu_attention_rows, read_rows
+from flashvec.bench.report import GPU_LENGTHS, PROFILE_ORDER, ROOT, comparable, gpu_attention_rows, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+TRAINING_LOG = ROOT / "models" / "smollm2-135m" / "log.jsonl"
+MEAN_OF = 20  # steps
 COLOURS = {"flashvec": "#4f46e5", "torch varlen_attn": "#f59e0b", "torch sdpa, cuDNN": "#10b981"}
 NAMES = {"flashvec": "flashvec", "torch varlen_attn": "torch varlen", "torch sdpa, cuDNN": "cuDNN, padded"}
 
@@ -69,6 +72,19 @@ def gpu_attention_plot(figure: Any) -> None:
     panels[0].set_ylabel("useful TFLOP/s")
 
 
+def training_plot(figure: Any) -> None:
+    """The loss of every step of the run that made models/smollm2-135m, and the mean of the last steps up to each."""
+    lines = [json.loads(line) for line in TRAINING_LOG.read_text(encoding="utf-8").splitlines()]
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    means = [sum(losses[max(0, i + 1 - MEAN_OF) : i + 1]) / min(i + 1, MEAN_OF) for i in range(len(losses))]
+    axes: Axes = figure.subplots()
+    axes.plot(steps, losses, color=COLOURS["flashvec"], alpha=0.25, linewidth=1, label="a step")
+    axes.plot(steps, means, color=COLOURS["flashvec"], label=f"mean of {MEAN_OF} steps")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    _plain(axes)
+
+
 def _plain(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(bottom=0)
@@ -78,6 +94,7 @@ def _plain(axes: "Axes") -> None:
 PLOTS: dict[str, tuple[Callable[[Any], None], float, float]] = {
     "embed": (embed_plot, 8, 3.2),
     "gpu_attention": (gpu_attention_plot, 10, 2.8),
+    "training": (training_plot, 8, 2.8),
 }
 
 
