@@ -71,10 +71,19 @@ class Texts:
             mean = PROFILES[profile]
             length = rng.lognormvariate(0, 0.4) * mean if mean else min(rng.paretovariate(0.9) * 20, 2000)
             words = max(1, round(length / self.tokens_per_word))
-            start = rng.randrange(max(1, len(self.words) - words))
-            texts.append(" ".join(self.words[start : start + words]))
+            texts.append(self._cut(words, rng))
             total += words * self.tokens_per_word
         return texts
+
+    def of_length(self, num_tokens: int, count: int, seed: int) -> list[str]:
+        """Texts of about `num_tokens` each."""
+        rng = random.Random(f"{num_tokens} {count} {seed}")
+        words = max(1, round(num_tokens / self.tokens_per_word))
+        return [self._cut(words, rng) for _ in range(count)]
+
+    def _cut(self, words: int, rng: random.Random) -> str:
+        start = rng.randrange(max(1, len(self.words) - words))
+        return " ".join(self.words[start : start + words])
 
 
 class Ceiling:

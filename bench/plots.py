@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 TRAINING_LOG = ROOT / "models" / "smollm2-135m" / "log.jsonl"
 MEAN_OF = 20  # steps
+SWEEPS = {
+    "length": "tokens of a text",
+    "texts": "sentences in a call",
+    "budget": "tokens run together",
+    "model": "millions of weights",
+}
 COLOURS = {"flashvec": "#4f46e5", "torch varlen_attn": "#f59e0b", "torch sdpa, cuDNN": "#10b981"}
 NAMES = {"flashvec": "flashvec", "torch varlen_attn": "torch varlen", "torch sdpa, cuDNN": "cuDNN, padded"}
 
@@ -72,6 +78,66 @@ def gpu_attention_plot(figure: Any) -> None:
     panels[0].set_ylabel("useful TFLOP/s")
 
 
+def scaling_plot(figure: Any) -> None:
+    """Tokens per second over a text's length, texts in a call, tokens run together, and weights; the newest run."""
+    rows = comparable(read_rows("scaling"), "dtype")[-1]
+    newest = {(row["sweep"], row["model"], row["at"]): row for row in rows}.values()
+    for axes, (sweep, name) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items(), strict=True):
+        own = sorted((row for row in newest if row["sweep"] == sweep), key=lambda row: row["at"])
+        axes.plot([r["at"] for r in own], [r["tokens_per_s"] for r in own], "o-", color=COLOURS["flashvec"])
+        axes.set_xscale("log", base=10 if sweep == "model" else 2)
+        axes.set_xlabel(name)
+        _plain(axes, legend=False)
+    figure.axes[0].set_ylabel("tokens/s")
+    last = rows[-1]
+    figure.suptitle(
+        f"{rows[0]['model']}, {last['dtype'].removeprefix('torch.')}, {last['cores']} cores of {last['cpu']}"
+    )
+
+
+def roofline_plot(figure: Any) -> None:
+    """Attention under the roof that a GPU's measured copy and product make, and how near ops come to the copy."""
+    ceiling = read_rows("gpu ceiling")[-1]
+    peak, copy = ceiling["tflops"], ceiling["gb_per_s"] / 1000
+    roof, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    intensities = [2**k for k in range(4, 14)]
+    roof.plot(intensities, [min(peak, copy * x) for x in intensities], color="#111827", linewidth=1)
+    found = gpu_attention_rows(read_rows("gpu attention"))[-1]
+    for direction, marker in (("forward", "o"), ("backward", "s")):
+        for head_size, colour in ((128, "#4f46e5"), (64, "#f59e0b")):
+            own = [found.get((direction, head_size, name, "flashvec")) for name in GPU_LENGTHS]
+            shown = [(_intensity(row), row["tflops"]) for row in own if row]
+            roof.plot(*zip(*shown, strict=True), marker, color=colour, label=f"{direction}, head {head_size}")
+    roof.set(xscale="log", yscale="log", xlabel="FLOPs a byte of inputs and outputs", ylabel="TFLOP/s")
+    roof.set_yticks([50, 100, 200, 400, 800], ["50", "100", "200", "400", "800"])
+    roof.minorticks_off()
+    roof.set_title("attention")
+    _plain(roof, zero=False)
+    shares: dict[tuple[str, str], float] = {}
+    for row in read_rows("gpu op"):
+        if row["variant"] == "flashvec" and "gb_per_s" in row and row["gpu"] == ceiling["gpu"]:
+            shares[row["op"], row["direction"]] = row["gb_per_s"] / ceiling["gb_per_s"]
+    ops = sorted({op for op, _ in shares}, reverse=True)
+    for place, direction in enumerate(("backward", "forward")):
+        at = [i + 0.4 * place for i in range(len(ops))]
+        own = [shares.get((op, direction), 0) for op in ops]
+        bars.barh(at, own, 0.38, color=("#a5b4fc", "#4f46e5")[place], label=direction)
+    bars.set_yticks([i + 0.2 for i in range(len(ops))], ops)
+    bars.set_title("share of a copy's bandwidth")
+    bars.axvline(1, color="#111827", linewidth=1)
+    _plain(bars, zero=False)
+    bars.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    figure.suptitle(ceiling["gpu"])
+
+
+def _intensity(row: dict[str, Any]) -> float:
+    """Useful FLOPs of an attention row over the bytes of its inputs and outputs, each touched once."""
+    heads, kv_heads = map(int, row["heads"].split("/"))
+    tensors = heads + kv_heads if row["direction"] == "forward" else 2 * (heads + kv_heads)
+    moved = 2 * tensors * row["tokens"] * row["head_size"] * 2  # Q, O and K, V (and their gradients), two bytes each
+    return float(row["tflops"] * row["us"] * 1e6 / moved)
+
+
 def training_plot(figure: Any) -> None:
     """The loss of every step of the run that made models/smollm2-135m, and the mean of the last steps up to each."""
     lines = [json.loads(line) for line in TRAINING_LOG.read_text(encoding="utf-8").splitlines()]
@@ -85,15 +151,18 @@ def training_plot(figure: Any) -> None:
     _plain(axes)
 
 
-def _plain(axes: "Axes") -> None:
+def _plain(axes: "Axes", *, legend: bool = True, zero: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    if zero:
+        axes.set_ylim(bottom=0)
+    if legend:
+        axes.legend(frameon=False)
 
 
 PLOTS: dict[str, tuple[Callable[[Any], None], float, float]] = {
     "embed": (embed_plot, 8, 3.2),
     "gpu_attention": (gpu_attention_plot, 10, 2.8),
+    "roofline": (roofline_plot, 10, 3.4),
     "training": (training_plot, 8, 2.8),
 }
 

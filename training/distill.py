@@ -18,6 +18,7 @@ articles would else stand for what they say. On 300 pairs of STS-B dev a prompt 
 mean and 77.5 whitened to the power 0.35, but 72.9 and 70.5 with Wikipedia's mean and axes.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +26,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from flashvec.runtime.decoder import Decoder
@@ -40,6 +43,7 @@ FALLBACK_LAYERS = 2  # before the end, for a teacher that is told no layer
 SMOOTHING = 0.05  # of the mean variance: axes without any are not blown up
 CROP_WORDS = 6  # the shortest text that is cropped
 CROP_SHARES = (0.4, 0.8)  # of a text's words
+READ_TOGETHER = 128  # texts of the teacher's between two looks at the progress line
 MAX_KNOWN_BYTES = 1 << 30  # of the teacher's states that are kept for later epochs
 
 
@@ -154,7 +158,11 @@ class Distill:
         """For each prompt the mean [D] of its states over texts of one file, and the axes [D, D] to see them along."""
         rows = np.flatnonzero(self.sources == source)
         order = np.random.default_rng(self.config.loop.seed).permutation(len(rows))
-        return [self._space(states) for states in self._states(rows[order[: self.config.whitening_texts]])]
+        chosen = rows[order[: self.config.whitening_texts]]
+        parts = np.array_split(chosen, -(-len(chosen) // READ_TOGETHER))
+        hidden = not (self.world.is_first and sys.stderr.isatty())
+        shown = track(parts, "the teacher reads", console=Console(stderr=True), transient=True, disable=hidden)
+        return [self._space(states) for states in torch.cat([self._states(part) for part in shown], 1)]
 
     def _space(self, states: Tensor) -> tuple[Tensor, Tensor]:
         mean_D = states.mean(0)
