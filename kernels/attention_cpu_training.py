@@ -67,7 +67,8 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, schedule: Schedule, settings: _Settings
     ) -> Tensor:
-        ctx.save_for_backward(q_THK, k_TGK, v_TGK)
+        # A copy of v: as a part of the merged product it would keep q and k alive, of which the rotated ones are kept.
+        ctx.save_for_backward(q_THK, k_TGK, v_TGK.contiguous())
         ctx.schedule, ctx.settings = schedule, settings
         out_THK = q_THK.new_empty(q_THK.shape)
         out_THK[schedule.num_tokens :] = 0

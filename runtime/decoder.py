@@ -11,8 +11,9 @@ follows, in one pass.
 Shape letters: T = packed tokens, D = hidden size, H = query heads, G = kv heads, K = head size, F = MLP width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from flashvec.kernels.rope import rope_table
 from flashvec.kernels.schedule import Queries, Schedule
 from flashvec.kernels.swiglu import swiglu
 from flashvec.runtime.buckets import token_bucket
+from flashvec.runtime.remade import remade
 from flashvec.runtime.row_counts import RowCounts
 from flashvec.runtime.spec import DecoderSpec
 
@@ -236,11 +238,20 @@ class Decoder:
         """The stream within a layer, and what its MLP adds to it."""
         layer, rows = turn.layer, batch.rows
         h_TD, x_TD = self._add_norm(h_TD, y_TD, post_norm_D, layer.attention_norm)
+        again = self._again(h_TD, layer.attention_norm, batch.training)
         if queries is not None:
             h_TD, rows = h_TD[queries.rows], self._select(rows, queries)
-        y_TD = self._attend(turn, x_TD, batch, rows, queries)
+        with remade(x_TD, again):
+            y_TD = self._attend(turn, x_TD, batch, rows, queries)
         h_TD, x_TD = self._add_norm(h_TD, y_TD, layer.attention_post_norm, layer.mlp_norm)
-        return h_TD, self._mlp(turn, x_TD, rows, batch.training)
+        with remade(x_TD, self._again(h_TD, layer.mlp_norm, batch.training)):
+            return h_TD, self._mlp(turn, x_TD, rows, batch.training)
+
+    def _again(self, h_TD: Tensor, weight_D: Tensor, training: Training) -> Callable[[], Tensor] | None:
+        """How a backward makes the norm of the stream again; None where there is none, or where it runs the layer."""
+        if not torch.is_grad_enabled() or training.recompute:
+            return None
+        return partial(self._norm, h_TD.detach(), weight_D.detach(), self.dtype)
 
     def _select(self, rows: Rows, queries: Queries) -> Rows:
         identities = None if rows.identities_T is None else rows.identities_T[queries.rows]
@@ -309,7 +320,9 @@ class Decoder:
         F, D = self.spec.mlp_size, self.spec.hidden_size
         gate_up = self._product(turn, "gate_up", x_TD, [F, F], GATE_UP_SITE, rows, training)
         activated = swiglu(gate_up, self.spec.activation)
-        return self._product(turn, "down", activated, [D], DOWN_SITE, rows, training)
+        keeps = not torch.is_grad_enabled() or training.recompute
+        with remade(activated, None if keeps else partial(swiglu, gate_up.detach(), self.spec.activation)):
+            return self._product(turn, "down", activated, [D], DOWN_SITE, rows, training)
 
     def _product(
         self, turn: Turn, name: str, x: Tensor, splits: list[int], site: int, rows: Rows, training: Training

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flashvec.runtime.memory import host_memory
+from flashvec.runtime.remade import watched
 
 SHARE_OF_FREE = 0.5  # of the memory that is free before the first step, for graphs
 
@@ -21,13 +22,12 @@ def graph_bytes(run: Callable[[], Any], known: Iterable[Tensor] = ()) -> int:
     lives_anyway = {x.untyped_storage().data_ptr() for x in known}
     found: dict[int, tuple[int, Tensor]] = {}
 
-    def note(x: Tensor) -> Tensor:
+    def note(x: Tensor) -> None:
         storage = x.untyped_storage()
         if storage.data_ptr() not in lives_anyway:
             found[storage.data_ptr()] = (storage.nbytes(), x)  # held, so that no address is given out twice
-        return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with watched(note):
         result = run()
     total = sum(size for size, _ in found.values())
     del result

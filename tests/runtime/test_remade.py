@@ -1,0 +1,56 @@
+import torch
+
+from flashvec.runtime.remade import remade, watched
+
+
+class Scaled(torch.autograd.Function):
+    """x * w, which keeps both."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad * w, grad * x
+
+
+def graph(source, w, is_remade, made):
+    """(2 source) * w, its middle kept or made again; `made` counts."""
+
+    def again():
+        made.append(torch.is_grad_enabled())
+        return source.detach() * 2
+
+    middle = source * 2
+    with remade(middle, again if is_remade else None):
+        return Scaled.apply(middle, w)
+
+
+def test_gradients_are_those_of_a_graph_that_keeps():
+    found = []
+    for is_remade in (False, True):
+        source, w = torch.arange(6.0).requires_grad_(), torch.linspace(1, 2, 6).requires_grad_()
+        made: list[bool] = []
+        out = graph(source, w, is_remade, made)
+        assert not made
+        out.square().sum().backward()
+        assert made == ([False] if is_remade else [])
+        found.append((source.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_tensor_is_freed_and_the_rest_is_watched():
+    source, w = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    for is_remade in (False, True):
+        seen: list[torch.Tensor] = []
+        with watched(seen.append):
+            out = graph(source, w, is_remade, [])
+        assert any(x.data_ptr() == w.data_ptr() for x in seen)
+        assert any(torch.equal(x, torch.full((4,), 2.0)) for x in seen) is not is_remade
+        out.sum().backward()
+    seen = []
+    graph(source, w, True, [])
+    assert not seen
