@@ -70,6 +70,7 @@ def config_for(objective: str, folder: Path, **values: Any) -> Any:
     if objective == "distill":
         given["prompts"] = ['"{text}" means']
         given["teacher_layers"] = 2
+        given["crops"], given["neighbours"] = False, 1
     for key, value in values.items():
         given[key] = {**given[key], **value} if isinstance(value, dict) and key in given else value
     return build(CONFIGS[objective], given)

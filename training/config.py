@@ -65,6 +65,7 @@ class LoopConfig:
     recompute: bool = False  # layers' activations are made again in the backward instead of being kept
     activation_gib: float | None = None  # for graphs of micro-batches that are kept; default half of what is free
     log_every: int = 10
+    tensorboard: bool = False  # lines of the log as events too, in the output's folder `tensorboard`
     save_every: int = 200
     keep_checkpoints: int = 2
     average_checkpoints: int = 1  # the result is the mean of the last so many

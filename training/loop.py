@@ -23,6 +23,7 @@ from flashvec.training.config import OptimizerConfig, TrainConfig, to_yaml
 from flashvec.training.distributed import World
 from flashvec.training.encode import run_rows
 from flashvec.training.evaluate import embed_with, read_scored_pairs, sts_score
+from flashvec.training.events import Events
 from flashvec.training.model import Model
 from flashvec.training.progress import TrainingBar
 
@@ -72,6 +73,7 @@ def fingerprint(config: TrainConfig, files: Iterable[str]) -> str:
         settings.pop(key)
     for key in (
         "log_every",
+        "tensorboard",
         "save_every",
         "keep_checkpoints",
         "average_checkpoints",
@@ -125,6 +127,7 @@ class _Run:
         )
         files = [*getattr(config, "texts", ()), *getattr(config, "pairs", ())]
         self.fingerprint = fingerprint(config, files)
+        self.events: Events | None = None
         self.scored = None if config.sts is None else read_scored_pairs(Path(config.sts))
 
     def run(self, show: bool | None, until: int | None) -> dict[str, Any]:
@@ -136,6 +139,7 @@ class _Run:
         if self.world.is_first:
             (self.output / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
             _cut_log(self.output / LOG_FILE, start)
+        self.events = Events(self.output, start) if loop.tensorboard and self.world.is_first else None
         last: dict[str, Any] = {}
         stop = loop.steps if until is None else min(until, loop.steps)
         began, tokens = time.perf_counter(), 0
@@ -153,6 +157,8 @@ class _Run:
                 if (step + 1) % loop.save_every == 0 or step + 1 == stop:
                     self._save(step + 1)
                 bar.advance(last)
+        if self.events is not None:
+            self.events.close()
         if stop == loop.steps and loop.average_checkpoints > 1:
             self.world.barrier()  # the last one is written
             average_parameters(self.output, self.parameters, loop.average_checkpoints)
@@ -199,6 +205,8 @@ class _Run:
         if self.world.is_first:
             with (self.output / LOG_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            if self.events is not None:
+                self.events.add(line)
 
     def _save(self, step: int) -> None:
         if self.world.is_first:

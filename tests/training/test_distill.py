@@ -16,8 +16,6 @@ TEXTS = ["a river", "two grey stones", "winter", "the lantern and the falcon"]
 
 
 def objective_for(tmp_path, **values):
-    """The objective; each text alone where a test says nothing else."""
-    values = {"crops": False, "neighbours": 1, **values}
     config = config_for("distill", tmp_path, dtype="float32", **values)
     return Distill(load_model(config), config, World())
 

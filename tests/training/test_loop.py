@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -39,6 +40,23 @@ def test_a_run_leaves_an_encoder_a_log_and_the_names_of_what_it_saw(objective, t
     )
     text = "river willow winter"
     assert np.abs(trained.embed(text) - plain.embed(text)).max() > 1e-3
+
+
+def test_tensorboard_shows_the_log_and_a_resumed_run_goes_on_in_it(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = config_for("contrastive", tmp_path, loop={"tensorboard": True})
+    run_training(config, until=3)
+    run_training(config)
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert {"loss", "gradient_norm", "learning_rate", "tokens_per_s", "memory_gib"} <= set(events.Tags()["scalars"])
+    curve = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert curve == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in log] and len(curve) == 4
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"pip install 'flashvec\[tensorboard\]'"):
+        run_training(config_for("contrastive", tmp_path, output=str(tmp_path / "again"), loop={"tensorboard": True}))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

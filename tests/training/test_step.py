@@ -1,10 +1,12 @@
 """One gradient, however it is made: in one piece, in micro-batches of any split and order, kept, recomputed, spread."""
 
+import json
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_runs import config_for, tiny_base, write_pairs
 
 from flashvec.kernels import backend
@@ -13,7 +15,7 @@ from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, encode, micro_batches
 from flashvec.training.memory import graph_bytes
 from flashvec.training.model import load_model
-from flashvec.training.run import OBJECTIVES
+from flashvec.training.run import OBJECTIVES, run_training
 from flashvec.training.step import Retention, backward_through
 
 TOLERANCE = 1e-6  # relative error of a gradient, fp32: sums in another order, nothing else
@@ -130,6 +132,23 @@ def test_kernels_interpreted_give_the_references_gradient(tmp_path):
     assert {"_attention_bwd_dkv_kernel", "_low_rank_reduce_kernel", "_info_nce_bwd_kernel"} <= set(
         backend.launches - before
     )
+
+
+def test_twenty_steps_with_kernels_and_with_references_agree(tmp_path):
+    tiny_base(tmp_path / "base", num_hidden_layers=1)  # a kernel takes its time in the interpreter
+    values = {"batch_size": 2, "max_length": 6, "optimizer": {"learning_rate": 1e-3}, "loop": {"steps": 20}}
+    values["lora"] = {"targets": ["q_proj", "v_proj", "down_proj"]}
+    run_training(config_for("contrastive", tmp_path, **values))
+    before = backend.launches.copy()
+    with backend.interpreted():
+        run_training(config_for("contrastive", tmp_path, output=str(tmp_path / "kernels"), **values))
+    assert (backend.launches - before)["_attention_bwd_dkv_kernel"] >= 20
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("out", "kernels")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-5)
+    kept = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "kernels")]
+    ends = [torch.cat([x.flatten() for x in adapter.values()]) for adapter in kept]
+    assert relative(ends[1], ends[0]) <= 1e-4
 
 
 def test_recomputation_keeps_a_fraction(tmp_path):
