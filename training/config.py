@@ -134,10 +134,10 @@ class DistillConfig(TrainConfig):
         'The topic of "{text}" in one word is:"',
     )
     teacher_layers: int | None = None  # default all but two
-    whitening: float = 0.25  # power of the teacher's inverse variances along principal axes; 0 centres alone
+    whitening: float = 0.2  # power of the teacher's inverse variances along principal axes; 0 centres alone
     whitening_texts: int = 2048  # that mean and variances are estimated from
     temperature: float = 0.05  # of the rows' softmax, for both sides
-    squared_weight: float = 20.0  # of the squared error of similarities, beside the divergence
+    squared_weight: float = 1.0  # of the squared error of similarities, beside the divergence
     depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone
     neighbours: int = 4  # lines that follow each other in a file and meet in a batch, where they differ the least
     crops: bool = True  # every text of six words or more also comes as a part of itself

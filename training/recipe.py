@@ -2,9 +2,9 @@
 
     python -m flashvec.training.recipe --wikipedia wiki/*.txt --wordnet /usr/share/wordnet --out out/smollm2
 
-Wikipedia as an extractor leaves it (a paragraph a line), as sentences and as passages of two to four of them; WordNet
-3.0's data files (Debian: wordnet-base), of which the example sentences and the definitions are taken: short, everyday
-language beside an encyclopaedia's. Only text is used, no relation, no label. Run again, it goes on where it was.
+Wikipedia as an extractor leaves it (a paragraph a line); WordNet 3.0's data files (Debian: wordnet-base), of which the
+example sentences and the definitions are taken: short, everyday language beside an encyclopaedia's. Only text is used,
+no relation, no label. Run again, it goes on where it was.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from flashvec.training.sentences import training_lines, write_lines
 
 SETTINGS = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m" / "train.yaml"
 TOGETHER = 4  # lines that stay neighbours: WordNet lists what is alike side by side
-SENTENCES, PASSAGES, EXAMPLES, GLOSSES = 4000, 1000, 10_000, 3200
+WIKIPEDIA_LINES, EXAMPLE_LINES, GLOSS_LINES = 3000, 4000, 1600
 MAX_SENTENCE_WORDS = 20
 MIN_WORDS, MAX_GLOSS_WORDS = 5, 20
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
@@ -65,14 +65,15 @@ def drawn_runs(lines: Sequence[str], limit: int, seed: int) -> list[str]:
 
 
 def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> list[str]:
-    """The files that the recipe trains on, each a source of its own; returns their paths."""
+    """The three files that the recipe trains on, each a source of its own; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     examples, glosses = wordnet_texts(wordnet)
     found = {
-        "sentences.txt": training_lines(wikipedia, limit=SENTENCES, passages=0, max_words=MAX_SENTENCE_WORDS, seed=0),
-        "passages.txt": training_lines(wikipedia, limit=PASSAGES, passages=1, seed=1),
-        "examples.txt": drawn_runs(examples, EXAMPLES, 0),
-        "glosses.txt": drawn_runs(glosses, GLOSSES, 0),
+        "wiki.txt": training_lines(
+            wikipedia, limit=WIKIPEDIA_LINES, passages=0.08, max_words=MAX_SENTENCE_WORDS, seed=0
+        ),
+        "examples.txt": drawn_runs(examples, EXAMPLE_LINES, 0),
+        "glosses.txt": drawn_runs(glosses, GLOSS_LINES, 0),
     }
     for name, lines in found.items():
         write_lines(folder / name, lines)

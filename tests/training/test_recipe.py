@@ -62,12 +62,7 @@ def test_the_command_leaves_an_adapter(sources, monkeypatch):
     arguments = ["--wikipedia", str(sources / "wiki.txt"), "--wordnet", str(sources / "wordnet"), "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings)])
     recipe.main()
-    assert sorted(file.name for file in (out / "texts").iterdir()) == [
-        "examples.txt",
-        "glosses.txt",
-        "passages.txt",
-        "sentences.txt",
-    ]
+    assert sorted(file.name for file in (out / "texts").iterdir()) == ["examples.txt", "glosses.txt", "wiki.txt"]
     vectors = Encoder.load(sources / "base", adapters=out / "adapter", dtype="float32").embed(["a mill", "a road"])
     monkeypatch.setattr("sys.argv", ["recipe", *arguments, "--settings", str(sources / "none.yaml")])
     with pytest.raises(SystemExit, match=r"recipe: .*none\.yaml: no such file"):
