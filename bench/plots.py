@@ -120,8 +120,8 @@ def roofline_plot(figure: Any) -> None:
     ops = sorted({op for op, _ in shares}, reverse=True)
     for place, direction in enumerate(("backward", "forward")):
         at = [i + 0.4 * place for i in range(len(ops))]
-        own = [shares.get((op, direction), 0) for op in ops]
-        bars.barh(at, own, 0.38, color=("#a5b4fc", "#4f46e5")[place], label=direction)
+        widths = [shares.get((op, direction), 0.0) for op in ops]
+        bars.barh(at, widths, 0.38, color=("#a5b4fc", "#4f46e5")[place], label=direction)
     bars.set_yticks([i + 0.2 for i in range(len(ops))], ops)
     bars.set_title("share of a copy's bandwidth")
     bars.axvline(1, color="#111827", linewidth=1)
