@@ -14,6 +14,7 @@ from flashvec.training.config import ConfigError, OptimizerConfig
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distributed import World
 from flashvec.training.evaluate import embed_with
+from flashvec.training.events import FOLDER
 from flashvec.training.loop import TrainingStopped, learning_rate, train
 from flashvec.training.model import load_model
 from flashvec.training.run import run_training
@@ -49,7 +50,7 @@ def test_tensorboard_shows_the_log_and_a_resumed_run_goes_on_in_it(tmp_path, mon
     run_training(config, until=3)
     run_training(config)
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "out" / FOLDER))
     events.Reload()
     assert {"loss", "gradient_norm", "learning_rate", "tokens_per_s", "memory_gib"} <= set(events.Tags()["scalars"])
     curve = [(event.step, event.value) for event in events.Scalars("loss")]
