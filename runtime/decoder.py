@@ -249,9 +249,7 @@ class Decoder:
 
     def _again(self, h_TD: Tensor, weight_D: Tensor, training: Training) -> Callable[[], Tensor] | None:
         """How a backward makes the norm of the stream again; None where there is none, or where it runs the layer."""
-        if not torch.is_grad_enabled() or training.recompute:
-            return None
-        return partial(self._norm, h_TD.detach(), weight_D.detach(), self.dtype)
+        return partial(self._norm, h_TD.detach(), weight_D.detach(), self.dtype) if _remakes(training) else None
 
     def _select(self, rows: Rows, queries: Queries) -> Rows:
         identities = None if rows.identities_T is None else rows.identities_T[queries.rows]
@@ -320,8 +318,8 @@ class Decoder:
         F, D = self.spec.mlp_size, self.spec.hidden_size
         gate_up = self._product(turn, "gate_up", x_TD, [F, F], GATE_UP_SITE, rows, training)
         activated = swiglu(gate_up, self.spec.activation)
-        keeps = not torch.is_grad_enabled() or training.recompute
-        with remade(activated, None if keeps else partial(swiglu, gate_up.detach(), self.spec.activation)):
+        again = partial(swiglu, gate_up.detach(), self.spec.activation) if _remakes(training) else None
+        with remade(activated, again):
             return self._product(turn, "down", activated, [D], DOWN_SITE, rows, training)
 
     def _product(
@@ -364,6 +362,11 @@ class Decoder:
             return None
         steps = torch.floor(schedule.positions.double() / self.spec.query_scale_positions)
         return (1 + self.spec.query_scale_beta * torch.log1p(steps)).float()
+
+
+def _remakes(training: Training) -> bool:
+    """Whether a backward will make cheap tensors again: not where it runs whole layers again anyway."""
+    return torch.is_grad_enabled() and not training.recompute
 
 
 def _at(dropout: Dropout | None, index: int, site: int) -> Dropout | None:

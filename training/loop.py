@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,11 +140,13 @@ class _Run:
         if self.world.is_first:
             (self.output / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
             _cut_log(self.output / LOG_FILE, start)
-        self.events = Events(self.output, start) if loop.tensorboard and self.world.is_first else None
+        if loop.tensorboard and self.world.is_first:
+            self.events = Events(self.output, start)
         last: dict[str, Any] = {}
         stop = loop.steps if until is None else min(until, loop.steps)
         began, tokens = time.perf_counter(), 0
-        with TrainingBar(loop.steps, start, show and self.world.is_first) as bar:
+        watched = nullcontext() if self.events is None else closing(self.events)
+        with TrainingBar(loop.steps, start, show and self.world.is_first) as bar, watched:
             for step in range(start, stop):
                 last = self._step(step)
                 tokens += int(last["tokens"])
@@ -157,8 +160,6 @@ class _Run:
                 if (step + 1) % loop.save_every == 0 or step + 1 == stop:
                     self._save(step + 1)
                 bar.advance(last)
-        if self.events is not None:
-            self.events.close()
         if stop == loop.steps and loop.average_checkpoints > 1:
             self.world.barrier()  # the last one is written
             average_parameters(self.output, self.parameters, loop.average_checkpoints)
