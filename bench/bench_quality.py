@@ -10,11 +10,15 @@ English stop words and stems). Spearman of cosines x 100, nDCG@10 x 100.
 """
 
 import argparse
+import importlib.util
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from flashvec.bench.timing import append_rows
 from flashvec.runtime.encoder import Encoder
@@ -82,12 +86,15 @@ def measure(reading: Reading, model: str, sts: list[Path], retrieval: list[Path]
         yield {**about, "data": file.stem, **_retrieval(scores), "seconds": round(time.perf_counter() - start, 1)}
 
 
-def measure_bm25(model: str, retrieval: list[Path]) -> Iterator[dict[str, Any]]:
-    """A row for each file, beside a model's."""
+def measure_bm25(model: str, dtype: torch.dtype, retrieval: list[Path]) -> Iterator[dict[str, Any]]:
+    """A row for each file, in the table of a model in a dtype; none where bm25s is not installed."""
+    if retrieval and not all(importlib.util.find_spec(name) for name in ("bm25s", "Stemmer")):
+        print("no BM25: it needs pip install bm25s PyStemmer", flush=True)
+        return
     for file in retrieval:
         start = time.perf_counter()
         scores = bm25_score(read_collection(file))
-        yield {"benchmark": "quality", "model": Path(model).name, "variant": "BM25", "dtype": "torch.float32",
+        yield {"benchmark": "quality", "model": Path(model).name, "variant": "BM25", "dtype": str(dtype),
                "data": file.stem, **_retrieval(scores), "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
 
 
@@ -128,11 +135,20 @@ def main() -> None:
         parser.error("name what to measure on: --sts FILE or --retrieval FILE")
     if options.trained_only and options.adapter is None:
         parser.error("--trained-only needs --adapter")
-    num_layers = Encoder.load(options.model).spec.decoder.num_layers
+    try:
+        run(options)
+    except ValueError as error:  # a model or a file: says what and where
+        sys.exit(f"bench_quality: {error}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print and keep, row by row."""
+    base = Encoder.load(options.model)
     untrained = not options.trained_only
+    num_layers = base.spec.decoder.num_layers
     found = readings(num_layers, options.adapter, options.depths, untrained=untrained, name=options.name)
     rows = chain.from_iterable(measure(each, options.model, options.sts, options.retrieval) for each in found)
-    for row in chain(measure_bm25(options.model, options.retrieval if untrained else []), rows):
+    for row in chain(measure_bm25(options.model, base.dtype, options.retrieval if untrained else []), rows):
         shown = f"{row['variant']:56} {row['data']:14} {row['measure']} {row['score']:6.2f}"
         print(f"{shown}  {row['seconds']} s", flush=True)
         if not options.dry:

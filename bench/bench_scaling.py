@@ -7,6 +7,7 @@ real ones and random weights, whose products take the same time.
 """
 
 import argparse
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,10 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     options = parser.parse_args()
-    encoder = Encoder.load(options.model, dtype=options.dtype)
+    try:
+        encoder = Encoder.load(options.model, dtype=options.dtype)
+    except ValueError as error:  # the model's files, or the dtype: says what and where
+        sys.exit(f"bench_scaling: {error}")
     texts = Texts.for_encoder(options.texts, encoder)
     found = points(encoder, Path(options.model).name, texts, options.shapes, options.repetitions)
     rows = measure(found, options.repetitions)

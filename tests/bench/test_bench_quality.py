@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from training_runs import config_for
 
 from flashvec.bench import bench_quality, report
@@ -68,7 +69,15 @@ def test_bm25_finds_words_by_their_stems_and_rows_carry_their_name(tmp_path, mon
     assert kept[0]["score"] == 100 and all(row["measure"] == "nDCG@10" and row["queries"] == 1 for row in kept)
     monkeypatch.setattr("sys.argv", ["x", *arguments, "--trained-only", "--dry"])
     bench_quality.main()
-    assert len(kept) == 5 and capsys.readouterr().out.splitlines()[-1].startswith("trained, bidirectional, mean")
+    out = capsys.readouterr().out
+    assert len(kept) == 5 and out.splitlines()[-1].startswith("trained, bidirectional, mean")
+    with monkeypatch.context() as without:
+        without.setattr(bench_quality.importlib.util, "find_spec", lambda name: None)
+        assert not list(bench_quality.measure_bm25("m", torch.float32, [folder]))
+    assert capsys.readouterr().out == "no BM25: it needs pip install bm25s PyStemmer\n"
+    monkeypatch.setattr("sys.argv", ["x", "--model", str(tmp_path / "none"), "--sts", "f"])
+    with pytest.raises(SystemExit, match=r"bench_quality: .*none: no such file or folder"):
+        bench_quality.main()
 
 
 def test_a_table_has_a_column_for_each_set():

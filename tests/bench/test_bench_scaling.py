@@ -48,3 +48,9 @@ def test_rows_and_their_plot(small, monkeypatch, capsys):
     monkeypatch.setattr(plots, "read_rows", lambda benchmark: [{**row, **machine} for row in kept])
     drawn = plots.svg_of(plots.scaling_plot, 10, 2.8)
     assert all(name in drawn for name in plots.SWEEPS.values())
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--model", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"bench_scaling: .*none: no such file or folder"):
+        bench_scaling.main()
