@@ -170,6 +170,11 @@ def gpu_embed_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _stage(variant: str) -> int:
+    """Where a reading stands in the table: what needs no training, what led to the model, the model."""
+    return 0 if variant.startswith(("untrained", "BM25")) else 1 + variant.startswith("trained")
+
+
 def quality_table(rows: list[Row]) -> list[str]:
     """Scores of readings, untrained and trained, a column for each set; a table for each model and machine."""
     lines: list[str] = []
@@ -178,7 +183,7 @@ def quality_table(rows: list[Row]) -> list[str]:
         sets = list(dict.fromkeys((row["data"], row["measure"]) for row in newest.values()))
         lines += ["| | " + " | ".join(f"{name} ({measure})" for name, measure in sets) + " |"]
         lines += ["|---" * (len(sets) + 1) + "|"]
-        for variant in sorted(dict.fromkeys(variant for variant, _ in newest), key=lambda v: v.startswith("trained")):
+        for variant in sorted(dict.fromkeys(variant for variant, _ in newest), key=_stage):
             cells = [newest.get((variant, name)) for name, _ in sets]
             lines.append(f"| {variant} | " + " | ".join(f"{c['score']:.1f}" if c else "" for c in cells) + " |")
         about = f"{group[-1]['model']}, {group[-1]['dtype'].removeprefix('torch.')}, on {where(list(newest.values()))}."

@@ -127,17 +127,16 @@ class DistillConfig(TrainConfig):
 
     texts: tuple[str, ...] = ()
     batch_size: int = 64
-    prompts: tuple[str, ...] = (
-        'This sentence : "{text}" means in one word:"',
-        'Summarise the sentence "{text}" in one word:"',
-        'The essence of the sentence "{text}" is captured by the word:"',
-        'The topic of "{text}" in one word is:"',
-    )
+    prompts: tuple[str, ...] = ('This sentence : "{text}" can be summarized in one word:"',)
     teacher_layers: int | None = None  # default all but two
-    whitening: float = 0.2  # power of the teacher's inverse variances along principal axes; 0 centres alone
-    whitening_texts: int = 2048  # that mean and variances are estimated from
-    temperature: float = 0.05  # of the rows' softmax, for both sides
-    squared_weight: float = 1.0  # of the squared error of similarities, beside the divergence
+    centred: bool = False  # the teacher's states, by their file's mean, and whitened along principal axes
+    whitening: float = 0.5  # power of the inverse variances of the teacher's dimensions, or axes; 0 leaves them
+    whitening_texts: int = 400  # of each file, that mean and variances are estimated from
+    teachers: tuple[str, ...] = ()  # adapters of the same model whose unprompted vectors teach beside the prompts
+    vector_weight: float = 1.0  # of the distance to the teacher's vectors, turned to where the student starts
+    divergence_weight: float = 0.0  # of the divergence between softmaxed rows of cosines
+    temperature: float = 0.05  # of that softmax, for both sides
+    squared_weight: float = 0.0  # of the squared error of cosines
     depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone
     neighbours: int = 4  # lines that follow each other in a file and meet in a batch, where they differ the least
     crops: bool = True  # every text of six words or more also comes as a part of itself

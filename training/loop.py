@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
 from flashvec.runtime.memory import host_memory
 from flashvec.training.checkpoint import average_parameters, load_checkpoint, save_checkpoint
 from flashvec.training.config import OptimizerConfig, TrainConfig, to_yaml
@@ -127,6 +128,10 @@ class _Run:
             weight_decay=adam.weight_decay,
         )
         files = [*getattr(config, "texts", ()), *getattr(config, "pairs", ())]
+        self.earlier = [
+            Path(name).expanduser() for name in (config.lora.start, *getattr(config, "teachers", ())) if name
+        ]
+        files += [str(file) for folder in self.earlier if (file := folder / WEIGHTS_FILE).is_file()]
         self.fingerprint = fingerprint(config, files)
         self.events: Events | None = None
         self.scored = None if config.sts is None else read_scored_pairs(Path(config.sts))
@@ -216,8 +221,14 @@ class _Run:
         self.world.barrier()
 
     def _write_seen(self) -> None:
-        """Sorted hashes of every text of the run, so that overlap with an evaluation set can be looked for."""
+        """Sorted hashes of every text of the run, so that overlap with an evaluation set can be looked for.
+
+        Those of the adapters it came from among them.
+        """
         found = {name for step in range(self.config.loop.steps) for name in self.objective.seen(step)}
+        for file in (folder / SEEN_FILE for folder in self.earlier):
+            if file.is_file():
+                found |= set(np.load(file, allow_pickle=False).tolist())
         np.save(self.output / SEEN_FILE, np.array(sorted(found), np.int64), allow_pickle=False)
 
 

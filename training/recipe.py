@@ -1,10 +1,12 @@
-"""How `models/smollm2-135m` was made: text files from Wikipedia and WordNet, then self-distillation, by one command.
+"""How `models/smollm2-135m` was made: texts from Wikipedia and WordNet, then self-distillation twice, by one command.
 
     python -m flashvec.training.recipe --wikipedia wiki/*.txt --wordnet /usr/share/wordnet --out out/smollm2
 
-Wikipedia as an extractor leaves it (a paragraph a line); WordNet 3.0's data files (Debian: wordnet-base), of which the
-example sentences and the definitions are taken: short, everyday language beside an encyclopaedia's. Only text is used,
-no relation, no label. Run again, it goes on where it was.
+The first run learns from the frozen model's one-word answers, by cosines; the second goes on from there, and both the
+answers to another prompt and the first run's vectors teach it. Wikipedia as an extractor leaves it (a paragraph a
+line); WordNet 3.0's data files (Debian: wordnet-base), of which the example sentences and the definitions are taken:
+short, everyday language beside an encyclopaedia's. Only text is used, no relation, no label. Run again, it goes on
+where it was.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,12 +24,25 @@ from flashvec.training.loop import TrainingStopped
 from flashvec.training.run import run_training
 from flashvec.training.sentences import training_lines, write_lines
 
-SETTINGS = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m" / "train.yaml"
+SETTINGS = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m"
 TOGETHER = 4  # lines that stay neighbours: WordNet lists what is alike side by side
-WIKIPEDIA_LINES, EXAMPLE_LINES, GLOSS_LINES = 3000, 4000, 1600
 MAX_SENTENCE_WORDS = 20
 MIN_WORDS, MAX_GLOSS_WORDS = 5, 20
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+
+
+class Lines(NamedTuple):
+    """How many lines of each kind a run reads."""
+
+    wikipedia: int
+    joined: float  # the share of Wikipedia's lines that are several sentences
+    passages: int  # more lines of several sentences, in a file of their own
+    examples: int
+    glosses: int
+
+
+FIRST = Lines(3000, 0.08, 0, 4000, 1600)
+SECOND = Lines(4000, 0.0, 352, 6000, 1600)
 
 
 def wordnet_texts(folder: Path) -> tuple[list[str], list[str]]:
@@ -64,20 +80,35 @@ def drawn_runs(lines: Sequence[str], limit: int, seed: int) -> list[str]:
     return [lines[TOGETHER * run + place] for run in sorted(runs.tolist()) for place in range(TOGETHER)]
 
 
-def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> list[str]:
-    """The three files that the recipe trains on, each a source of its own; returns their paths."""
+def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path, lines: Lines) -> list[str]:
+    """The files that a run trains on, each a source of its own; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     examples, glosses = wordnet_texts(wordnet)
     found = {
         "wiki.txt": training_lines(
-            wikipedia, limit=WIKIPEDIA_LINES, passages=0.08, max_words=MAX_SENTENCE_WORDS, seed=0
-        ),
-        "examples.txt": drawn_runs(examples, EXAMPLE_LINES, 0),
-        "glosses.txt": drawn_runs(glosses, GLOSS_LINES, 0),
+            wikipedia, limit=lines.wikipedia, passages=lines.joined, max_words=MAX_SENTENCE_WORDS, seed=0
+        )
     }
-    for name, lines in found.items():
-        write_lines(folder / name, lines)
+    if lines.passages:
+        found["passages.txt"] = training_lines(wikipedia, limit=lines.passages, passages=1.0, seed=1)
+    found["examples.txt"] = drawn_runs(examples, lines.examples, 0)
+    found["glosses.txt"] = drawn_runs(glosses, lines.glosses, 0)
+    for name, own in found.items():
+        write_lines(folder / name, own)
     return [str(folder / name) for name in found]
+
+
+def make(options: argparse.Namespace) -> None:
+    """Both runs."""
+    first, second = options.out / "first", options.out / "adapter"
+    texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts-first", FIRST)
+    own = [f"texts={texts}", f"output={first}", *options.overrides]
+    print(f"first run: {first}", flush=True)
+    run_training(read_config(DistillConfig, options.settings / "first.yaml", own))
+    texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts", SECOND)
+    own = [f"texts={texts}", f"output={second}", f"lora.start={first}", f"teachers=[{first}]", *options.overrides]
+    print(f"second run: {second}", flush=True)
+    run_training(read_config(DistillConfig, options.settings / "train.yaml", own))
 
 
 def main() -> None:
@@ -87,13 +118,18 @@ def main() -> None:
         "--wordnet", type=Path, required=True, help="folder of data.noun, data.verb, data.adj, data.adv"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the texts and the adapter")
-    parser.add_argument("--settings", type=Path, default=SETTINGS, help="YAML; default models/smollm2-135m/train.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the settings', such as loop.seed=1")
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        default=SETTINGS,
+        help="folder of first.yaml and train.yaml; default models/smollm2-135m",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="over both runs' settings, such as loop.seed=1"
+    )
     options = parser.parse_args()
     try:
-        texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts")
-        own = [f"texts={texts}", f"output={options.out / 'adapter'}", *options.overrides]
-        run_training(read_config(DistillConfig, options.settings, own))
+        make(options)
     except (ValueError, TrainingStopped) as error:  # files, settings, a model: each says what and where
         sys.exit(f"recipe: {error}")
 

@@ -122,12 +122,12 @@ def test_prints_answers_table_and_what_it_can_do(whole, capsys):
     assert "loop" in out and "error" in out and "(right)" in out
     assert "1.00" in out and "4 of 4" in out and "tokens/s" in out and "total time" in out
     assert all(setting.name in out for setting in demo.SETTINGS)
-    assert "never trained" in out
+    assert "without labels" in out
 
 
 def test_exit_below_half(whole, capsys):
     whole(["for"], ["nowhere"], ["nowhere"], ["nowhere"])
-    with pytest.raises(SystemExit, match=r"recall@3 of the better setting is 0\.25, below 0\.50"):
+    with pytest.raises(SystemExit, match=r"recall@3 of the best setting is 0\.25, below 0\.50"):
         demo.main()
 
 

@@ -1,16 +1,19 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from training_runs import config_for
 
 from flashvec.runtime.encoder import Encoder
-from flashvec.training import distill
+from flashvec.training import teacher as teacher_module
 from flashvec.training.config import ConfigError
 from flashvec.training.data import DataError, text_hash
-from flashvec.training.distill import Distill, frozen_teacher, with_crops
+from flashvec.training.distill import Distill, with_crops
 from flashvec.training.distributed import World
 from flashvec.training.encode import encode, token_rows
 from flashvec.training.model import load_model
+from flashvec.training.run import run_training
+from flashvec.training.teacher import frozen_encoder
 
 TEXTS = ["a river", "two grey stones", "winter", "the lantern and the falcon"]
 
@@ -20,55 +23,73 @@ def objective_for(tmp_path, **values):
     return Distill(load_model(config), config, World())
 
 
+def cosines_of(teacher, rows):
+    vectors = teacher.vectors(rows)
+    return vectors @ vectors.T
+
+
+def cosines(objective, rows):
+    return cosines_of(objective.teacher, rows)
+
+
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("whitening", [0.0, 0.35, 0.5])
-def test_teacher_is_the_model_run_causally_under_its_prompts(whitening, tmp_path):
+def test_teacher_is_the_model_run_causally_under_its_prompts(whitening, centred, tmp_path):
     prompts = ['"{text}" means', "In a word, {text} is"]
-    objective = objective_for(tmp_path, prompts=prompts, teacher_layers=1, whitening=whitening)
+    objective = objective_for(tmp_path, prompts=prompts, teacher_layers=1, whitening=whitening, centred=centred)
     base = tmp_path / "base"
-    cut = objective.teacher.spec.max_length  # some of the file's texts are longer
+    cut = objective.teacher.encoder.spec.max_length  # some of the file's texts are longer
     causal = Encoder.load(base, attention="causal", pooling="last", layers=1, dtype="float32", max_length=cut)
-    rows = np.array([3, 0, 5, 2])
-    texts = [objective.texts[row] for row in rows]
-    want = torch.zeros(len(rows), len(rows))
+    of_prompts, floors = [], []
     for prompt in prompts:
-        all_texts = causal.embed(objective.texts, instruction=prompt, normalize=False)
-        _, scales, axes = np.linalg.svd(all_texts - all_texts.mean(0), full_matrices=True)
-        variances = np.zeros(len(axes))
-        variances[: len(scales)] = scales**2 / len(all_texts)
+        states = causal.embed(objective.texts, instruction=prompt, normalize=False)
+        mean = states.mean(0)
+        if centred:
+            _, scales, axes = np.linalg.svd(states - mean, full_matrices=True)
+            variances = np.zeros(len(axes))
+            variances[: len(scales)] = scales**2 / len(states)
+        else:
+            mean, axes, variances = 0 * mean, np.eye(len(mean)), states.var(0)
         weights = 1.0 if not whitening else (variances + 0.05 * variances.mean()) ** -whitening
-        vectors = causal.embed(texts, instruction=prompt, normalize=False) - all_texts.mean(0)
-        unit = torch.nn.functional.normalize(torch.from_numpy(vectors @ axes.T * weights).float(), dim=1)
-        want += unit @ unit.T / 2
-    torch.testing.assert_close(objective.teach(rows), want, rtol=0, atol=1e-5)
+        unit = torch.nn.functional.normalize(torch.from_numpy((states - mean) @ axes.T * weights).float(), dim=1)
+        of_prompts.append(unit @ unit.T)
+        floors.append(float(of_prompts[-1][~torch.eye(len(unit), dtype=torch.bool)].mean()))
+    shares = 1 / (1 - np.array(floors))
+    shares /= shares.sum()
+    want = sum(share * found for share, found in zip(shares.tolist(), of_prompts, strict=True))
+    rows = np.array([3, 0, 5, 2])
+    torch.testing.assert_close(cosines(objective, rows), want[rows][:, rows], rtol=0, atol=1e-5)
+    assert objective.teacher.floor == pytest.approx(float(shares @ floors), abs=1e-5)
+    assert abs(objective.teacher.floor) < 0.1 if centred else 0.1 < objective.teacher.floor < 1
 
 
 def test_teacher_reads_a_text_once_and_says_the_same_later(tmp_path, monkeypatch):
-    objective, fresh = (objective_for(tmp_path, whitening_texts=2) for _ in range(2))
-    monkeypatch.setattr(distill, "MAX_KNOWN_BYTES", 0)
-    forgetful = objective_for(tmp_path, whitening_texts=2)
-    objective.teach(np.array([0, 1, 2, 3]))
+    teacher, fresh = (objective_for(tmp_path, whitening_texts=2, **COSINES).teacher for _ in range(2))
+    monkeypatch.setattr(teacher_module, "MAX_KNOWN_BYTES", 0)
+    forgetful = objective_for(tmp_path, whitening_texts=2).teacher
+    teacher.vectors(np.array([0, 1, 2, 3]))
     asked: list[str] = []
-    ask = objective._ask
-    monkeypatch.setattr(objective, "_ask", lambda texts, prompt: asked.extend(texts) or ask(texts, prompt))
+    ask = teacher._ask
+    monkeypatch.setattr(teacher, "_ask", lambda texts, prompt: asked.extend(texts) or ask(texts, prompt))
     rows = np.array([7, 4, 2, 0, 5, 6])
-    new = [row for row in rows.tolist() if row not in objective.known]
+    new = [row for row in rows.tolist() if row not in teacher.known]
     assert 2 <= len(new) <= 4
-    for each in (objective, forgetful):
-        assert torch.equal(each.teach(rows), fresh.teach(rows))
-    assert asked == [objective.texts[row] for row in new] * len(objective.config.prompts)
-    objective.teach(rows)
-    assert len(asked) == len(new) * len(objective.config.prompts) and not forgetful.known
+    for each in (teacher, forgetful):
+        assert torch.equal(each.vectors(rows), fresh.vectors(rows))
+    assert asked == [teacher.texts[row] for row in new] * len(teacher.config.prompts)
+    teacher.vectors(rows)
+    assert len(asked) == len(new) * len(teacher.config.prompts) and not forgetful.known
 
 
 def test_every_file_has_its_own_mean_and_its_own_batches(tmp_path):
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file, start in zip(files, ("the river", "a stone"), strict=True):
         file.write_text("".join(f"{start} number {i}\n" for i in range(12)))
-    objective = objective_for(tmp_path, texts=[str(file) for file in files], batch_size=4)
-    alone = [objective_for(tmp_path, texts=[str(file)], batch_size=4) for file in files]
+    objective = objective_for(tmp_path, texts=[str(file) for file in files], batch_size=4, centred=True)
+    alone = [objective_for(tmp_path, texts=[str(file)], batch_size=4, centred=True) for file in files]
     for source, single in enumerate(alone):
         rows = np.arange(4) + 12 * source
-        torch.testing.assert_close(objective.teach(rows), single.teach(np.arange(4)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(cosines(objective, rows), cosines(single, np.arange(4)), rtol=0, atol=1e-5)
     (tmp_path / "b.txt").write_text("too few\n")
     with pytest.raises(DataError, match=r"batch_size is 4, and b\.txt does not hold as many rows .*\(1 rows\)"):
         objective_for(tmp_path, texts=[str(file) for file in files], batch_size=4)
@@ -102,7 +123,7 @@ def test_crops_and_neighbours_meet_in_a_batch(tmp_path):
 def test_teacher_stays_as_it_was_while_the_body_is_trained(tmp_path):
     config = config_for("distill", tmp_path, dtype="float32", train="body")
     model = load_model(config)
-    teacher = frozen_teacher(model, config)
+    teacher = frozen_encoder(model, config)
     before = teacher.embed(TEXTS)
     with torch.no_grad():
         for x in model.trainable.parameters().values():
@@ -110,16 +131,70 @@ def test_teacher_stays_as_it_was_while_the_body_is_trained(tmp_path):
     assert (teacher.embed(TEXTS) == before).all()
 
 
-def test_loss_is_zero_where_similarities_agree_and_positive_else(tmp_path):
-    objective = objective_for(tmp_path)
-    vectors = torch.randn(6, 32)
-    unit = torch.nn.functional.normalize(vectors, dim=1)
-    assert float(objective.loss(vectors, unit @ unit.T)) == pytest.approx(0, abs=1e-6)
-    assert float(objective.loss(vectors, torch.eye(6))) > 0.01
+COSINES = {"vector_weight": 0.0, "divergence_weight": 1.0, "squared_weight": 1.0}
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_loss_is_zero_where_the_student_agrees_with_the_teacher(centred, tmp_path):
+    objective = objective_for(tmp_path, centred=centred)
+    taught = objective.teacher.vectors(np.arange(6))
+    (rotation,) = objective.rotations
+    torch.testing.assert_close(rotation.T @ rotation, torch.eye(32), rtol=0, atol=1e-5)
+    assert float(objective.loss(3 * taught @ rotation, taught)) == pytest.approx(0, abs=1e-4)
+    turned = torch.linalg.qr(torch.randn(32, 32))[0]
+    assert float(objective.loss(taught @ turned, taught)) > 0.1  # cosines agree, vectors do not
+    cosines_alone = objective_for(tmp_path, centred=centred, **COSINES)
+    assert float(cosines_alone.loss(taught @ turned, taught)) == pytest.approx(0, abs=1e-4)
+    assert float(cosines_alone.loss(torch.eye(6, 32), taught)) > 0.01
+
+
+def test_rotation_brings_the_teacher_nearest_to_the_student_at_its_start(tmp_path):
+    objective = objective_for(tmp_path, depths=[1, 2])
+    texts = [objective.texts[row] for row in objective.teacher.sample]
+    taught = objective.teacher.vectors(objective.teacher.sample)
+    assert len(texts) == len(objective.texts)
+    model = objective.model
+    with torch.no_grad():
+        students = encode(model, token_rows(model, texts), range(len(texts)), model.trainable.training(), (1, 2))
+    for student, rotation in zip(students.chunk(2, 1), objective.rotations, strict=True):
+        unit = F.normalize(student)
+        want = torch.linalg.matrix_norm((taught.T @ unit).double(), "nuc")  # the most that any rotation reaches
+        assert float((taught @ rotation * unit).sum()) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_several_prompts_are_seen_along_their_first_axes(tmp_path):
+    objective = objective_for(tmp_path, prompts=['"{text}" means', "In a word, {text} is"])
+    taught = objective.teacher.vectors(objective.teacher.sample)
+    (rotation,) = objective.rotations
+    torch.testing.assert_close(rotation.T @ rotation, torch.eye(32), rtol=0, atol=1e-5)
+    kept = float((taught @ rotation).square().sum() / taught.square().sum())
+    most = float(torch.linalg.svdvals(taught)[:32].square().sum() / taught.square().sum())
+    assert kept == pytest.approx(most, abs=1e-5) and taught.shape[1] == 64
+
+
+def test_an_earlier_adapter_teaches_beside_the_prompt(tmp_path):
+    run_training(config_for("distill", tmp_path, output=str(tmp_path / "first"), dtype="float32"))
+    objective = objective_for(tmp_path, teachers=[str(tmp_path / "first")], output=str(tmp_path / "second"))
+    alone = objective_for(tmp_path).teacher
+    texts = [objective.texts[row] for row in objective.teacher.sample]
+    earlier = torch.from_numpy(
+        Encoder.load(tmp_path / "base", adapters=(tmp_path / "first",), max_length=24).embed(texts)
+    )
+    others = ~torch.eye(len(texts), dtype=torch.bool)
+    floor = float((earlier @ earlier.T)[others].mean())
+    weights = np.array([1 / (1 - alone.floor), 1 / (1 - floor)])
+    weights /= weights.sum()
+    want = weights[0] * cosines_of(alone, alone.sample) + weights[1] * (earlier @ earlier.T)
+    torch.testing.assert_close(cosines(objective, objective.teacher.sample), want, rtol=0, atol=1e-5)
+    assert objective.teacher.floor == pytest.approx(weights @ [alone.floor, floor], abs=1e-5)
+    run_training(objective.config)
+    seen, before = (set(np.load(tmp_path / name / "seen.npy").tolist()) for name in ("second", "first"))
+    assert before and before <= seen
 
 
 def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
-    objective = objective_for(tmp_path, depths=[1, 2], attention_dropout=0.0, lora={"dropout": 0.0})
+    weights = {**COSINES, "vector_weight": 10.0}
+    objective = objective_for(tmp_path, depths=[1, 2], attention_dropout=0.0, lora={"dropout": 0.0}, **weights)
     model = objective.model
     rows = token_rows(model, TEXTS)
     both = encode(model, rows, range(4), model.trainable.training(), (1, 2))
@@ -128,9 +203,11 @@ def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
     alone.insert(0, encode(model, rows, range(4), model.trainable.training()))
     model.decoder.layers = layers
     torch.testing.assert_close(both, torch.cat(alone, 1), rtol=0, atol=1e-5)
-    target = torch.eye(4)
-    want = (objective._loss(alone[0], target) + objective._loss(alone[1], target)) / 2
-    torch.testing.assert_close(objective.loss(both, target), want)
+    taught = objective.teacher.vectors(np.arange(4))
+    want = 0.0
+    for unit, rotation in zip((F.normalize(x) for x in alone), objective.rotations, strict=True):
+        want += objective._of_cosines(unit, taught) / 2 + 10 * (1 - (unit * (taught @ rotation)).sum(1).mean()) / 2
+    torch.testing.assert_close(objective.loss(both, taught), want)
     objective.step(0)
     assert all(x.grad is not None for x in model.trainable.parameters().values())
 
@@ -142,8 +219,14 @@ def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
         ({"teacher_layers": 3}, "teacher_layers is 3, the model has 2"),
         ({"prompts": ["one word"]}, r"each with \{text\} in it"),
         ({"prompts": []}, "give at least one"),
-        ({"whitening": 0.6}, "whitening is 0.6 over 2048 texts, expected a power from 0 to 0.5"),
+        ({"whitening": 0.6}, "whitening is 0.6 over 400 texts, expected a power from 0 to 0.5"),
+        ({"vector_weight": -1.0}, "weights of the loss are .*'vector': -1.0.*, expected 0 or more and not all 0"),
+        ({"vector_weight": 0.0}, "not all 0"),
         ({"whitening_texts": 1}, "and at least two texts"),
+        (
+            {"prompts": ["{text} is", "{text} means"], "whitening_texts": 9},
+            "need 32 texts or more .*, here are 9: give more",
+        ),
         ({"neighbours": 0}, "neighbours is 0, expected 1 or more"),
     ],
     ids=str,

@@ -52,19 +52,26 @@ def test_runs_keep_neighbours():
     assert all(np.diff(drawn[i : i + 4]).tolist() == [1, 1, 1] and drawn[i] % 4 == 0 for i in (0, 4, 8))
 
 
-def test_the_command_leaves_an_adapter(sources, monkeypatch):
-    out = sources / "out"
-    settings = sources / "train.yaml"
-    settings.write_text(
-        "model: elsewhere\noutput: nowhere\nbatch_size: 8\nwhitening_texts: 8\ncrops: true\nneighbours: 4\n"
-    )
+def test_the_command_leaves_an_adapter_that_the_first_run_helped_to_teach(sources, monkeypatch):
+    out, settings = sources / "out", sources / "settings"
+    settings.mkdir()
+    for name in ("first", "train"):
+        (settings / f"{name}.yaml").write_text("model: elsewhere\noutput: nowhere\nbatch_size: 8\nwhitening_texts: 8\n")
     overrides = [f"model={sources / 'base'}", "loop.steps=3", "lora.saved_as=bfloat16"]
     arguments = ["--wikipedia", str(sources / "wiki.txt"), "--wordnet", str(sources / "wordnet"), "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings)])
     recipe.main()
-    assert sorted(file.name for file in (out / "texts").iterdir()) == ["examples.txt", "glosses.txt", "wiki.txt"]
-    vectors = Encoder.load(sources / "base", adapters=out / "adapter", dtype="float32").embed(["a mill", "a road"])
-    monkeypatch.setattr("sys.argv", ["recipe", *arguments, "--settings", str(sources / "none.yaml")])
-    with pytest.raises(SystemExit, match=r"recipe: .*none\.yaml: no such file"):
+    names = ["examples.txt", "glosses.txt", "passages.txt", "wiki.txt"]
+    assert sorted(file.name for file in (out / "texts").iterdir()) == names
+    vectors = [
+        Encoder.load(sources / "base", adapters=out / name, dtype="float32").embed(["a mill", "a road"])
+        for name in ("first", "adapter")
+    ]
+    assert np.isfinite(vectors).all() and np.abs(vectors[1] - vectors[0]).max() > 1e-4
+    first, second = (
+        set(np.load(out / name / "seen.npy", allow_pickle=False).tolist()) for name in ("first", "adapter")
+    )
+    assert len(first) > 8 and first < second
+    monkeypatch.setattr("sys.argv", ["recipe", *arguments, "--settings", str(sources / "none")])
+    with pytest.raises(SystemExit, match=r"recipe: .*first\.yaml: no such file"):
         recipe.main()
-    assert np.isfinite(vectors).all() and len(np.load(out / "adapter" / "seen.npy", allow_pickle=False)) > 8
