@@ -100,7 +100,7 @@ class Teacher:
 
     def _units(self, rows: np.ndarray) -> Tensor:
         """Unit vectors of each prompt and teacher, fp32 [n, prompts + teachers, D]."""
-        states = self._states(rows).clone()
+        states = self._states(rows)
         for source in np.unique(self.sources[rows]).tolist():
             own = torch.from_numpy(np.flatnonzero(self.sources[rows] == source)).to(self._device)
             for number, (offset_D, axes_DD) in enumerate(self._spaces[source]):
