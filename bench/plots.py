@@ -13,7 +13,10 @@ from flashvec.bench.report import GPU_LENGTHS, PROFILE_ORDER, ROOT, comparable, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TRAINING_LOG = ROOT / "models" / "smollm2-135m" / "log.jsonl"
+TRAINING_LOGS = {
+    "first run, cosines": ROOT / "models" / "smollm2-135m" / "first.jsonl",
+    "second run, vectors": ROOT / "models" / "smollm2-135m" / "log.jsonl",
+}
 MEAN_OF = 20  # steps
 SWEEPS = {
     "length": "tokens of a text",
@@ -139,16 +142,21 @@ def _intensity(row: dict[str, Any]) -> float:
 
 
 def training_plot(figure: Any) -> None:
-    """The loss of every step of the run that made models/smollm2-135m, and the mean of the last steps up to each."""
-    lines = [json.loads(line) for line in TRAINING_LOG.read_text(encoding="utf-8").splitlines()]
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-    means = [sum(losses[max(0, i + 1 - MEAN_OF) : i + 1]) / min(i + 1, MEAN_OF) for i in range(len(losses))]
-    axes: Axes = figure.subplots()
-    axes.plot(steps, losses, color=COLOURS["flashvec"], alpha=0.25, linewidth=1, label="a step")
-    axes.plot(steps, means, color=COLOURS["flashvec"], label=f"mean of {MEAN_OF} steps")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    _plain(axes)
+    """The loss of both runs that made models/smollm2-135m, and the mean of the last steps up to each."""
+    panels = figure.subplots(1, 2)
+    for axes, (name, file) in zip(panels, TRAINING_LOGS.items(), strict=True):
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        every_step = len(steps) == steps[-1]  # else some steps alone are known
+        look = {"alpha": 0.25} if every_step else {"marker": "o"}
+        axes.plot(steps, losses, color=COLOURS["flashvec"], linewidth=1, label="a step", **look)
+        if every_step:
+            means = [sum(losses[max(0, i + 1 - MEAN_OF) : i + 1]) / min(i + 1, MEAN_OF) for i in range(len(losses))]
+            axes.plot(steps, means, color=COLOURS["flashvec"], label=f"mean of {MEAN_OF} steps")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        _plain(axes)
 
 
 def _plain(axes: "Axes", *, legend: bool = True, zero: bool = True) -> None:
@@ -163,7 +171,7 @@ PLOTS: dict[str, tuple[Callable[[Any], None], float, float]] = {
     "embed": (embed_plot, 8, 3.2),
     "gpu_attention": (gpu_attention_plot, 10, 2.8),
     "roofline": (roofline_plot, 10, 3.4),
-    "training": (training_plot, 8, 2.8),
+    "training": (training_plot, 9, 2.8),
 }
 
 
