@@ -224,7 +224,7 @@ def demo(console: Console, folder: Path = FOLDER) -> None:
     """The whole demo.
 
     Raises:
-        DemoError: the model is not there, or the best setting finds too little.
+        DemoError: the model is not there, or a setting that should find the right pages finds too little.
     """
     from pydoc_data.topics import topics  # half a megabyte, read here rather than by every import of this module
 
@@ -251,11 +251,12 @@ def demo(console: Console, folder: Path = FOLDER) -> None:
         "prompt, and it is small: for real use load a larger model, or train one.",
     )
     console.print(f"total time: {time.perf_counter() - start:.0f} s")
-    if best_run.recall < FLOOR:
-        raise DemoError(
-            f"recall@{TOP} of the best setting is {best_run.recall:.2f}, below {FLOOR:.2f}: "
-            "this build does not compute this model's vectors as it should"
-        )
+    for run in runs[1:]:  # the first one is expected to find little
+        if run.recall < FLOOR:
+            raise DemoError(
+                f"recall@{TOP} of {run.setting.name!r} is {run.recall:.2f}, below {FLOOR:.2f}: "
+                "this build does not compute this model's vectors as it should"
+            )
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def make(options: argparse.Namespace) -> None:
     print(f"first run: {first}", flush=True)
     run_training(read_config(DistillConfig, options.settings / "first.yaml", own))
     texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts", SECOND)
-    own = [f"texts={texts}", f"output={second}", f"lora.start={first}", f"teachers=[{first}]", *options.overrides]
+    own = [f"texts={texts}", f"output={second}", f"lora.start={first}", f"teachers={[str(first)]}", *options.overrides]
     print(f"second run: {second}", flush=True)
     run_training(read_config(DistillConfig, options.settings / "train.yaml", own))
 

@@ -127,7 +127,7 @@ def test_prints_answers_table_and_what_it_can_do(whole, capsys):
 
 def test_exit_below_half(whole, capsys):
     whole(["for"], ["nowhere"], ["nowhere"], ["nowhere"])
-    with pytest.raises(SystemExit, match=r"recall@3 of the best setting is 0\.25, below 0\.50"):
+    with pytest.raises(SystemExit, match=r"recall@3 of 'causal, one-word prompt' is 0\.25, below 0\.50"):
         demo.main()
 
 

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from training_runs import config_for
 
 from flashvec.runtime.encoder import Encoder
 from flashvec.training import teacher as teacher_module
+from flashvec.training.checkpoint import ResumeError
 from flashvec.training.config import ConfigError
 from flashvec.training.data import DataError, text_hash
 from flashvec.training.distill import Distill, with_crops
@@ -190,6 +193,10 @@ def test_an_earlier_adapter_teaches_beside_the_prompt(tmp_path):
     run_training(objective.config)
     seen, before = (set(np.load(tmp_path / name / "seen.npy").tolist()) for name in ("second", "first"))
     assert before and before <= seen
+    run_training(config_for("distill", tmp_path, output=str(tmp_path / "other"), dtype="float32", loop={"seed": 1}))
+    shutil.copy(tmp_path / "other" / "adapter_model.safetensors", tmp_path / "first")
+    with pytest.raises(ResumeError):  # the teacher has changed
+        run_training(objective.config)
 
 
 def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
