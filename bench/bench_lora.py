@@ -32,7 +32,7 @@ def problem(size: Size, dropout: Dropout | None) -> OpBench:
     masked: tuple[Any, ...] = ()
     if dropout:
         keyed = {"dropout": dropout, "identities_T": rows, "positions_T": rows}
-        masked = mask_keys(dropout, len(splits), rows, rows), dropout.threshold
+        masked = mask_keys(dropout, rows, rows), dropout.threshold
 
     def own(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return lora(x, weight, a, b, scales=SCALE, splits=splits, **keyed)

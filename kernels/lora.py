@@ -1,9 +1,9 @@
 """Linear layer with a low-rank update (LoRA), for all the projections that one merged product computes.
 
-    y[:, p] = x W_pᵀ + bias_p + scale_p * drop_p(x) A_pᵀ B_pᵀ         for each projection p
+    y[:, p] = x W_pᵀ + bias_p + scale_p * drop(x) A_pᵀ B_pᵀ           for each projection p
 
 `W` and the bias are frozen. Projections that read the same input (query, key, value; gate, up) are one product: `A` is
-stacked, each projection has its own rows of `W` and `B`, its own dropout mask and its own columns of `y`.
+stacked, each projection has its own rows of `W` and `B` and its own columns of `y`; all see one dropout mask.
 
 Shape letters: T = packed tokens, C = input features, N = output features of all projections, P = projections, R = rank.
 Cost beyond the product with W: 2*T*R*(P*C + N) FLOPs; bytes, which bound it: `x` once more (T*C), and T*N twice.
@@ -13,8 +13,9 @@ pass that adds the update to a finished product, reads and writes T*N in the ope
 sum. Backward does the same for the input's gradient (T*C). Appending B to the columns of W would save the T*N
 altogether, for a second copy of every weight or weights stored with room behind each row; not done.
 
-Source: Hu et al. 2021; one mask a projection as PEFT draws them. Masks are `dropout.py`'s, keyed by sequence identity
-and position: packing does not change them and backward draws them again.
+Source: Hu et al. 2021. PEFT draws a mask for each projection; one for their common input keeps each projection's
+distribution, and costs a draw instead of three. Masks are `dropout.py`'s, keyed by sequence identity and position:
+packing does not change them and backward draws them again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,17 +45,16 @@ def lora_reference(
     b_NR: Tensor,
     splits: Sequence[int],
     scales: Sequence[float],
-    keys_P2T: Tensor | None = None,
+    keys_2T: Tensor | None = None,
     threshold: int = 0,
 ) -> Tensor:
     x = widen(x_TC)
     out = F.linear(x, widen(weight_NC), None if bias_N is None else widen(bias_N)).split(list(splits), 1)
+    dropped = x
+    if keys_2T is not None:
+        dropped = x * keep_reference((keys_2T[0], keys_2T[1]), x.shape[1], threshold) * (256 / (256 - threshold))
     parts = []
     for p, (a_RC, b_nR) in enumerate(zip(a_PRC, b_NR.split(list(splits)), strict=True)):
-        dropped = x
-        if keys_P2T is not None:
-            kept = keep_reference((keys_P2T[p, 0], keys_P2T[p, 1]), x.shape[1], threshold)
-            dropped = x * kept * (256 / (256 - threshold))
         parts.append(out[p] + scales[p] * (dropped @ widen(a_RC).T @ widen(b_nR).T))
     return torch.cat(parts, 1).to(x_TC.dtype)
 
@@ -62,19 +62,14 @@ def lora_reference(
 def _keys(identities_T: Tensor, positions_T: Tensor, words: Sequence[int]) -> Tensor:
     if implementation(identities_T) == "triton":
         return row_keys(identities_T, positions_T, words)
-    keys = []
-    for p in range(0, len(words), 2):
-        key = fold_reference((words[p], words[p + 1]), identities_T.to(torch.int32))
-        keys.append(torch.stack(fold_reference(key, positions_T.to(torch.int32))))
-    return torch.stack(keys)
+    key = fold_reference((words[0], words[1]), identities_T.to(torch.int32))
+    return torch.stack(fold_reference(key, positions_T.to(torch.int32)))
 
 
 _lora_keys = define_op(
     "lora_keys(Tensor identities, Tensor positions, int[] words) -> Tensor",
     _keys,
-    lambda identities, positions, words: identities.new_empty(
-        len(words) // 2, 2, identities.shape[0], dtype=torch.int32
-    ),
+    lambda identities, positions, words: identities.new_empty(2, identities.shape[0], dtype=torch.int32),
 )
 
 
@@ -83,14 +78,13 @@ _lora_keys = define_op(
 
 def _shrink_cpu(x: Tensor, a: Tensor, factors: Sequence[float], keys: Tensor | None, threshold: int) -> Tensor:
     T, (P, R, _) = x.shape[0], a.shape
-    h = x.new_empty(T, P, R)
-    if keys is None:
-        h = (x @ a.flatten(0, 1).T).view(T, P, R)
-    else:
-        for rows in _chunks(T):
-            for p in range(P):
-                (dropped,) = drop_cpu((keys[p, 0, rows], keys[p, 1, rows]), threshold, [x[rows]])
-                h[rows, p] = dropped @ a[p].T
+    h = x.new_empty(T, P * R)
+    for rows in _chunks(T):
+        dropped = x[rows]
+        if keys is not None:
+            (dropped,) = drop_cpu((keys[0, rows], keys[1, rows]), threshold, [dropped])
+        torch.mm(dropped, a.flatten(0, 1).T, out=h[rows])
+    h = h.view(T, P, R)
     for p, factor in enumerate(factors):
         h[:, p] *= factor
     return h
@@ -99,24 +93,24 @@ def _shrink_cpu(x: Tensor, a: Tensor, factors: Sequence[float], keys: Tensor | N
 def _input_gradients_cpu(
     dx: Tensor | None, x: Tensor, a: Tensor, g: Tensor, keys: Tensor | None, threshold: int
 ) -> tuple[Tensor, Tensor]:
-    """The update's share added to `dx`, and A's gradient in fp32: one draw of each mask serves both."""
-    (T, P, R), C = g.shape, x.shape[1]
+    """The update's share added to `dx`, and A's gradient in fp32: one draw of the mask serves both."""
+    (_, P, R), C = g.shape, x.shape[1]
+    a, g = a.flatten(0, 1), g.flatten(1)
     if keys is None:
         if dx is not None:
-            dx.addmm_(g.flatten(1), a.flatten(0, 1))
-        return x.new_empty(0) if dx is None else dx, _sum_cpu(g.flatten(1), x).view(P, R, C)
-    da = x.new_zeros(P, R, C, dtype=torch.float32)
-    for rows in _chunks(T):
-        for p in range(P):
-            key = (keys[p, 0, rows], keys[p, 1, rows])
-            if dx is None:
-                (dropped,) = drop_cpu(key, threshold, [x[rows]])
-            else:
-                back = g[rows, p] @ a[p]
-                dropped, back = drop_cpu(key, threshold, [x[rows], back], [torch.empty_like(x[rows]), back])
-                dx[rows] += back
-            da[p] += g[rows, p].T @ dropped
-    return x.new_empty(0) if dx is None else dx, da
+            dx.addmm_(g, a)
+        return x.new_empty(0) if dx is None else dx, _sum_cpu(g, x).view(P, R, C)
+    da = x.new_zeros(P * R, C, dtype=torch.float32)
+    for rows in _chunks(len(x)):
+        key = (keys[0, rows], keys[1, rows])
+        if dx is None:
+            (dropped,) = drop_cpu(key, threshold, [x[rows]])
+        else:
+            back = g[rows] @ a
+            dropped, back = drop_cpu(key, threshold, [x[rows], back], [torch.empty_like(x[rows]), back])
+            dx[rows] += back
+        da += g[rows].T @ dropped
+    return x.new_empty(0) if dx is None else dx, da.view(P, R, C)
 
 
 def _sum_cpu(x: Tensor, h: Tensor) -> Tensor:
@@ -260,7 +254,7 @@ def lora(
         scales: alpha / R, or another factor; one for each projection or one for all.
         splits: rows of `weight_NC` of each projection; needed for more than one.
         bias_N: [N], same dtype, frozen.
-        dropout: of the update's input. Projection p draws its mask at `dropout.site + p`, as if it stood alone.
+        dropout: of the update's input, one mask for all projections.
         identities_T: int [T], the identity of each row's sequence (`Schedule.identity_of_rows`); for dropout.
         positions_T: int [T], each row's position in its sequence; for dropout.
 
@@ -284,14 +278,13 @@ def lora(
         if identities_T.shape != x_TC.shape[:1] or positions_T.shape != x_TC.shape[:1]:
             found = f"{tuple(identities_T.shape)} and {tuple(positions_T.shape)}"
             raise ValueError(f"identities_T and positions_T are {found}, x_TC has {x_TC.shape[0]} rows")
-        keys, threshold = mask_keys(dropout, P, identities_T, positions_T), dropout.threshold
+        keys, threshold = mask_keys(dropout, identities_T, positions_T), dropout.threshold
     return _lora(x_TC, weight_NC, bias_N, a_PRC, b_NR, splits, scales, keys, threshold)[0]
 
 
-def mask_keys(dropout: Dropout, num_projections: int, identities_T: Tensor, positions_T: Tensor) -> Tensor:
-    """Each projection's two words of a row's dropout key: int32 [P, 2, T]."""
-    words = [word for p in range(num_projections) for word in dropout.at(dropout.site + p).key()]
-    return _lora_keys(identities_T, positions_T, words)
+def mask_keys(dropout: Dropout, identities_T: Tensor, positions_T: Tensor) -> Tensor:
+    """The two words of each row's dropout key: int32 [2, T]."""
+    return _lora_keys(identities_T, positions_T, list(dropout.key()))
 
 
 def _check(

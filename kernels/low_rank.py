@@ -1,9 +1,9 @@
 """Products with the two thin matrices of a low-rank update, for up to three projections of one input at once.
 
-    shrink    h_p = scale_p * drop_p(x_p) w_p             [T, P, R]
+    shrink    h_p = scale_p * drop(x_p) w_p               [T, P, R]
     expand    out_p = h_p w_pᵀ + bias_p                    [T, N], each projection its own columns
-              out = sum over p of drop_p(h_p w_pᵀ)         [T, C], when all of them share the columns
-    reduce    dw_p = drop_p(x_p)ᵀ h_p                      like w
+              out = drop(sum over p of h_p w_pᵀ)           [T, C], when all of them share the columns
+    reduce    dw_p = drop(x_p)ᵀ h_p                        like w
 
 `lora.py` composes its forward and backward of them, with w = A, which all projections read in full ([P, R, C]), or
 w = B, of which each has its own rows ([N, R]).
@@ -49,10 +49,10 @@ def _locate(tile, stop_0, stop_1, stop_2, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _draws(key_ptr, p, t, in_t, T, first, NUM: tl.constexpr):
+def _draws(key_ptr, t, in_t, T, first, NUM: tl.constexpr):
     """Draws for rows `t` and the 4 * NUM columns from `first`, a multiple of 64, on: uint32 [rows, NUM]."""
-    a = tl.load(key_ptr + p * 2 * T + t, mask=in_t, other=0).to(tl.uint32)
-    b = tl.load(key_ptr + (p * 2 + 1) * T + t, mask=in_t, other=0).to(tl.uint32)
+    a = tl.load(key_ptr + t, mask=in_t, other=0).to(tl.uint32)
+    b = tl.load(key_ptr + T + t, mask=in_t, other=0).to(tl.uint32)
     draw = (first // 4 + tl.arange(0, NUM)).to(tl.uint32)
     return mix(a[:, None] + draw[None, :] * 0x9E3779B9, b[:, None])
 
@@ -73,17 +73,15 @@ def _load_quarter(
     return x, c
 
 
-@triton.jit(do_not_specialize=["a_0", "b_0", "a_1", "b_1", "a_2", "b_2"])
-def _low_rank_keys_kernel(identity_ptr, position_ptr, out_ptr, T, a_0, b_0, a_1, b_1, a_2, b_2, BLOCK: tl.constexpr):
-    """Two words for each projection and row, folded from the projection's key, the identity and the position."""
-    p = tl.program_id(0)
-    t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["a", "b"])
+def _low_rank_keys_kernel(identity_ptr, position_ptr, out_ptr, T, a, b, BLOCK: tl.constexpr):
+    """Two words for each row, folded from the shared key, the identity and the position."""
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_t = t < T
-    a, b = _pick(p, a_0, a_1, a_2).to(tl.uint32), _pick(p, b_0, b_1, b_2).to(tl.uint32)
-    a, b = fold(a, b, tl.load(identity_ptr + t, mask=in_t, other=0))
+    a, b = fold(a.to(tl.uint32), b.to(tl.uint32), tl.load(identity_ptr + t, mask=in_t, other=0))
     a, b = fold(a, b, tl.load(position_ptr + t, mask=in_t, other=0))
-    tl.store(out_ptr + p * 2 * T + t, a.to(tl.int32, bitcast=True), mask=in_t)
-    tl.store(out_ptr + (p * 2 + 1) * T + t, b.to(tl.int32, bitcast=True), mask=in_t)
+    tl.store(out_ptr + t, a.to(tl.int32, bitcast=True), mask=in_t)
+    tl.store(out_ptr + T + t, b.to(tl.int32, bitcast=True), mask=in_t)
 
 
 @triton.jit
@@ -94,7 +92,7 @@ def _low_rank_shrink_kernel(
     NUM_P: tl.constexpr, SLICED: tl.constexpr, DROPPED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out[t, p, :] = scale_p * drop_p(x[t, columns]) w_p; neighbouring programs share x through the L2 cache."""
+    """out[t, p, :] = scale_p * drop(x[t, columns]) w_p; neighbouring programs share x through the L2 cache."""
     p = tl.program_id(0)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     j = tl.arange(0, BLOCK_R)
@@ -107,7 +105,7 @@ def _low_rank_shrink_kernel(
 
     acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for first in range(start, stop, BLOCK_C):
-        draws = _draws(key_ptr, p, t, in_t, T, first, BLOCK_C // 4) if DROPPED else 0
+        draws = _draws(key_ptr, t, in_t, T, first, BLOCK_C // 4) if DROPPED else 0
         for quarter in tl.static_range(4):
             x, c = _load_quarter(x_ptr, row, in_t, first, stop, draws, threshold, quarter, BLOCK_C // 4, DROPPED)
             w = tl.load(w_ptr + c[:, None] * w_stride_c, mask=(c < stop)[:, None] & in_r[None, :], other=0.0)
@@ -124,7 +122,7 @@ def _low_rank_expand_kernel(
     NUM_P: tl.constexpr, SLICED: tl.constexpr, DROPPED: tl.constexpr, BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """SLICED: out[t, columns of p] = h_p w_pᵀ + bias; else out[t, :] = sum over p of drop_p(h_p w_pᵀ)."""
+    """SLICED: out[t, columns of p] = h_p w_pᵀ + bias; else out[t, :] = drop(sum over p of h_p w_pᵀ)."""
     tile = tl.program_id(0)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     j = tl.arange(0, BLOCK_R)
@@ -141,16 +139,12 @@ def _low_rank_expand_kernel(
     for q in tl.static_range(1 if SLICED else NUM_P):
         h = tl.load(h_ptr + q * R, mask=in_t[:, None] & in_r[None, :], other=0.0)
         w = tl.load(w_ptr + q * w_stride_p, mask=in_r[:, None] & in_c[None, :], other=0.0)
-        if DROPPED:
-            product = tl.dot(h, w, input_precision="ieee")
-            # Columns are counted within the tile so that the compiler sees which of a thread's share a draw.
-            a = tl.load(key_ptr + q * 2 * T + t, mask=in_t, other=0).to(tl.uint32)
-            b = tl.load(key_ptr + (q * 2 + 1) * T + t, mask=in_t, other=0).to(tl.uint32)
-            a += tl.cast(first // 4, tl.uint32) * 0x9E3779B9
-            kept = keep(a[:, None], b[:, None], tl.arange(0, BLOCK_C)[None, :], threshold)
-            acc += tl.where(kept, product, 0.0)
-        else:
-            acc = tl.dot(h, w, acc, input_precision="ieee")
+        acc = tl.dot(h, w, acc, input_precision="ieee")
+    if DROPPED:
+        # Columns are counted within the tile so that the compiler sees which of a thread's share a draw.
+        a = tl.load(key_ptr + t, mask=in_t, other=0).to(tl.uint32) + tl.cast(first // 4, tl.uint32) * 0x9E3779B9
+        b = tl.load(key_ptr + T + t, mask=in_t, other=0).to(tl.uint32)
+        acc = tl.where(keep(a[:, None], b[:, None], tl.arange(0, BLOCK_C)[None, :], threshold), acc, 0.0)
     if BIASED:
         acc += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     out_ptr += t.to(tl.int64)[:, None] * out_stride + c[None, :]
@@ -164,7 +158,7 @@ def _low_rank_reduce_kernel(
     NUM_P: tl.constexpr, SLICED: tl.constexpr, DROPPED: tl.constexpr, SPLIT_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out[s, p, c, :] = sum over the rows t of split s of drop_p(x)[t, c] h[t, p, :]."""
+    """out[s, p, c, :] = sum over the rows t of split s of drop(x)[t, c] h[t, p, :]."""
     tile, split = tl.program_id(0), tl.program_id(1)
     p, first, stop = tile % NUM_P, tile // NUM_P * BLOCK_C, stop_0
     if SLICED:
@@ -181,7 +175,7 @@ def _low_rank_reduce_kernel(
         row = t.to(tl.int64)[:, None] * x_stride
         h_at = t.to(tl.int64)[:, None] * (NUM_P * R) + p * R + j[None, :]
         h = tl.load(h_ptr + h_at, mask=in_t[:, None] & in_r[None, :], other=0.0)
-        draws = _draws(key_ptr, p, t, in_t, T, first, NUM) if DROPPED else 0
+        draws = _draws(key_ptr, t, in_t, T, first, NUM) if DROPPED else 0
         x, _ = _load_quarter(x_ptr, row, in_t, first, stop, draws, threshold, 0, NUM, DROPPED)
         acc_0 = tl.dot(tl.trans(x), h, acc_0, input_precision="ieee")
         x, _ = _load_quarter(x_ptr, row, in_t, first, stop, draws, threshold, 1, NUM, DROPPED)
@@ -231,7 +225,7 @@ def _blocks(x: Tensor, R: int, block_c: int = BLOCK_C, draws: bool = False) -> d
 def shrink(
     x: Tensor, w: Tensor, splits: Sequence[int], scales: Sequence[float], keys: Tensor | None, threshold: int
 ) -> Tensor:
-    """[T, P, R]: scale_p * drop_p(x) w_p."""
+    """[T, P, R]: scale_p * drop(x) w_p."""
     T, P, R, sliced = x.shape[0], len(splits), w.shape[-1 if w.ndim == 2 else 1], w.ndim == 2
     stops = _stops(splits) if sliced else [x.shape[1]] * MAX_PROJECTIONS
     factors = [*scales, 0.0, 0.0][:MAX_PROJECTIONS]
@@ -280,9 +274,8 @@ def reduce(x: Tensor, h: Tensor, like: Tensor, splits: Sequence[int], keys: Tens
 
 
 def row_keys(identities_T: Tensor, positions_T: Tensor, words: Sequence[int]) -> Tensor:
-    """int32 [P, 2, T]: the key of every row for each projection, whose own keys are the pairs in `words`."""
-    T, P = len(identities_T), len(words) // 2
-    out = identities_T.new_empty(P, 2, T, dtype=torch.int32)
-    words = [*words, *[0] * (2 * (MAX_PROJECTIONS - P))]
-    launch(_low_rank_keys_kernel, (P, -(-T // 256)), identities_T, positions_T, out, T, *words, BLOCK=256, num_warps=4)
+    """int32 [2, T]: every row's key, folded from the two words of the key that all of them share."""
+    T = len(identities_T)
+    out = identities_T.new_empty(2, T, dtype=torch.int32)
+    launch(_low_rank_keys_kernel, (-(-T // 256),), identities_T, positions_T, out, T, *words, BLOCK=256, num_warps=4)
     return out

@@ -14,7 +14,7 @@ Shape letters: T = packed tokens, D = hidden size, H = query heads, G = kv heads
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor

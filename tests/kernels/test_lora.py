@@ -29,9 +29,8 @@ def inputs(shape, dtype, device, masters=None):
     return x, weight, bias, a, b, identities, positions
 
 
-def keys_of(identities, positions, projections):
-    words = [word for p in range(projections) for word in DROPOUT.at(DROPOUT.site + p).key()]
-    return _lora_keys(identities, positions, words)
+def keys_of(identities, positions):
+    return _lora_keys(identities, positions, list(DROPOUT.key()))
 
 
 def gradients(function, leaves, dout):
@@ -49,7 +48,7 @@ def judge(shape, dtype, dropped, device):
     got = gradients(
         lambda x, a, b: lora(x, weight, a, b, scales=scales, splits=splits, bias_N=bias, **options), (x, a, b), dout
     )
-    keys = keys_of(identities, positions, len(splits)) if dropped else None
+    keys = keys_of(identities, positions) if dropped else None
 
     def reference(to):
         w, c = weight.to(to), bias.to(to)
@@ -106,8 +105,8 @@ def test_definition():
 
 
 @pytest.mark.parametrize("run", ["cpu", "kernels"])
-def test_a_mask_depends_on_the_sequence_the_position_and_the_projection_alone(run, device, request):
-    """Rows keep their masks under another packing, and a projection its own when it is not merged."""
+def test_a_mask_depends_on_the_sequence_the_position_and_the_site_alone(run, device, request):
+    """Rows keep their masks under another packing, and projections share them, merged or not."""
     if run == "kernels":
         request.getfixturevalue("interpreted")
     else:
@@ -124,9 +123,8 @@ def test_a_mask_depends_on_the_sequence_the_position_and_the_projection_alone(ru
     order = torch.randperm(40)
     torch.testing.assert_close(call(order, dropout=DROPOUT), whole[order])  # one flipped element would show
     second = {"weight_NC": weight[24:], "a_PRC": a[1:], "b_NR": b[24:], "splits": [30]}
-    alone = call(torch.arange(40), dropout=DROPOUT.at(DROPOUT.site + 1), **second)
-    torch.testing.assert_close(alone, whole[:, 24:])
-    other = call(torch.arange(40), dropout=DROPOUT.at(DROPOUT.site), **second)
+    torch.testing.assert_close(call(torch.arange(40), dropout=DROPOUT, **second), whole[:, 24:])
+    other = call(torch.arange(40), dropout=DROPOUT.at(DROPOUT.site + 1), **second)
     assert not torch.allclose(other, whole[:, 24:])
 
 
@@ -137,8 +135,8 @@ def test_dropout_drops_the_update_and_not_the_product():
     eye = torch.eye(64)
     options = {"scales": 1.0, "dropout": DROPOUT, "identities_T": identities, "positions_T": positions}
     out = lora(x, torch.zeros(64, 64), eye[None], eye, **options)
-    keys = keys_of(identities, positions, 1)
-    kept = keep_reference((keys[0, 0], keys[0, 1]), 64, DROPOUT.threshold)
+    keys = keys_of(identities, positions)
+    kept = keep_reference((keys[0], keys[1]), 64, DROPOUT.threshold)
     torch.testing.assert_close(out, torch.where(kept, x * DROPOUT.scale, 0.0))
     torch.testing.assert_close(lora(x, eye, eye[None], 0 * eye, **options), x)
 
@@ -199,11 +197,11 @@ def test_strides_and_no_rows(run, device, request):
 @pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"])
 def test_is_a_well_behaved_torch_op(dropped, device):
     x, weight, bias, a, b, identities, positions = inputs((9, 64, [8, 8], 2), torch.float32, device)
-    keys = keys_of(identities, positions, 2) if dropped else None
+    keys = keys_of(identities, positions) if dropped else None
     x, a, b = (t.requires_grad_() for t in (x, a, b))
     shared = ([8, 8], [1.0, 2.0], keys, 77 if dropped else 0)
     torch.library.opcheck(_lora, (x, weight, bias, a, b, *shared))
-    torch.library.opcheck(_lora_keys, (identities, positions, [1, 2, 3, 4]))
+    torch.library.opcheck(_lora_keys, (identities, positions, [1, 2]))
     saved = (torch.randn(9, 16, device=device), *(t.detach() for t in (x, weight, a, b)), torch.randn(9, 2, 2))
     for wants in ([True, True, True], [False, True, False]):
         torch.library.opcheck(_lora_bwd, (*(t.to(device) for t in saved), *shared, wants))
