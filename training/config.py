@@ -63,6 +63,7 @@ class LoopConfig:
     seed: int = 42
     micro_batch_tokens: int | None = None  # tokens run together; default 2,048 on a CPU, 16,384 on a GPU
     recompute: bool = False  # layers' activations are made again in the backward instead of being kept
+    shard_base: bool = False  # each of several processes keeps a part of the frozen base, for one that does not fit
     activation_gib: float | None = None  # for graphs of micro-batches that are kept; default half of what is free
     log_every: int = 10
     tensorboard: bool = False  # lines of the log as events too, in the output's folder `tensorboard`
@@ -315,6 +316,9 @@ def _check(config: TrainConfig, where: str) -> None:
         ("loop.keep_checkpoints", loop.keep_checkpoints, loop.keep_checkpoints > 0, "1 or more"),
         ("loop.average_checkpoints", loop.average_checkpoints, 1 <= loop.average_checkpoints <= loop.keep_checkpoints,
          "1 to loop.keep_checkpoints"),
+        ("loop.shard_base", loop.shard_base, not loop.shard_base or (
+            config.train == "lora" and not isinstance(config, DistillConfig)),
+         "false: only MNTP and contrastive training of updates (train: lora) run over a base in parts"),
         ("max_length", config.max_length, config.max_length > 1, "2 or more"),
     ]  # fmt: skip
     for name in ("mask_probability", "attention_dropout", "temperature", "batch_size"):
@@ -322,6 +326,23 @@ def _check(config: TrainConfig, where: str) -> None:
             continue
         least = {"temperature": value > 0, "batch_size": value > 0, "mask_probability": 0 < value <= 1}
         rules.append((name, value, least.get(name, 0 <= value < 1), "positive, and a rate below 1"))
+    if isinstance(config, DistillConfig):
+        rules += _distill_rules(config)
     for key, value, holds, expected in rules:
         if not holds:
             raise ConfigError(f"{where}: {key} is {value!r}; expected {expected}")
+
+
+def _distill_rules(config: DistillConfig) -> list[tuple[str, Any, bool, str]]:
+    weights = (config.vector_weight, config.divergence_weight, config.squared_weight)
+    depths = config.depths
+    return [
+        ("prompts", list(config.prompts), bool(config.prompts) and all("{text}" in p for p in config.prompts),
+         "one or more, each with {text} in it"),
+        ("whitening", config.whitening, 0 <= config.whitening <= 0.5, "a power from 0 to 0.5"),
+        ("whitening_texts", config.whitening_texts, config.whitening_texts >= 2, "2 or more"),
+        ("vector_weight, divergence_weight, squared_weight", weights, min(weights) >= 0 < max(weights),
+         "0 or more, and not all 0"),
+        ("depths", list(depths), list(depths) == sorted({d for d in depths if d >= 1}), "rising numbers from 1 on"),
+        ("neighbours", config.neighbours, config.neighbours >= 1, "1 or more"),
+    ]  # fmt: skip

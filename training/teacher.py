@@ -65,11 +65,6 @@ class Teacher:
     def __init__(
         self, model: Model, config: DistillConfig, world: World, texts: Sequence[str], sources: np.ndarray
     ) -> None:
-        if not 0 <= config.whitening <= 0.5 or config.whitening_texts < 2:
-            raise ConfigError(
-                f"whitening is {config.whitening} over {config.whitening_texts} texts, expected a power from 0 to 0.5 "
-                "and at least two texts"
-            )
         self.encoder = frozen_encoder(model, config)
         self.config, self.world, self.texts, self.sources = config, world, texts, sources
         self._device, self._width = model.decoder.device, model.decoder.spec.hidden_size
@@ -185,8 +180,6 @@ def frozen_encoder(model: Model, config: DistillConfig) -> Encoder:
     layers = max(1, count - FALLBACK_LAYERS) if config.teacher_layers is None else config.teacher_layers
     if not 1 <= layers <= count:
         raise ConfigError(f"teacher_layers is {layers}, the model has {count}")
-    if not config.prompts or any("{text}" not in prompt for prompt in config.prompts):
-        raise ConfigError("prompts: give at least one, each with {text} in it")
     prompt_tokens = int(model.tokenizer.count(list(config.prompts), special=True).max())
     own = decoder.layers[:layers]
     norm_D = decoder.norm_D

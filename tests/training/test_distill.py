@@ -222,19 +222,21 @@ def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"depths": [1, 3]}, "depths are .1, 3., expected rising numbers from 1 to 2"),
+        ({"depths": [1, 3]}, "depths are .1, 3., the model has 2 layers"),
         ({"teacher_layers": 3}, "teacher_layers is 3, the model has 2"),
-        ({"prompts": ["one word"]}, r"each with \{text\} in it"),
-        ({"prompts": []}, "give at least one"),
-        ({"whitening": 0.6}, "whitening is 0.6 over 400 texts, expected a power from 0 to 0.5"),
-        ({"vector_weight": -1.0}, "weights of the loss are .*'vector': -1.0.*, expected 0 or more and not all 0"),
+        ({"depths": [2, 1]}, "depths is .2, 1.; expected rising numbers"),
+        ({"depths": [0, 1]}, "expected rising numbers from 1 on"),
+        ({"prompts": ["one word"]}, r"prompts is .*; expected one or more, each with \{text\} in it"),
+        ({"prompts": []}, "prompts is ..; expected one or more"),
+        ({"whitening": 0.6}, "whitening is 0.6; expected a power from 0 to 0.5"),
+        ({"vector_weight": -1.0}, "vector_weight, .* is .-1.0, .*; expected 0 or more, and not all 0"),
         ({"vector_weight": 0.0}, "not all 0"),
-        ({"whitening_texts": 1}, "and at least two texts"),
+        ({"whitening_texts": 1}, "whitening_texts is 1; expected 2 or more"),
         (
             {"prompts": ["{text} is", "{text} means"], "whitening_texts": 9},
             "need 32 texts or more .*, here are 9: give more",
         ),
-        ({"neighbours": 0}, "neighbours is 0, expected 1 or more"),
+        ({"neighbours": 0}, "neighbours is 0; expected 1 or more"),
     ],
     ids=str,
 )
