@@ -35,8 +35,9 @@ from flashvec.runtime.remade import remade
 from flashvec.runtime.row_counts import RowCounts
 from flashvec.runtime.spec import DecoderSpec
 
-SITES_PER_LAYER = 8  # of dropout: attention, then the inputs of the updates of q, k, v, out, gate, up, down
-ATTENTION_SITE, QKV_SITE, OUT_SITE, GATE_UP_SITE, DOWN_SITE = 0, 1, 4, 5, 7
+SITES_PER_LAYER = 5  # of dropout: attention, then the inputs of the updates
+ATTENTION_SITE, QKV_SITE, OUT_SITE, GATE_UP_SITE, DOWN_SITE = range(SITES_PER_LAYER)
+PRODUCTS = ("qkv", "out", "gate_up", "down")
 
 
 @dataclass
@@ -57,6 +58,13 @@ class Layer:
     down: Tensor  # [D, F]
     down_bias: Tensor | None
     mlp_post_norm: Tensor | None  # [D]
+
+
+class Parts(Protocol):
+    """Where a decoder's products are when its layers hold their shapes alone."""
+
+    def whole(self, number: int, product: str) -> Tensor:
+        """The weight of one of `PRODUCTS` of a layer."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,7 @@ class Decoder:
         self.embedding_VD = embedding_VD
         self.layers = list(layers)
         self.norm_D = norm_D
+        self.parts: Parts | None = None
         first = self.layers[0]
         self.row_counts = RowCounts([first.qkv, first.out, first.gate_up, first.down])
         self._tables: list[tuple[Tensor, Tensor]] = []
@@ -307,8 +316,9 @@ class Decoder:
         # On the CPU the merged product stays whole: another shape would have other safe row counts.
         if queries is not None and implementation(x_TD) != "cpu" and turn.updates.qkv is None:
             biases = (None, None) if layer.qkv_bias is None else layer.qkv_bias.split([H * K, 2 * G * K])
-            q_THK = linear(x_TD[queries.rows], layer.qkv[: H * K], biases[0]).unflatten(1, (H, K))
-            k_TGK, v_TGK = linear(x_TD, layer.qkv[H * K :], biases[1]).unflatten(1, (2 * G, K)).split(G, 1)
+            weight = self._weight(turn, "qkv")
+            q_THK = linear(x_TD[queries.rows], weight[: H * K], biases[0]).unflatten(1, (H, K))
+            k_TGK, v_TGK = linear(x_TD, weight[H * K :], biases[1]).unflatten(1, (2 * G, K)).split(G, 1)
             return q_THK, k_TGK, v_TGK
         qkv = self._product(turn, "qkv", x_TD, [H * K, G * K, G * K], QKV_SITE, batch.rows, batch.training)
         q_THK, k_TGK, v_TGK = qkv.unflatten(1, (H + 2 * G, K)).split([H, G, G], 1)
@@ -326,22 +336,27 @@ class Decoder:
         self, turn: Turn, name: str, x: Tensor, splits: list[int], site: int, rows: Rows, training: Training
     ) -> Tensor:
         """One of a layer's merged products, with its low-rank update where a training pass has one."""
-        weight, bias = getattr(turn.layer, name), getattr(turn.layer, f"{name}_bias")
+        weight, bias = self._weight(turn, name), getattr(turn.layer, f"{name}_bias")
         pair = getattr(turn.updates, name)
-        if pair is None:
-            return linear(x, weight, bias, rows.plan)
-        return lora(
-            x,
-            weight,
-            pair.a_PRC,
-            pair.b_NR,
-            scales=pair.scales,
-            splits=splits,
-            bias_N=bias,
-            dropout=_at(training.lora_dropout, turn.number, site),
-            identities_T=rows.identities_T,
-            positions_T=rows.positions_T,
-        )
+        again = partial(self._weight, turn, name) if self.parts is not None and _remakes(training) else None
+        with remade(weight, again):
+            if pair is None:
+                return linear(x, weight, bias, rows.plan)
+            return lora(
+                x,
+                weight,
+                pair.a_PRC,
+                pair.b_NR,
+                scales=pair.scales,
+                splits=splits,
+                bias_N=bias,
+                dropout=_at(training.lora_dropout, turn.number, site),
+                identities_T=rows.identities_T,
+                positions_T=rows.positions_T,
+            )
+
+    def _weight(self, turn: Turn, name: str) -> Tensor:
+        return getattr(turn.layer, name) if self.parts is None else self.parts.whole(turn.number, name)
 
     def _norm(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return rms_norm(x, weight, self.spec.norm_eps, self.spec.norm_offset, dtype)

@@ -1,5 +1,7 @@
 """Reads a decoder's weights from a checkpoint, and checks everything it reads."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,11 @@ class DecoderLoader:
             name for name in source.names() if name not in self.IGNORED and not name.endswith(self.IGNORED_ENDINGS)
         }
 
-    def load(self, num_layers: int | None = None) -> Decoder:
+    def load(self, num_layers: int | None = None, each: Callable[[int, Layer], Layer] | None = None) -> Decoder:
         """Read the whole decoder, or its first `num_layers` layers.
+
+        Args:
+            each: what to keep of a layer, given its number and the whole of it, before the next one is read.
 
         Raises:
             CheckpointError: a tensor is missing, surplus, of a wrong shape or not finite.
@@ -30,7 +35,10 @@ class DecoderLoader:
         embedding_VD = self._read(["embed_tokens.weight"], [spec.vocab_size], spec.hidden_size)
         norm_D = self._vector("norm.weight", spec.hidden_size)
         keep = spec.num_layers if num_layers is None else num_layers
-        layers = [self._layer(f"layers.{i}.") for i in range(keep)]
+        layers = []
+        for i in range(keep):
+            layer = self._layer(f"layers.{i}.")
+            layers.append(layer if each is None else each(i, layer))
         for i in range(keep, spec.num_layers):
             self.unread = {name for name in self.unread if not name.startswith(f"layers.{i}.")}
         self.source.close()

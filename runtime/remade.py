@@ -1,46 +1,58 @@
 """Tensors that a backward makes again instead of keeping them: cheap ones, such as a norm beside what was normed.
 
 A product with a low-rank update keeps its input for the update's gradient. Where that input is a norm, or an activation
-of rows that are kept anyway, making it anew costs one pass over them and spares the graph a third of its memory.
+of rows that are kept anyway, making it anew costs one pass over them and spares the graph a third of its memory. A
+weight of which each process holds a part can be gathered once more.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _watchers: list[Callable[[Tensor], Any]] = []
+_remade: list[tuple[int, torch.dtype, int, Callable[[], Tensor]]] = []  # where each lies, its size, how it is made
 
 
 @contextmanager
 def remade(x: Tensor, make: Callable[[], Tensor] | None) -> Iterator[None]:
-    """Within it, a graph that would keep `x` keeps `make` instead, which gives it again; None changes nothing.
+    """Within it, a graph that would keep `x`, or a view of all of it, keeps `make` instead, which gives it again.
 
-    `make` must hold detached tensors that are kept anyway. Must not be used within a checkpointed function, whose own
-    way of keeping tensors it replaces.
+    None changes nothing. Several may be nested. `make` must hold detached tensors that are kept anyway. Must not be
+    used within a checkpointed function, whose own way of keeping tensors it replaces.
     """
     if make is None:
         yield
         return
-    where = (x.data_ptr(), x.shape, x.stride(), x.dtype)
+    _remade.append((x.data_ptr(), x.dtype, x.numel(), make))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        _remade.pop()
 
-    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
-        if (kept.data_ptr(), kept.shape, kept.stride(), kept.dtype) == where:
-            return make
-        for watch in _watchers:
-            watch(kept)
+
+def _pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
+    for pointer, dtype, numel, make in _remade:
+        if (kept.data_ptr(), kept.dtype, kept.numel()) == (pointer, dtype, numel):
+            return partial(_view, make, kept.shape, kept.stride())
+    for watch in _watchers:
+        watch(kept)
+    return kept
+
+
+def _view(make: Callable[[], Tensor], shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    return make().as_strided(shape, stride)
+
+
+def _unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+    if isinstance(kept, Tensor):
         return kept
-
-    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        with torch.no_grad():
-            return kept()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    with torch.no_grad():
+        return kept()
 
 
 @contextmanager

@@ -11,13 +11,14 @@ from training_runs import config_for
 from flashvec.training.distributed import World
 from flashvec.training.model import LoraTrainable, load_model
 from flashvec.training.run import OBJECTIVES
+from flashvec.training.shards import Shards
 
 
 def step_gradient(name: str, folder: Path, values: dict) -> tuple[float, torch.Tensor]:
     """Loss and gradient of a step, summed over all processes."""
     config = config_for(name, folder, dtype="float32", **values)
     world = World()
-    model = load_model(config, wants_head=name == "mntp")
+    model = load_model(config, wants_head=name == "mntp", world=world)
     assert isinstance(model.trainable, LoraTrainable)
     generator = torch.Generator().manual_seed(5)
     for _, _, b in model.trainable.lora.matrices():
@@ -31,10 +32,17 @@ def step_gradient(name: str, folder: Path, values: dict) -> tuple[float, torch.T
     rank, size = world.rank, world.size
     world.close()
     if rank == 0:
-        save_file({"loss": torch.tensor(loss), "gradient": gradient}, folder / f"{name}-{size}.safetensors")
+        layers = model.decoder.layers
+        held = sum(x.nbytes for layer in layers for x in vars(layer).values() if x is not None and not x.is_meta)
+        if isinstance(model.decoder.parts, Shards):
+            held += model.decoder.parts.held_bytes()
+        found = {"loss": torch.tensor(loss), "gradient": gradient, "held": torch.tensor(held)}
+        save_file(found, folder / f"{name}-{size}.safetensors")
     return loss, gradient
 
 
 if __name__ == "__main__":
+    whole = World()  # held throughout: a group that is opened again may meet the store of the one before
     for name, values in json.loads(sys.argv[2]).items():
         step_gradient(name, Path(sys.argv[1]), values)
+    whole.close()

@@ -18,7 +18,7 @@ from flashvec.runtime.batches import TokenRows
 from flashvec.training.config import ConfigError, ContrastiveConfig
 from flashvec.training.data import DataError, Pair, SourceBatches, read_pairs, read_texts, text_hash
 from flashvec.training.distributed import World
-from flashvec.training.encode import Rates, encode, micro_batches, token_rows
+from flashvec.training.encode import Rates, encode, own_packs, token_rows
 from flashvec.training.model import Model
 from flashvec.training.step import Retention, backward_through
 
@@ -54,7 +54,8 @@ class Contrastive:
             sources, names, config.batch_size, config.loop.seed, files=config.texts or config.pairs
         )
         self.rates = Rates(config.attention_dropout, self._lora_dropout, config.loop.seed)
-        self.retention = Retention(config.loop.activation_gib)
+        agree = world.least if config.loop.shard_base else int
+        self.retention = Retention(config.loop.activation_gib, agree)
 
     @property
     def _lora_dropout(self) -> float:
@@ -91,8 +92,7 @@ class Contrastive:
         def vectors_of(own: np.ndarray) -> Tensor:
             return encode(self.model, rows.take(own), own, training)
 
-        share = self.world.share(rows.lengths)
-        packs = [share[p] for p in micro_batches(rows.lengths[share], loop.micro_batch_tokens, device)]
+        packs = own_packs(self.world, rows.lengths, loop, device)
         loss, gradient = backward_through(
             vectors_of,
             packs,

@@ -30,7 +30,7 @@ from torch import Tensor
 from flashvec.training.config import ConfigError, DistillConfig
 from flashvec.training.data import SourceBatches, read_texts, text_hash
 from flashvec.training.distributed import World
-from flashvec.training.encode import Rates, encode, micro_batches, token_rows
+from flashvec.training.encode import Rates, encode, own_packs, token_rows
 from flashvec.training.model import Model
 from flashvec.training.step import Retention, backward_through
 from flashvec.training.teacher import READ_TOGETHER, Teacher
@@ -44,11 +44,9 @@ class Distill:
 
     def __init__(self, model: Model, config: DistillConfig, world: World) -> None:
         self.model, self.config, self.world = model, config, world
-        weights = {key: getattr(config, f"{key}_weight") for key in ("vector", "divergence", "squared")}
-        if min(weights.values()) < 0 or not any(weights.values()):
-            raise ConfigError(f"weights of the loss are {weights}, expected 0 or more and not all 0")
-        if config.neighbours < 1:
-            raise ConfigError(f"neighbours is {config.neighbours}, expected 1 or more")
+        count = len(model.decoder.layers)
+        if any(depth > count for depth in config.depths):
+            raise ConfigError(f"depths are {list(config.depths)}, the model has {count} layers")
         files = [read_texts([file]) for file in config.texts] or [read_texts(())]
         self.lines = self.texts = [text for texts in files for text in texts]
         self.origins = np.arange(len(self.lines))  # the line that each text is or was cut from
@@ -62,9 +60,6 @@ class Distill:
         self.rates = Rates(
             config.attention_dropout, config.lora.dropout if config.train == "lora" else 0.0, config.loop.seed
         )
-        count = len(model.decoder.layers)
-        if list(config.depths) != sorted(set(config.depths)) or not all(1 <= d <= count for d in config.depths):
-            raise ConfigError(f"depths are {list(config.depths)}, expected rising numbers from 1 to {count}")
         self.teacher = Teacher(model, config, world, self.texts, self.sources)
         self.rotations = self._rotations() if config.vector_weight else ()
         self.retention = Retention(config.loop.activation_gib)
@@ -121,8 +116,7 @@ class Distill:
         def vectors_of(own: np.ndarray) -> Tensor:
             return encode(self.model, rows.take(own), own, training, self.config.depths)
 
-        share = self.world.share(rows.lengths)
-        packs = [share[p] for p in micro_batches(rows.lengths[share], loop.micro_batch_tokens, device)]
+        packs = own_packs(self.world, rows.lengths, loop, device)
         loss, _ = backward_through(
             vectors_of,
             packs,

@@ -24,6 +24,7 @@ class World:
     def __init__(self, device: torch.device | None = None) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._owns = False
+        self._device = device or torch.device("cpu")
         if self.size > 1 and not dist.is_initialized():
             backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
@@ -51,6 +52,38 @@ class World:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def gather(self, part: Tensor) -> Tensor:
+        """All processes' parts [n], one behind another: [size * n]."""
+        if self.size == 1:
+            return part
+        whole = part.new_empty(self.size * len(part))
+        dist.all_gather(list(whole.chunk(self.size)), part)
+        return whole
+
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values."""
+        if self.size == 1:
+            return value
+        dist.all_reduce(least := torch.tensor(value, device=self._device), op=dist.ReduceOp.MIN)
+        return int(least)
+
+    def evened(self, packs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """As many packs as the process with the most has, where each has rows enough: its largest ones are halved.
+
+        Args:
+            packs: rows of this process, in micro-batches.
+        """
+        rows = sum(map(len, packs))
+        wanted = min(-self.least(-len(packs)), self.least(rows))
+        found = list(packs)
+        while len(found) < wanted:
+            largest = max(range(len(found)), key=lambda place: len(found[place]))
+            found[largest : largest + 1] = np.array_split(found[largest], 2)
+        while len(found) > wanted:
+            smallest = min(range(len(found) - 1), key=lambda place: len(found[place]) + len(found[place + 1]))
+            found[smallest : smallest + 2] = [np.concatenate(found[smallest : smallest + 2])]
+        return found
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Every parameter's gradient summed over all processes, in one exchange; absent ones count as zero."""

@@ -18,7 +18,9 @@ from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.decoder import Stream, Training
 from flashvec.runtime.packing import pack
 from flashvec.runtime.pooling import States, pool
+from flashvec.training.config import LoopConfig
 from flashvec.training.data import DataError
+from flashvec.training.distributed import World
 from flashvec.training.model import Model
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
@@ -60,6 +62,13 @@ def token_rows(model: Model, texts: Sequence[str], instructions: Sequence[str] |
 def micro_batches(lengths: np.ndarray, budget: int | None, device: torch.device) -> list[np.ndarray]:
     """Rows that run together: packs of similar length under a token budget."""
     return list(pack(lengths, budget or MICRO_BATCH_TOKENS.get(device.type, 2048)))
+
+
+def own_packs(world: World, lengths: np.ndarray, loop: LoopConfig, device: torch.device) -> list[np.ndarray]:
+    """This process's rows of a batch, in micro-batches; where the base is sharded, as many as all others have."""
+    share = world.share(lengths)
+    packs = [share[own] for own in micro_batches(lengths[share], loop.micro_batch_tokens, device)]
+    return world.evened(packs) if loop.shard_base else packs
 
 
 def run_rows(

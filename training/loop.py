@@ -82,6 +82,7 @@ def fingerprint(config: TrainConfig, files: Iterable[str]) -> str:
         "evaluate_every",
         "activation_gib",
         "recompute",
+        "shard_base",
     ):
         settings["loop"].pop(key)
     settings["lora"].pop("saved_as")

@@ -57,8 +57,8 @@ class Lora:
                 weight = getattr(layer, product)
                 outputs, inputs = weight.shape
                 a = torch.rand(len(names), config.r, inputs, generator=generator).mul_(2).sub_(1).div_(inputs**0.5)
-                a_PRC = a.to(weight.device).requires_grad_()
-                b_NR = torch.zeros(outputs, config.r, device=weight.device).requires_grad_()
+                a_PRC = a.to(decoder.device).requires_grad_()
+                b_NR = torch.zeros(outputs, config.r, device=decoder.device).requires_grad_()
                 pairs[product] = LoraPair(a_PRC, b_NR, tuple(scale * is_chosen for is_chosen in chosen))
             self._layers.append(pairs)
 

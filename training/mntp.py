@@ -23,7 +23,7 @@ from flashvec.runtime.tokenize import Tokenizer
 from flashvec.training.config import ConfigError, MntpConfig
 from flashvec.training.data import DataError, read_texts, rows_of_step, text_hash
 from flashvec.training.distributed import World
-from flashvec.training.encode import Rates, micro_batches, run_rows
+from flashvec.training.encode import Rates, own_packs, run_rows
 from flashvec.training.model import Model
 
 UNCUT = 1 << 30  # tokens of a text before it is cut into blocks
@@ -151,11 +151,9 @@ class Mntp:
         loop, rows = config.loop, masked.rows
         training = self.rates.training(self.model.trainable.training(), step, loop.recompute)
         total = torch.zeros((), device=device)
-        share = self.world.share(rows.lengths)
-        for pack in micro_batches(rows.lengths[share], loop.micro_batch_tokens, device):
-            own = share[pack]
+        for own in own_packs(self.world, rows.lengths, loop, device):
             read, targets = _rows_read(masked, own)
-            if not len(read):
+            if not len(read) and not loop.shard_base:  # there every pass helps the other processes to theirs
                 continue
             (stream,), _ = run_rows(self.model, rows.take(own), own, training)
             loss = self._loss(stream, torch.from_numpy(read).to(device), torch.from_numpy(targets).to(device))

@@ -27,7 +27,9 @@ from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.tokenize import Tokenizer
 from flashvec.training.adapter import read_adapter, write_adapter, write_surroundings
 from flashvec.training.config import ConfigError, TrainConfig
+from flashvec.training.distributed import World
 from flashvec.training.lora import Lora
+from flashvec.training.shards import Shards
 
 HEAD = "lm_head.weight"
 ENCODER_FOLDER = "encoder"  # below a run's output, where the body was trained
@@ -142,11 +144,12 @@ class BodyTrainable:
         return [name for name, x in self.masters.items() if torch.equal(x.detach().flatten()[:64], self.before[name])]
 
 
-def load_model(config: TrainConfig, *, wants_head: bool = False) -> Model:
+def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | None = None) -> Model:
     """Load what a configuration names, ready to be trained.
 
     Args:
         wants_head: read the language-model head too (the token embeddings, where they are tied).
+        world: the processes that share a base with `loop.shard_base`.
 
     Raises:
         CheckpointError, ConfigError: files or settings; the message names them and the cure.
@@ -170,7 +173,13 @@ def load_model(config: TrainConfig, *, wants_head: bool = False) -> Model:
     else:
         dtype = choose_dtype(config.dtype)
     read_head = _head_reader(checkpoint, values or {}, dtype, device) if wants_head else None
-    decoder = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device).load()
+    loader = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device)
+    if config.loop.shard_base and world is not None and world.size > 1:
+        shards = Shards(world)
+        decoder = loader.load(each=shards.take)
+        decoder.parts = shards
+    else:
+        decoder = loader.load()
     trainable = _trainable(config, decoder)
     below = config.adapters[-1] if config.adapters else config.model  # an adapter names what it was trained on
     base_name = config.base_name or _name_from(below, config.output)

@@ -38,7 +38,7 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     world = World(device)
     try:
-        model = load_model(config, wants_head=isinstance(config, MntpConfig))
+        model = load_model(config, wants_head=isinstance(config, MntpConfig), world=world)
         return train(config, OBJECTIVES[type(config)](model, config, world), world, show=show, until=until)
     finally:
         world.close()

@@ -75,10 +75,11 @@ class Retention:
 
     Args:
         budget_gib: for graphs; None takes half of what is free before the first step.
+        agree: makes one number of all processes' ones, where they must keep as many.
     """
 
-    def __init__(self, budget_gib: float | None) -> None:
-        self.budget_gib = budget_gib
+    def __init__(self, budget_gib: float | None, agree: Callable[[int], int] = int) -> None:
+        self.budget_gib, self.agree = budget_gib, agree
         self._bytes_per_token: float | None = None
         self._budget_bytes = 0.0
 
@@ -98,4 +99,4 @@ class Retention:
             if total > self._budget_bytes:
                 break
             kept += 1
-        return kept
+        return self.agree(kept)

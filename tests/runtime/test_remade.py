@@ -54,3 +54,32 @@ def test_the_tensor_is_freed_and_the_rest_is_watched():
     seen = []
     graph(source, w, True, [])
     assert not seen
+
+
+def test_several_are_made_again_and_views_of_all_of_one_too():
+    x = torch.arange(6.0).view(2, 3)
+    w = torch.linspace(1, 2, 12).view(4, 3)
+    out, found = {}, {}
+    for is_remade in (False, True):
+        own_x, own_w = x.clone(), w.clone()
+        made, seen = [], []
+        update = torch.ones(2, 3, requires_grad=True)
+
+        def again(name, value, made=made):
+            made.append(name)
+            return value.clone()
+
+        with watched(seen.append):
+            h = own_x * update
+            with (
+                remade(own_x, (lambda: again("x", x)) if is_remade else None),
+                remade(own_w, (lambda: again("w", w)) if is_remade else None),
+            ):
+                y = torch.nn.functional.linear(h * own_x, own_w)  # keeps the weight, or its transpose
+        kept = {t.data_ptr() for t in seen}
+        assert (own_w.data_ptr() in kept) is not is_remade
+        out[is_remade] = y.detach()
+        y.square().sum().backward()
+        assert sorted(made) == (["w", "x"] if is_remade else [])
+        found[is_remade] = update.grad
+    assert torch.equal(out[False], out[True]) and torch.equal(found[False], found[True])

@@ -12,8 +12,9 @@ import pytest
 import torch
 from gloo_worker import step_gradient
 from safetensors.torch import load_file
-from training_runs import write_pairs
+from training_runs import config_for, write_pairs
 
+from flashvec.training.config import ConfigError
 from flashvec.training.distributed import World
 
 HERE = Path(__file__).parent
@@ -49,6 +50,45 @@ def test_two_and_four_processes_give_the_gradient_of_one(tmp_path):
             found = load_file(tmp_path / f"{name}-{size}.safetensors")
             assert abs(float(found["loss"]) - loss) <= 1e-6
             assert gradient.any() and float((found["gradient"] - gradient).norm() / gradient.norm()) <= 1e-6
+
+
+SHARDED = {
+    "kept": {"micro_batch_tokens": 60, "activation_gib": 1.0},
+    "encoded twice": {"micro_batch_tokens": 60, "activation_gib": 1e-9},
+    "run again": {"micro_batch_tokens": 60, "recompute": True},
+}
+
+
+@pytest.mark.parametrize("loop", SHARDED.values(), ids=SHARDED)
+def test_a_base_in_parts_gives_the_gradient_of_the_whole(loop, tmp_path):
+    """With a part of the products' bytes in each process; masks of dropout among what must be the same."""
+    pairs = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "temperature": 0.5}
+    values = {"contrastive": {"batch_size": 7, "attention_dropout": 0.1, **pairs}, "mntp": {"batch_size": 7}}
+    want = {name: step_gradient(name, tmp_path, own | {"loop": loop}) for name, own in values.items()}
+    sharded = {name: own | {"loop": {**loop, "shard_base": True}} for name, own in values.items()}
+    for error, code in launch(3, [str(HERE.parent / "gloo_worker.py")], str(tmp_path), json.dumps(sharded)):
+        assert code == 0, error[-2000:]
+    for name, (loss, gradient) in want.items():
+        found = load_file(tmp_path / f"{name}-3.safetensors")
+        whole = load_file(tmp_path / f"{name}-1.safetensors")
+        assert abs(float(found["loss"]) - loss) <= 1e-6
+        assert gradient.any() and float((found["gradient"] - gradient).norm() / gradient.norm()) <= 1e-6
+        assert int(found["held"]) < int(whole["held"]) * 0.4
+
+
+def test_micro_batches_are_as_many_as_the_other_processes_have(monkeypatch):
+    world, packs = World(), [np.array([3, 1, 4]), np.array([5]), np.array([9, 2])]
+    for least_of_counts, least_rows, sizes in ((-5, 6, [1, 1, 1, 1, 2]), (-3, 6, [3, 1, 2]), (-6, 2, [3, 3])):
+        answers = iter([least_of_counts, least_rows])
+        monkeypatch.setattr(world, "least", lambda value, answers=answers: min(value, next(answers)))
+        found = world.evened(packs)
+        assert sorted(map(len, found)) == sorted(sizes) and list(np.concatenate(found)) == [3, 1, 4, 5, 9, 2]
+
+
+@pytest.mark.parametrize(("name", "own"), [("distill", {}), ("mntp", {"train": "body"})])
+def test_only_updates_of_a_frozen_base_are_trained_over_its_parts(name, own, tmp_path):
+    with pytest.raises(ConfigError, match=r"loop.shard_base is True; expected false: only MNTP and contrastive"):
+        config_for(name, tmp_path, loop={"shard_base": True}, **own)
 
 
 DRIFT = """
