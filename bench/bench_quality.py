@@ -45,15 +45,16 @@ class Reading(NamedTuple):
 
 
 def readings(
-    num_layers: int, adapter: str | None, depths: list[int], *, untrained: bool, name: str = TRAINED
+    num_layers: int, adapters: tuple[str, ...], depths: list[int], *, untrained: bool, name: str = TRAINED
 ) -> Iterator[Reading]:
-    """Those without training, then the adapter's at each depth.
+    """Those without training, then the adapters' at each depth.
 
     Args:
         num_layers: of the model.
+        adapters: one over another; none leaves their readings out.
         depths: numbers of layers to run, besides all.
         untrained: include the readings without an adapter.
-        name: of the adapter's readings.
+        name: of the adapters' readings.
     """
     if untrained:
         yield Reading("untrained, bidirectional, mean", {"attention": "bidirectional", "pooling": "mean"})
@@ -61,10 +62,10 @@ def readings(
         layers = max(1, num_layers - LAYERS_BEFORE_END)
         causal = {"attention": "causal", "pooling": "last", "layers": layers}
         yield Reading(f"untrained, causal, one-word prompt, layer {layers}", causal, ONE_WORD)
-    if adapter is not None:
+    if adapters:
         for layers in sorted({*depths, num_layers}, reverse=True):
             at = "" if layers == num_layers else f", {layers} layers"
-            yield Reading(f"{name}, bidirectional, mean{at}", {"adapters": (adapter,), "layers": layers})
+            yield Reading(f"{name}, bidirectional, mean{at}", {"adapters": adapters, "layers": layers})
 
 
 def measure(reading: Reading, model: str, sts: list[Path], retrieval: list[Path]) -> Iterator[dict[str, Any]]:
@@ -121,7 +122,9 @@ def bm25_score(collection: Collection) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="base model: folder or GGUF file")
-    parser.add_argument("--adapter", help="adapter folder; without it only the untrained readings are measured")
+    parser.add_argument(
+        "--adapter", action="append", default=[], help="adapter folder, repeated for one over another; default none"
+    )
     parser.add_argument("--name", default=TRAINED, help="what the adapter's rows are called; default %(default)s")
     parser.add_argument("--depths", type=int, nargs="*", default=[], help="numbers of layers to cut the adapter's at")
     parser.add_argument("--trained-only", action="store_true", help="leave the untrained readings out")
@@ -133,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.sts or options.retrieval):
         parser.error("name what to measure on: --sts FILE or --retrieval FILE")
-    if options.trained_only and options.adapter is None:
+    if options.trained_only and not options.adapter:
         parser.error("--trained-only needs --adapter")
     try:
         run(options)
@@ -146,7 +149,7 @@ def run(options: argparse.Namespace) -> None:
     base = Encoder.load(options.model)
     untrained = not options.trained_only
     num_layers = base.spec.decoder.num_layers
-    found = readings(num_layers, options.adapter, options.depths, untrained=untrained, name=options.name)
+    found = readings(num_layers, tuple(options.adapter), options.depths, untrained=untrained, name=options.name)
     rows = chain.from_iterable(measure(each, options.model, options.sts, options.retrieval) for each in found)
     for row in chain(measure_bm25(options.model, base.dtype, options.retrieval if untrained else []), rows):
         shown = f"{row['variant']:56} {row['data']:14} {row['measure']} {row['score']:6.2f}"

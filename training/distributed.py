@@ -3,7 +3,8 @@
 Every process knows the whole batch and encodes its share of it. Two exchanges make a step: vectors, so that every
 process has the loss of the whole batch (texts of all processes are each other's negatives), and gradients of the
 trained parameters, one flat sum at the end. Nothing is averaged: each process's share is a term of the same gradient,
-whatever its tokens. Encoding needs no exchange, so that micro-batches may differ in number.
+whatever its tokens. Encoding needs no exchange, so that micro-batches may differ in number; but over a base in parts
+(`shards.py`) every layer does.
 """
 
 import os
@@ -18,12 +19,37 @@ from torch import Tensor
 TIMEOUT_S = 1800
 
 
+def own_device(name: str | None) -> torch.device:
+    """The device that this process runs on.
+
+    Args:
+        name: as configured; None takes a GPU where there is one. Of several GPUs each process of a machine has its own.
+
+    Raises:
+        ValueError: no GPU where one is asked for, or more processes than GPUs.
+    """
+    there = torch.cuda.is_available()
+    device = torch.device(name or ("cuda" if there else "cpu"))
+    if device.type == "cuda" and not there:
+        raise ValueError(f"device is {device}, but torch finds no GPU here: leave it out to train on the CPU")
+    if device.type != "cuda" or device.index is not None:
+        return device
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"process {number + 1} of this machine has no GPU, there are {count}: torchrun --nproc-per-node {count}"
+        )
+    return torch.device("cuda", number)
+
+
 class World:
     """This process among all of them; alone where torchrun did not start it."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._owns = False
+        if device is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # what is launched or exchanged without a name goes there
         self._device = device or torch.device("cpu")
         if self.size > 1 and not dist.is_initialized():
             backend = "nccl" if device is not None and device.type == "cuda" else "gloo"

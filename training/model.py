@@ -27,7 +27,7 @@ from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.tokenize import Tokenizer
 from flashvec.training.adapter import read_adapter, write_adapter, write_surroundings
 from flashvec.training.config import ConfigError, TrainConfig
-from flashvec.training.distributed import World
+from flashvec.training.distributed import World, own_device
 from flashvec.training.lora import Lora
 from flashvec.training.shards import Shards
 
@@ -167,7 +167,7 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
         # The adapter's folder will be an LLM2Vec one: its rules hold while training, too.
         checkpoint.spec = llm2vec_spec(values, {}, own, checkpoint.spec.base_model)
     _check_rules(config, checkpoint.spec)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = own_device(config.device)
     if config.dtype is None:
         dtype = torch.bfloat16 if has_hardware_bf16(device) else torch.float32
     else:

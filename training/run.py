@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distill import Distill
-from flashvec.training.distributed import World
+from flashvec.training.distributed import World, own_device
 from flashvec.training.loop import Objective, train
 from flashvec.training.mntp import Mntp
 from flashvec.training.model import Model, load_model
@@ -35,8 +33,7 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
         ConfigError, DataError, CheckpointError, ResumeError: settings and files; name the key, or the file and line.
         TrainingStopped: training that cannot go on.
     """
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    world = World(device)
+    world = World(own_device(config.device))
     try:
         model = load_model(config, wants_head=isinstance(config, MntpConfig), world=world)
         return train(config, OBJECTIVES[type(config)](model, config, world), world, show=show, until=until)

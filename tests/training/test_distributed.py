@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training_runs import config_for, write_pairs
 
 from flashvec.training.config import ConfigError
-from flashvec.training.distributed import World
+from flashvec.training.distributed import World, own_device
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -126,6 +126,24 @@ def test_fewer_rows_than_processes_are_refused():
     world.size = 3
     with pytest.raises(ValueError, match="2 sequences for 3 processes"):
         world.share(np.array([4, 5]))
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device(None) == torch.device("cpu")
+    with pytest.raises(ValueError, match="device is cuda, but torch finds no GPU here"):
+        own_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device("cpu") == torch.device("cpu") and own_device("cuda:1") == torch.device("cuda:1")
+    assert own_device(None) == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device("cuda") == own_device(None) == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ValueError, match="process 3 of this machine has no GPU, there are 2: torchrun --nproc-per-node 2"
+    ):
+        own_device("cuda")
 
 
 def test_alone_nothing_is_exchanged():
