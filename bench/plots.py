@@ -13,11 +13,8 @@ from flashvec.bench.report import GPU_LENGTHS, PROFILE_ORDER, ROOT, comparable, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TRAINING_LOGS = {
-    "first run, cosines": ROOT / "models" / "smollm2-135m" / "first.jsonl",
-    "second run, vectors": ROOT / "models" / "smollm2-135m" / "log.jsonl",
-}
-MEAN_OF = 20  # steps
+TRAINED = ROOT / "models" / "smollm2-135m"
+MEAN_OF = 10  # steps
 SWEEPS = {
     "length": "tokens of a text",
     "texts": "sentences in a call",
@@ -142,21 +139,19 @@ def _intensity(row: dict[str, Any]) -> float:
 
 
 def training_plot(figure: Any) -> None:
-    """The loss of both runs that made models/smollm2-135m, and the mean of the last steps up to each."""
-    panels = figure.subplots(1, 2)
-    for axes, (name, file) in zip(panels, TRAINING_LOGS.items(), strict=True):
+    """The loss of each generation that made models/smollm2-135m, and the mean of the last steps up to each."""
+    files = sorted(TRAINED.glob("generation-*.jsonl"))
+    panels = figure.subplots(1, len(files))
+    for axes, file in zip(panels, files, strict=True):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-        every_step = len(steps) == steps[-1]  # else some steps alone are known
-        look = {"alpha": 0.25} if every_step else {"marker": "o"}
-        axes.plot(steps, losses, color=COLOURS["flashvec"], linewidth=1, label="a step", **look)
-        if every_step:
-            means = [sum(losses[max(0, i + 1 - MEAN_OF) : i + 1]) / min(i + 1, MEAN_OF) for i in range(len(losses))]
-            axes.plot(steps, means, color=COLOURS["flashvec"], label=f"mean of {MEAN_OF} steps")
-        axes.set_title(name, fontsize=10)
+        axes.plot(steps, losses, color=COLOURS["flashvec"], linewidth=1, alpha=0.25, label="a step")
+        means = [sum(losses[max(0, i + 1 - MEAN_OF) : i + 1]) / min(i + 1, MEAN_OF) for i in range(len(losses))]
+        axes.plot(steps, means, color=COLOURS["flashvec"], label=f"mean of {MEAN_OF}")
+        axes.set_title(file.stem.replace("-", " "), fontsize=10)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        _plain(axes)
+        _plain(axes, legend=axes is panels[0])
+    panels[0].set_ylabel("loss")
 
 
 def _plain(axes: "Axes", *, legend: bool = True, zero: bool = True) -> None:

@@ -47,9 +47,19 @@ def test_says_how_it_is_pooled_and_how_it_was_made():
 def test_its_settings_are_those_that_train_takes():
     from flashvec.training.config import DistillConfig, read_config
 
-    config = read_config(DistillConfig, FOLDER / "train.yaml")
-    assert config.lora.r == json.loads((FOLDER / "adapter_config.json").read_text())["r"]
-    assert not any(Path(name).is_absolute() for name in (config.model, config.output, *config.texts))
+    files = sorted(FOLDER.glob("generation-*.yaml"))
+    configs = [read_config(DistillConfig, file) for file in files]
+    for number, (config, before) in enumerate(zip(configs, [None, *configs], strict=False), 1):
+        earlier = () if before is None else (before.output,)
+        assert config.teachers == earlier and config.lora.start == (earlier[0] if earlier else None)
+        assert config.lora.r == json.loads((FOLDER / "adapter_config.json").read_text())["r"]
+        assert not any(Path(name).is_absolute() for name in (config.model, config.output, *config.texts))
+        log = (FOLDER / f"generation-{number}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in log] == list(range(1, config.loop.steps + 1))
+    assert (
+        len(files) > 1
+        and configs[-1].max_length == json.loads((FOLDER / "llm2vec_config.json").read_text())["max_length"]
+    )
 
 
 @pytest.mark.parametrize("name", ["a man is playing a guitar", "The woman is slicing onions.", "a dog"])

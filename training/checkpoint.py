@@ -146,8 +146,18 @@ def _give_optimizer(
         optimizer.state[x][part] = value.clone() if part == "step" else value.to(x.device)
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's step, fingerprint and digests.
+
+    Raises:
+        OSError, ValueError: missing or damaged.
+    """
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    return state
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    state = read_state(folder)
     for name in TENSOR_FILES:
         if _digest(folder / name) != state["digests"][name]:
             raise ValueError(f"{name} is not what was written")

@@ -20,13 +20,19 @@ from torch import Tensor
 
 from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
 from flashvec.runtime.memory import host_memory
-from flashvec.training.checkpoint import average_parameters, load_checkpoint, save_checkpoint
+from flashvec.training.checkpoint import (
+    average_parameters,
+    checkpoints,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from flashvec.training.config import OptimizerConfig, TrainConfig, to_yaml
 from flashvec.training.distributed import World
 from flashvec.training.encode import run_rows
 from flashvec.training.evaluate import embed_with, read_scored_pairs, sts_score
 from flashvec.training.events import Events
-from flashvec.training.model import Model
+from flashvec.training.model import ENCODER_FOLDER, Model
 from flashvec.training.progress import TrainingBar
 
 CHECK_EVERY = 100  # steps between two looks at whether all processes hold the same parameters
@@ -95,6 +101,36 @@ def fingerprint(config: TrainConfig, files: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def _earlier(config: TrainConfig) -> list[Path]:
+    """Folders of adapters that a run goes on from or is taught by."""
+    return [Path(name).expanduser() for name in (config.lora.start, *getattr(config, "teachers", ())) if name]
+
+
+def _files(config: TrainConfig) -> list[str]:
+    """What a run reads beside its model."""
+    weights = [folder / WEIGHTS_FILE for folder in _earlier(config)]
+    texts = [*getattr(config, "texts", ()), *getattr(config, "pairs", ())]
+    return [*texts, *(str(file) for file in weights if file.is_file())]
+
+
+def finished(config: TrainConfig) -> dict[str, Any] | None:
+    """The last line of the log, where a run with these very settings and files has ended; else None."""
+    output = Path(config.output)
+    try:
+        left = [output / WEIGHTS_FILE, output / ENCODER_FOLDER]
+        if not (output / SEEN_FILE).is_file() or not any(path.exists() for path in left):  # the first is written last
+            return None
+        if (output / CONFIG_FILE).read_text(encoding="utf-8") != to_yaml(config):
+            return None
+        state = read_state(checkpoints(output)[-1])
+        if (state["step"], state["fingerprint"]) != (config.loop.steps, fingerprint(config, _files(config))):
+            return None
+        last: dict[str, Any] = json.loads((output / LOG_FILE).read_text(encoding="utf-8").splitlines()[-1])
+        return last
+    except (OSError, ValueError, KeyError, IndexError):
+        return None  # not whole: training finds out what is missing
+
+
 def train(
     config: TrainConfig, objective: Objective, world: World, *, show: bool | None = None, until: int | None = None
 ) -> dict[str, Any]:
@@ -128,12 +164,7 @@ class _Run:
             eps=adam.eps,
             weight_decay=adam.weight_decay,
         )
-        files = [*getattr(config, "texts", ()), *getattr(config, "pairs", ())]
-        self.earlier = [
-            Path(name).expanduser() for name in (config.lora.start, *getattr(config, "teachers", ())) if name
-        ]
-        files += [str(file) for folder in self.earlier if (file := folder / WEIGHTS_FILE).is_file()]
-        self.fingerprint = fingerprint(config, files)
+        self.fingerprint = fingerprint(config, _files(config))
         self.events: Events | None = None
         self.scored = None if config.sts is None else read_scored_pairs(Path(config.sts))
 
@@ -144,6 +175,7 @@ class _Run:
         start = load_checkpoint(self.output, self.parameters, self.optimizer, self.fingerprint)
         self.model.trainable.give_values()
         if self.world.is_first:
+            (self.output / SEEN_FILE).unlink(missing_ok=True)
             (self.output / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
             _cut_log(self.output / LOG_FILE, start)
         if loop.tensorboard and self.world.is_first:
@@ -227,7 +259,7 @@ class _Run:
         Those of the adapters it came from among them.
         """
         found = {name for step in range(self.config.loop.steps) for name in self.objective.seen(step)}
-        for file in (folder / SEEN_FILE for folder in self.earlier):
+        for file in (folder / SEEN_FILE for folder in _earlier(self.config)):
             if file.is_file():
                 found |= set(np.load(file, allow_pickle=False).tolist())
         np.save(self.output / SEEN_FILE, np.array(sorted(found), np.int64), allow_pickle=False)

@@ -1,12 +1,12 @@
-"""How `models/smollm2-135m` was made: texts from Wikipedia and WordNet, then self-distillation twice, by one command.
+"""How `models/smollm2-135m` was made: texts from Wikipedia and WordNet, then self-distillation again and again.
 
     python -m flashvec.training.recipe --wikipedia wiki/*.txt --wordnet /usr/share/wordnet --out out/smollm2
 
-The first run learns from the frozen model's one-word answers, by cosines; the second goes on from there, and both the
-answers to another prompt and the first run's vectors teach it. Wikipedia as an extractor leaves it (a paragraph a
-line); WordNet 3.0's data files (Debian: wordnet-base), of which the example sentences and the definitions are taken:
-short, everyday language beside an encyclopaedia's. Only text is used, no relation, no label. Run again, it goes on
-where it was.
+The first generation learns from the frozen model's one-word answers; each further one goes on from the one before,
+taught by its vectors and by the answers to another prompt. A generation is a file of settings, in the order of their
+names. Wikipedia as an extractor leaves it (a paragraph a line); WordNet 3.0's data files (Debian: wordnet-base), of
+which the example sentences and the definitions are taken: short, everyday language beside an encyclopaedia's. Only
+text is used, no relation, no label. Run again, it goes on where it was.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,20 +28,7 @@ TOGETHER = 4  # lines that stay neighbours: WordNet lists what is alike side by 
 MAX_SENTENCE_WORDS = 20
 MIN_WORDS, MAX_GLOSS_WORDS = 5, 20
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
-
-
-class Lines(NamedTuple):
-    """How many lines of each kind a run reads."""
-
-    wikipedia: int
-    joined: float  # the share of Wikipedia's lines that are several sentences
-    passages: int  # more lines of several sentences, in a file of their own
-    examples: int
-    glosses: int
-
-
-FIRST = Lines(3000, 0.08, 0, 4000, 1600)
-SECOND = Lines(4000, 0.0, 352, 6000, 1600)
+SENTENCES, PASSAGES, EXAMPLES, GLOSSES = 4000, 352, 6000, 1600  # lines of each kind; passages are several sentences
 
 
 def wordnet_texts(folder: Path) -> tuple[list[str], list[str]]:
@@ -80,35 +66,39 @@ def drawn_runs(lines: Sequence[str], limit: int, seed: int) -> list[str]:
     return [lines[TOGETHER * run + place] for run in sorted(runs.tolist()) for place in range(TOGETHER)]
 
 
-def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path, lines: Lines) -> list[str]:
-    """The files that a run trains on, each a source of its own; returns their paths."""
+def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> list[str]:
+    """The files that are trained on, each a source of its own; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     examples, glosses = wordnet_texts(wordnet)
     found = {
-        "wiki.txt": training_lines(
-            wikipedia, limit=lines.wikipedia, passages=lines.joined, max_words=MAX_SENTENCE_WORDS, seed=0
-        )
+        "sentences.txt": training_lines(wikipedia, limit=SENTENCES, passages=0.0, max_words=MAX_SENTENCE_WORDS, seed=0),
+        "passages.txt": training_lines(wikipedia, limit=PASSAGES, passages=1.0, seed=1),
+        "examples.txt": drawn_runs(examples, EXAMPLES, 0),
+        "glosses.txt": drawn_runs(glosses, GLOSSES, 0),
     }
-    if lines.passages:
-        found["passages.txt"] = training_lines(wikipedia, limit=lines.passages, passages=1.0, seed=1)
-    found["examples.txt"] = drawn_runs(examples, lines.examples, 0)
-    found["glosses.txt"] = drawn_runs(glosses, lines.glosses, 0)
-    for name, own in found.items():
-        write_lines(folder / name, own)
+    for name, lines in found.items():
+        write_lines(folder / name, lines)
     return [str(folder / name) for name in found]
 
 
 def make(options: argparse.Namespace) -> None:
-    """Both runs."""
-    first, second = options.out / "first", options.out / "adapter"
-    texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts-first", FIRST)
-    own = [f"texts={texts}", f"output={first}", *options.overrides]
-    print(f"first run: {first}", flush=True)
-    run_training(read_config(DistillConfig, options.settings / "first.yaml", own))
-    texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts", SECOND)
-    own = [f"texts={texts}", f"output={second}", f"lora.start={first}", f"teachers={[str(first)]}", *options.overrides]
-    print(f"second run: {second}", flush=True)
-    run_training(read_config(DistillConfig, options.settings / "train.yaml", own))
+    """All generations.
+
+    Raises:
+        DataError: no settings, or texts that are missing.
+    """
+    settings = sorted(options.settings.glob("generation-*.yaml"))
+    if not settings:
+        raise DataError(f"{options.settings}: no generation-1.yaml in it: settings of self-distillation")
+    texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts")
+    before: list[str] = []
+    for number, file in enumerate(settings):
+        output = options.out / file.stem
+        own = [f"texts={texts}", f"output={output}", f"teachers={before}", f"loop.seed={options.seed + number}"]
+        own += [f"lora.start={folder}" for folder in before]
+        print(f"{file.stem}, {number + 1} of {len(settings)}: {output}", flush=True)
+        run_training(read_config(DistillConfig, file, [*own, *options.overrides]))
+        before = [str(output)]
 
 
 def main() -> None:
@@ -122,10 +112,11 @@ def main() -> None:
         "--settings",
         type=Path,
         default=SETTINGS,
-        help="folder of first.yaml and train.yaml; default models/smollm2-135m",
+        help="folder of the generations' settings, generation-1.yaml and so on; default models/smollm2-135m",
     )
+    parser.add_argument("--seed", type=int, default=42, help="of the first generation; each further one has the next")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="over both runs' settings, such as loop.seed=1"
+        "overrides", nargs="*", metavar="key=value", help="over every generation's settings, such as loop.steps=20"
     )
     options = parser.parse_args()
     try:

@@ -7,7 +7,7 @@ from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfi
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distill import Distill
 from flashvec.training.distributed import World, own_device
-from flashvec.training.loop import Objective, train
+from flashvec.training.loop import Objective, finished, train
 from flashvec.training.mntp import Mntp
 from flashvec.training.model import Model, load_model
 
@@ -19,7 +19,7 @@ OBJECTIVES: dict[type[TrainConfig], Callable[[Model, Any, World], Objective]] = 
 
 
 def run_training(config: TrainConfig, *, show: bool | None = None, until: int | None = None) -> dict[str, Any]:
-    """Train as a configuration says, from its output's last checkpoint where there is one.
+    """Train as a configuration says, from its output's last checkpoint where there is one; nothing where it has ended.
 
     Args:
         config: `MntpConfig`, `ContrastiveConfig` or `DistillConfig`; its type is the objective.
@@ -33,6 +33,8 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
         ConfigError, DataError, CheckpointError, ResumeError: settings and files; name the key, or the file and line.
         TrainingStopped: training that cannot go on.
     """
+    if (last := finished(config)) is not None:
+        return last
     world = World(own_device(config.device))
     try:
         model = load_model(config, wants_head=isinstance(config, MntpConfig), world=world)

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from training_runs import config_for
 
-from flashvec.training import checkpoint
+from flashvec.training import checkpoint, loop, run
 from flashvec.training.checkpoint import ResumeError, average_parameters, checkpoints, load_checkpoint, save_checkpoint
 from flashvec.training.config import to_yaml
 from flashvec.training.run import run_training
@@ -131,3 +131,25 @@ def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001"]
     assert load_checkpoint(tmp_path, *small_state(), "own") == 1
+
+
+def test_a_run_that_has_ended_is_not_begun_again(tmp_path, monkeypatch):
+    """Unless a setting of what it leaves, or a file that it read, is another one."""
+    config = config_for("mntp", tmp_path, loop={"steps": 2})
+    last = run_training(config)
+    whole = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "load_model", lambda *args, **keys: pytest.fail("loaded"))
+        assert run_training(config) == last
+        for name in ("seen.npy", "train.yaml", "log.jsonl", "adapter_model.safetensors"):
+            kept = (tmp_path / "out" / name).read_bytes()
+            (tmp_path / "out" / name).unlink()
+            assert loop.finished(config) is None, name
+            (tmp_path / "out" / name).write_bytes(kept)
+        assert loop.finished(config) == last
+        assert loop.finished(config_for("mntp", tmp_path, loop={"steps": 4})) is None
+    run_training(config_for("mntp", tmp_path, loop={"steps": 2}, lora={"saved_as": "bfloat16"}))
+    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 0.7 * whole
+    (tmp_path / "texts.txt").write_text("another text\nand one more\n")
+    with pytest.raises(ResumeError, match="other files"):
+        run_training(config_for("mntp", tmp_path, loop={"steps": 2}, lora={"saved_as": "bfloat16"}))

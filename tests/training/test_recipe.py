@@ -1,9 +1,12 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
 
 from flashvec.runtime.encoder import Encoder
 from flashvec.training import recipe
+from flashvec.training.config import DistillConfig, read_config
 from flashvec.training.data import DataError
 
 LICENCE = "  1 This software and database | is being provided\n"
@@ -52,26 +55,31 @@ def test_runs_keep_neighbours():
     assert all(np.diff(drawn[i : i + 4]).tolist() == [1, 1, 1] and drawn[i] % 4 == 0 for i in (0, 4, 8))
 
 
-def test_the_command_leaves_an_adapter_that_the_first_run_helped_to_teach(sources, monkeypatch):
+def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsys):
     out, settings = sources / "out", sources / "settings"
     settings.mkdir()
-    for name in ("first", "train"):
-        (settings / f"{name}.yaml").write_text("model: elsewhere\noutput: nowhere\nbatch_size: 8\nwhitening_texts: 8\n")
-    overrides = [f"model={sources / 'base'}", "loop.steps=3", "lora.saved_as=bfloat16"]
+    for number in (1, 2, 3):
+        own = f"model: elsewhere\noutput: nowhere\nbatch_size: 8\nwhitening_texts: 8\nloop: {{steps: {2 * number}}}\n"
+        (settings / f"generation-{number}.yaml").write_text(own)
+    overrides = [f"model={sources / 'base'}", "lora.saved_as=bfloat16"]
     arguments = ["--wikipedia", str(sources / "wiki.txt"), "--wordnet", str(sources / "wordnet"), "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings)])
+    monkeypatch.setattr("sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings), "--seed", "5"])
     recipe.main()
-    names = ["examples.txt", "glosses.txt", "passages.txt", "wiki.txt"]
+    assert "generation-3, 3 of 3" in capsys.readouterr().out
+    names = ["examples.txt", "glosses.txt", "passages.txt", "sentences.txt"]
     assert sorted(file.name for file in (out / "texts").iterdir()) == names
+    folders = [out / f"generation-{number}" for number in (1, 2, 3)]
     vectors = [
-        Encoder.load(sources / "base", adapters=out / name, dtype="float32").embed(["a mill", "a road"])
-        for name in ("first", "adapter")
+        Encoder.load(sources / "base", adapters=folder, dtype="float32").embed(["a mill", "a road"])
+        for folder in folders
     ]
-    assert np.isfinite(vectors).all() and np.abs(vectors[1] - vectors[0]).max() > 1e-4
-    first, second = (
-        set(np.load(out / name / "seen.npy", allow_pickle=False).tolist()) for name in ("first", "adapter")
-    )
-    assert len(first) > 8 and first < second
+    assert np.isfinite(vectors).all() and all(np.abs(b - a).max() > 1e-4 for a, b in pairwise(vectors))
+    seen = [set(np.load(folder / "seen.npy", allow_pickle=False).tolist()) for folder in folders]
+    assert len(seen[0]) > 8 and all(a < b for a, b in pairwise(seen))
+    kept = [read_config(DistillConfig, folder / "train.yaml") for folder in folders]
+    assert [config.loop.seed for config in kept] == [5, 6, 7]
+    assert [config.teachers for config in kept] == [(), (str(folders[0]),), (str(folders[1]),)]
+    assert [config.lora.start for config in kept] == [None, str(folders[0]), str(folders[1])]
     monkeypatch.setattr("sys.argv", ["recipe", *arguments, "--settings", str(sources / "none")])
-    with pytest.raises(SystemExit, match=r"recipe: .*first\.yaml: no such file"):
+    with pytest.raises(SystemExit, match=r"recipe: .*none: no generation-1\.yaml in it"):
         recipe.main()
