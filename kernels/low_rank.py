@@ -212,13 +212,13 @@ def _stops(splits: Sequence[int]) -> list[int]:
 
 
 def _blocks(x: Tensor, R: int, block_c: int = BLOCK_C, draws: bool = False) -> dict[str, int]:
-    """Tile sizes and options. `draws`: a kernel whose masks need the registers of twice the warps."""
+    """Tile sizes and options. `draws`: masks beside four accumulators, which spill on sm_100 unless more warps share."""
     block_r = max(16, 1 << (R - 1).bit_length())
     large = block_r > 32
     if x.element_size() == 4:  # without matrix units: small tiles
         return {"BLOCK_T": 32, "BLOCK_C": 64, "BLOCK_R": block_r, "num_warps": 8 if large else 4, "num_stages": 2}
     stages = 2 if large or target(x).backend == "hip" else 3  # what fits the smallest shared memories
-    warps = 8 if large or draws else 4
+    warps = 8 if large or (draws and target(x).name == "sm_100") else 4
     return {"BLOCK_T": BLOCK_T, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": warps, "num_stages": stages}
 
 
@@ -246,7 +246,7 @@ def expand(
     (T, P, R), sliced = h.shape, w.ndim == 2
     columns = w.shape[0] if sliced else w.shape[2]
     stops = _stops(splits) if sliced else [columns] * MAX_PROJECTIONS
-    blocks = _blocks(h, R, draws=keys is not None)
+    blocks = _blocks(h, R)
     tiles = sum(-(-n // blocks["BLOCK_C"]) for n in (splits if sliced else [columns]))
     out = h.new_empty(T, columns)
     launch(
@@ -261,7 +261,7 @@ def reduce(x: Tensor, h: Tensor, like: Tensor, splits: Sequence[int], keys: Tens
     """The gradient of `like`, A or B, in its dtype: fp32 sums over fixed blocks of rows, then over the blocks."""
     (T, P, R), sliced = h.shape, like.ndim == 2
     stops = _stops(splits) if sliced else [x.shape[1]] * MAX_PROJECTIONS
-    blocks = _blocks(x, R, REDUCE_C) | {"num_stages": 2}
+    blocks = _blocks(x, R, REDUCE_C, draws=keys is not None) | {"num_stages": 2}
     tiles = sum(-(-n // blocks["BLOCK_C"]) for n in (splits if sliced else [x.shape[1]] * P))
     num_splits = max(1, -(-T // SPLIT_ROWS))
     sums = like.new_empty(num_splits, *like.shape, dtype=torch.float32)
