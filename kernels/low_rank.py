@@ -212,7 +212,7 @@ def _stops(splits: Sequence[int]) -> list[int]:
 
 
 def _blocks(x: Tensor, R: int, block_c: int = BLOCK_C, draws: bool = False) -> dict[str, int]:
-    """Tile sizes and options. `draws`: masks beside four accumulators, which spill on sm_100 unless more warps share."""
+    """Tile sizes and options. `draws`: masks beside four accumulators spill on sm_100 unless more warps share them."""
     block_r = max(16, 1 << (R - 1).bit_length())
     large = block_r > 32
     if x.element_size() == 4:  # without matrix units: small tiles
