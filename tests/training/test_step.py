@@ -60,10 +60,11 @@ WAYS = {
 
 @pytest.mark.parametrize("name", ["views", "hard negatives", "mntp", "distill"])
 def test_every_way_gives_the_same_gradient_with_dropout_on(name, tmp_path):
-    values = {}
-    if name == "hard negatives":
-        values = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "attention_dropout": 0.2}
     kind = {"views": "contrastive", "hard negatives": "contrastive"}.get(name, name)
+    # At the default temperature of 0.05 a vector's rounding counts twenty-fold: steps were seen that fp32 leaves 1.7e-6.
+    values = {"temperature": 0.5} if kind == "contrastive" else {}
+    if name == "hard negatives":
+        values |= {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "attention_dropout": 0.2}
     want = None
     for way, loop in WAYS.items():
         objective = objective_for(kind, tmp_path, loop=loop, **values)
