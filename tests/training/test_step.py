@@ -61,7 +61,7 @@ WAYS = {
 @pytest.mark.parametrize("name", ["views", "hard negatives", "mntp", "distill"])
 def test_every_way_gives_the_same_gradient_with_dropout_on(name, tmp_path):
     kind = {"views": "contrastive", "hard negatives": "contrastive"}.get(name, name)
-    # At the default temperature of 0.05 a vector's rounding counts twenty-fold: steps were seen that fp32 leaves 1.7e-6.
+    # At the default temperature of 0.05 a vector's rounding counts twenty-fold: fp32 left 1.7e-6 in one step.
     values = {"temperature": 0.5} if kind == "contrastive" else {}
     if name == "hard negatives":
         values |= {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "attention_dropout": 0.2}
