@@ -8,26 +8,38 @@ weight of which each process holds a part can be gathered once more.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _watchers: list[Callable[[Tensor], Any]] = []
-_remade: list[tuple[int, torch.dtype, int, Callable[[], Tensor]]] = []  # where each lies, its size, how it is made
+_remade: list["_Remade"] = []
+
+
+class _Remade(NamedTuple):
+    """What tells a tensor that is made again: it is not held itself."""
+
+    pointer: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    is_contiguous: bool
+    make: Callable[[], Tensor]
 
 
 @contextmanager
 def remade(x: Tensor, make: Callable[[], Tensor] | None) -> Iterator[None]:
-    """Within it, a graph that would keep `x`, or a view of all of it, keeps `make` instead, which gives it again.
+    """Within it, a graph that would keep `x` keeps `make` instead, which gives it again; None changes nothing.
 
-    None changes nothing. Several may be nested. `make` must hold detached tensors that are kept anyway. Must not be
-    used within a checkpointed function, whose own way of keeping tensors it replaces.
+    So it does for a view of all of `x` where that is contiguous. Several may be nested. `make` must hold detached
+    tensors that are kept anyway. Must not be used within a checkpointed function, whose own way of keeping tensors it
+    replaces.
     """
     if make is None:
         yield
         return
-    _remade.append((x.data_ptr(), x.dtype, x.numel(), make))
+    _remade.append(_Remade(x.data_ptr(), x.dtype, x.shape, x.stride(), x.is_contiguous(), make))
     try:
         with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
@@ -36,16 +48,20 @@ def remade(x: Tensor, make: Callable[[], Tensor] | None) -> Iterator[None]:
 
 
 def _pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
-    for pointer, dtype, numel, make in _remade:
-        if (kept.data_ptr(), kept.dtype, kept.numel()) == (pointer, dtype, numel):
-            return partial(_view, make, kept.shape, kept.stride())
+    for x in _remade:
+        if (kept.data_ptr(), kept.dtype) != (x.pointer, x.dtype):
+            continue
+        if (kept.shape, kept.stride()) == (x.shape, x.stride):
+            return x.make
+        if x.is_contiguous and kept.numel() == x.shape.numel():
+            return partial(_view, x.make, kept.shape, kept.stride())
     for watch in _watchers:
         watch(kept)
     return kept
 
 
 def _view(make: Callable[[], Tensor], shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    return make().as_strided(shape, stride)
+    return make().contiguous().as_strided(shape, stride)
 
 
 def _unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:

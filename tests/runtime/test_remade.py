@@ -83,3 +83,14 @@ def test_several_are_made_again_and_views_of_all_of_one_too():
         assert sorted(made) == (["w", "x"] if is_remade else [])
         found[is_remade] = update.grad
     assert torch.equal(out[False], out[True]) and torch.equal(found[False], found[True])
+
+
+def test_one_with_gaps_between_rows_is_given_without_them():
+    found = []
+    for is_remade in (False, True):
+        wide, w = torch.arange(20.0).view(4, 5), torch.linspace(1, 2, 12).view(4, 3).requires_grad_()
+        x = wide[:, :3]
+        with remade(x, (lambda x=x: x.clone(memory_format=torch.contiguous_format)) if is_remade else None):
+            Scaled.apply(x, w).square().sum().backward()
+        found.append(w.grad)
+    assert torch.equal(*found)
