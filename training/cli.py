@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-train_app = typer.Typer(help="Train an encoder: mntp, contrastive or distill.", no_args_is_help=True)
+train_app = typer.Typer(help="Train an encoder: mntp, contrastive, distill; average.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Measure an encoder on files.", no_args_is_help=True)
 stdout = Console()
 
@@ -67,6 +67,23 @@ def distill(
     Example: `flashvec train distill distill.yaml texts=[wiki.txt]`
     """
     _train("DistillConfig", config, settings, print_config, as_json)
+
+
+@train_app.command()
+def average(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders of one base.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="A new folder for their mean.", show_default=False)],
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the mean; default the first adapter's.")] = None,
+) -> None:
+    """The mean of adapters as one adapter: several runs are often better together than each.
+
+    Example: `flashvec train average out/seed-1 out/seed-2 --output out/mean`
+    """
+    from flashvec.training.average import average_adapters
+
+    left_out = average_adapters(adapters, output, rank)
+    facts = f"the mean of {len(adapters)} adapters, {left_out:.2%} of a product at most left out by its rank"
+    stdout.print(f"{output}: {facts}", highlight=False)
 
 
 def _open(model: str, backend: str, choices: dict[str, Any]) -> Any:

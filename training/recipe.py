@@ -1,22 +1,26 @@
-"""How `models/smollm2-135m` was made: texts from Wikipedia and WordNet, then self-distillation again and again.
+"""How `models/smollm2-135m` was made: texts from Wikipedia and WordNet, self-distillation again and again, the mean.
 
     python -m flashvec.training.recipe --wikipedia wiki/*.txt --wordnet /usr/share/wordnet --out out/smollm2
 
 The first generation learns from the frozen model's one-word answers; each further one goes on from the one before,
 taught by its vectors and by the answers to another prompt. A generation is a file of settings, in the order of their
-names. Wikipedia as an extractor leaves it (a paragraph a line); WordNet 3.0's data files (Debian: wordnet-base), of
-which the example sentences and the definitions are taken: short, everyday language beside an encyclopaedia's. Only
-text is used, no relation, no label. Run again, it goes on where it was.
+names. With several seeds all generations are made for each, and the mean of the last ones is the result.
+
+Wikipedia as an extractor leaves it (a paragraph a line); WordNet 3.0's data files (Debian: wordnet-base), of which the
+example sentences and the definitions are taken: short, everyday language beside an encyclopaedia's. Only text is used,
+no relation, no label. Run again, it goes on where it was.
 """
 
 import argparse
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from flashvec.training.average import average_adapters
 from flashvec.training.config import DistillConfig, read_config
 from flashvec.training.data import DataError
 from flashvec.training.loop import TrainingStopped
@@ -82,7 +86,7 @@ def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> list[s
 
 
 def make(options: argparse.Namespace) -> None:
-    """All generations.
+    """All generations of every seed, and the mean of the seeds' last ones.
 
     Raises:
         DataError: no settings, or texts that are missing.
@@ -91,14 +95,31 @@ def make(options: argparse.Namespace) -> None:
     if not settings:
         raise DataError(f"{options.settings}: no generation-1.yaml in it: settings of self-distillation")
     texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts")
+    made = [
+        make_generations(settings, texts, options.out / f"seed-{seed}", seed, options.overrides)
+        for seed in options.seeds
+    ]
+    if len(made) > 1:
+        mean = options.out / "mean"
+        if mean.exists():  # of an earlier call: made anew in a second
+            shutil.rmtree(mean)
+        left_out = average_adapters(made, mean)
+        print(f"the mean of {len(made)} seeds, {left_out:.2%} of a product at most left out: {mean}", flush=True)
+
+
+def make_generations(
+    settings: Sequence[Path], texts: Sequence[str], out: Path, seed: int, overrides: Sequence[str]
+) -> Path:
+    """One after the other, each from the one before; returns the last one's folder."""
     before: list[str] = []
     for number, file in enumerate(settings):
-        output = options.out / file.stem
-        own = [f"texts={texts}", f"output={output}", f"teachers={before}", f"loop.seed={options.seed + number}"]
+        output = out / file.stem
+        own = [f"texts={list(texts)}", f"output={output}", f"teachers={before}", f"loop.seed={seed + number}"]
         own += [f"lora.start={folder}" for folder in before]
-        print(f"{file.stem}, {number + 1} of {len(settings)}: {output}", flush=True)
-        run_training(read_config(DistillConfig, file, [*own, *options.overrides]))
+        print(f"{file.stem}, {number + 1} of {len(settings)}, seed {seed}: {output}", flush=True)
+        run_training(read_config(DistillConfig, file, [*own, *overrides]))
         before = [str(output)]
+    return Path(before[0])
 
 
 def main() -> None:
@@ -114,7 +135,13 @@ def main() -> None:
         default=SETTINGS,
         help="folder of the generations' settings, generation-1.yaml and so on; default models/smollm2-135m",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of the first generation; each further one has the next")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[42],
+        help="of the first generation, each further one has the next; with several the result is in OUT/mean",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="over every generation's settings, such as loop.steps=20"
     )

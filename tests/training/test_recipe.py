@@ -2,6 +2,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_checkpoint
 
 from flashvec.runtime.encoder import Encoder
@@ -63,12 +65,15 @@ def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsy
         (settings / f"generation-{number}.yaml").write_text(own)
     overrides = [f"model={sources / 'base'}", "lora.saved_as=bfloat16"]
     arguments = ["--wikipedia", str(sources / "wiki.txt"), "--wordnet", str(sources / "wordnet"), "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings), "--seed", "5"])
+    monkeypatch.setattr(
+        "sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings), "--seeds", "5", "25"]
+    )
     recipe.main()
-    assert "generation-3, 3 of 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "generation-3, 3 of 3, seed 25" in printed and "the mean of 2 seeds" in printed
     names = ["examples.txt", "glosses.txt", "passages.txt", "sentences.txt"]
     assert sorted(file.name for file in (out / "texts").iterdir()) == names
-    folders = [out / f"generation-{number}" for number in (1, 2, 3)]
+    folders = [out / "seed-5" / f"generation-{number}" for number in (1, 2, 3)]
     vectors = [
         Encoder.load(sources / "base", adapters=folder, dtype="float32").embed(["a mill", "a road"])
         for folder in folders
@@ -80,6 +85,14 @@ def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsy
     assert [config.loop.seed for config in kept] == [5, 6, 7]
     assert [config.teachers for config in kept] == [(), (str(folders[0]),), (str(folders[1]),)]
     assert [config.lora.start for config in kept] == [None, str(folders[0]), str(folders[1])]
+    other = out / "seed-25" / "generation-3"
+    last = [load_file(folder / "adapter_model.safetensors") for folder in (folders[2], other, out / "mean")]
+    key = "base_model.model.layers.1.mlp.down_proj.lora_{}.weight"
+    updates = [x[key.format("B")].float() @ x[key.format("A")].float() for x in last]  # alpha is r
+    parts = torch.linalg.svdvals((updates[0] + updates[1]) / 2)[:16].square()  # a run's rank
+    assert (updates[0] - updates[1]).norm() > 1e-3  # seeds do differ
+    assert float(updates[2].square().sum()) == pytest.approx(float(parts.sum()), rel=2e-2)
+    assert (out / "mean" / "seen.npy").is_file()
     monkeypatch.setattr("sys.argv", ["recipe", *arguments, "--settings", str(sources / "none")])
     with pytest.raises(SystemExit, match=r"recipe: .*none: no generation-1\.yaml in it"):
         recipe.main()
