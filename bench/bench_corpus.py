@@ -1,12 +1,13 @@
 """What a corpus job costs beside the model: `run_shard` against `Encoder.embed`, memory, planning, reuse.
 
-    python -m flashvec.bench.bench_corpus --model M --texts FOLDER [--rows 300]
+    python -m flashvec.bench.bench_corpus --model M --texts FOLDER [--rows 300] [--layers 2]
     python -m flashvec.bench.bench_corpus --stand-in
 
 The first form times one shard and a plain list of the same texts in turn, in one process, and then the shard again with
-one row in a hundred changed and the rest taken from the first job. The second needs no model: vectors are hashes, so
-that what is left is the job itself; it gives the process's peak memory over 10^4 and 10^6 rows and the time to plan
-10,000 Parquet files.
+one row in a hundred changed and the rest taken from the first job; and it gives the peak memory of a process that does
+such a shard and nothing else, beside the model's weights. With a few layers alone the model costs less and the job the
+same: a stricter measure, and many rows in minutes. The second needs no model: vectors are hashes, so that what is left
+is the job itself; it gives the process's peak memory over 10^4 and 10^6 rows and the time to plan 10,000 Parquet files.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import xxhash
 
 from flashvec.runtime.corpus.cuts import cut
@@ -75,12 +77,22 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
     return path
 
 
-def measure_overhead(model: str, texts: Sequence[str], max_length: int, repetitions: int) -> list[dict[str, Any]]:
-    """A shard against a list, interleaved; and a shard of which 99 % is reused."""
+def measure_overhead(
+    model: str, texts: Sequence[str], max_length: int, repetitions: int, layers: int | None = None
+) -> list[dict[str, Any]]:
+    """A shard against a list, interleaved; and a shard of which 99 % is reused.
+
+    Args:
+        model: folder or GGUF file.
+        texts: a row each.
+        max_length: tokens of a text.
+        repetitions: of both.
+        layers: the first of the model's; default all.
+    """
     from flashvec.bench.timing import spread, take_turns
     from flashvec.runtime.encoder import Encoder, TruncationWarning
 
-    encoder = Encoder.load(model)
+    encoder = Encoder.load(model, layers=layers)
     settings = JobSettings(max_length=max_length)
     stages = {"read": 0.0, "embed": 0.0, "write": 0.0}
 
@@ -118,6 +130,7 @@ def measure_overhead(model: str, texts: Sequence[str], max_length: int, repetiti
         "model": Path(model).name,
         "rows": len(texts),
         "max_length": max_length,
+        "layers": encoder.spec.decoder.num_layers,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "clock": "CPU seconds of the process",
         "repetitions": repetitions,
@@ -153,6 +166,25 @@ def measure_memory(num_rows: int) -> dict[str, Any]:
     return {"rows": num_rows, "peak_mib": round(peak / 1024, 1), "rows_per_s": round(num_rows / seconds)}
 
 
+def measure_model_memory(model: str, texts: Path, num_rows: int, max_length: int, layers: int | None) -> dict[str, Any]:
+    """Peak memory of this process over a shard with a real model, and its weights' bytes; in a process of its own."""
+    from flashvec.runtime.encoder import Encoder, TruncationWarning
+
+    warnings.simplefilter("ignore", TruncationWarning)
+    encoder = Encoder.load(model, layers=layers)
+    decoder = encoder.decoder
+    held = [decoder.embedding_VD, decoder.norm_D, *(x for layer in decoder.layers for x in vars(layer).values())]
+    weights = sum(x.nbytes for x in held if isinstance(x, torch.Tensor)) / 2**20
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_jsonl(Path(folder) / "in.jsonl", paragraphs(texts, num_rows))
+        settings = JobSettings(max_length=max_length)
+        plan = plan_for(path, encoder.spec.embedding_size, settings)
+        storage = Storage(Path(folder) / "out")
+        rows = sum(run_shard(plan, i, encoder, storage).rows for i in range(len(plan.shards)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"rows": rows, "peak_mib": round(peak, 1), "weights_mib": round(weights, 1)}
+
+
 def measure_planning(num_files: int) -> dict[str, Any]:
     """Seconds to plan a folder of Parquet files."""
     with tempfile.TemporaryDirectory() as folder:
@@ -173,10 +205,16 @@ def measure_stand_in() -> list[dict[str, Any]]:
     """Memory in fresh processes, and planning."""
     rows = []
     for num_rows in SHORT_ROWS:
-        command = [sys.executable, "-m", "flashvec.bench.bench_corpus", "--memory-of", str(num_rows)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        rows.append({"benchmark": "corpus", "model": "stand-in", "variant": "memory", **json.loads(printed)})
+        found = _in_new_process(["--memory-of", str(num_rows)])
+        rows.append({"benchmark": "corpus", "model": "stand-in", "variant": "memory", **found})
     return [*rows, {"benchmark": "corpus", "model": "none", "variant": "planning", **measure_planning(MANY_FILES)}]
+
+
+def _in_new_process(arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "flashvec.bench.bench_corpus", *arguments]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, Any] = json.loads(printed)
+    return found
 
 
 def main() -> None:
@@ -185,10 +223,17 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--layers", type=int, help="run the model's first layers alone")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--stand-in", action="store_true")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory_of and options.model:
+        found = measure_model_memory(
+            options.model, options.texts, options.memory_of, options.max_length, options.layers
+        )
+        print(json.dumps(found))
+        return
     if options.memory_of:
         print(json.dumps(measure_memory(options.memory_of)))
         return
@@ -197,7 +242,12 @@ def main() -> None:
         if options.texts is None:
             parser.error("--model needs --texts, a folder of text files")
         texts = paragraphs(options.texts, options.rows)
-        rows += measure_overhead(options.model, texts, options.max_length, options.repetitions)
+        rows += measure_overhead(options.model, texts, options.max_length, options.repetitions, options.layers)
+        same = ["--model", options.model, "--texts", str(options.texts), "--max-length", str(options.max_length)]
+        same += ["--layers", str(options.layers)] if options.layers else []
+        found = _in_new_process(["--memory-of", str(len(texts)), *same])
+        about = {key: rows[-1][key] for key in ("benchmark", "model", "max_length", "layers", "dtype")}
+        rows.append({**about, "variant": "memory", **found})
     for row in rows:
         print(json.dumps(row), file=sys.stderr)
     if rows:

@@ -5,9 +5,9 @@
 Everything runs in one process, in turn, on the same texts, new ones in every repetition. Ours and the peers go from a
 list of str to a numpy array, tokenisation included. The ceiling is what the matrix library gives for the model's bare
 products: the best of 1,024, 2,048 and 4,096 rows, on two threads or on two single-threaded workers. Vectors are
-compared before any time is taken: a peer whose vectors are others, or that fails, is a row that says so. OpenVINO and
-ONNX Runtime come with `make peers` (then run it with peers/bin/python); sentence-transformers runs where the model is a
-folder that it opens (`flashvec convert`).
+compared before any time is taken: a peer whose vectors are others, or that fails, is a row that says so. OpenVINO,
+ONNX Runtime, llama.cpp and the reference implementation come with `make peers` (then run it with peers/bin/python);
+llama.cpp takes the model's GGUF file, sentence-transformers and the reference a folder that `flashvec convert` wrote.
 """
 
 import argparse
@@ -173,6 +173,7 @@ def bench_profile(
                 "profile": profile,
                 "mean_tokens": round(sum(num_tokens) / sum(map(len, inputs)), 1),
                 "tokens_per_s": round(median(rates)),
+                "texts_per_s": round(median(len(t) / s for t, s in zip(inputs, seconds[name], strict=True)), 1),
                 "spread": spread(rates),
                 "ceiling_tokens_per_s": round(ceiling),
                 "ceiling_form": form,
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="passages only, three repetitions")
     parser.add_argument("--no-peers", action="store_true", help="leave Hugging Face, OpenVINO, ONNX Runtime, ... out")
+    parser.add_argument("--gguf", type=Path, help="the same model's GGUF file, for llama.cpp")
     parser.add_argument("--workers", type=int, nargs="*", default=[1], help="packs at the same time")
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")
     parser.add_argument("--dry", action="store_true", help="keep no rows")
@@ -212,6 +214,7 @@ def main() -> None:
         *(options.model, options.texts, options.profiles, options.repetitions),
         has_peers=not options.no_peers,
         workers=options.workers,
+        gguf=options.gguf,
     ):
         if not options.dry:
             append_rows(rows)
@@ -225,6 +228,7 @@ def run(
     *,
     has_peers: bool,
     workers: Sequence[int] = (1,),
+    gguf: Path | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Measure and print, profile by profile; yields each one's rows."""
     encoders: dict[str, Encoder] = {}
@@ -239,7 +243,7 @@ def run(
             encoders[f"flashvec {name}" + (f", {count} workers" if count > 1 else "")] = encoder
         ceilings[name] = Ceiling(encoder)
     if has_peers:
-        peers, failed, missing = open_peers(model, next(iter(ceilings)))
+        peers, failed, missing = open_peers(model, next(iter(ceilings)), gguf)
         for name, why in failed.items():
             print(f"{name}: {why}", flush=True)
             yield [{"model": Path(model).name, "benchmark": "embed", "variant": name, "profile": None, "failed": why}]
@@ -251,6 +255,9 @@ def run(
     for profile in profiles:
         rows = bench_profile(profile, drawn, encoders, peers, ceilings, repetitions)
         yield [{"model": Path(model).name, **row} for row in rows]
+    for peer in peers.values():
+        if hasattr(peer, "close"):
+            peer.close()
 
 
 if __name__ == "__main__":

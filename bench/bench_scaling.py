@@ -27,7 +27,7 @@ LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of every text
 COUNTS = (1, 4, 16, 64, 256)  # sentences in a call
 BUDGETS = (128, 256, 512, 1024, 2048, 4096)  # tokens run together
 TOKENS_PER_RUN = 2048
-SHAPES = ("gemma-3-270m", "qwen3-0.6b")
+SHAPES = ("gemma-3-270m", "qwen3-0.6b", "llama-3.2-1b")
 
 
 @dataclass(frozen=True)

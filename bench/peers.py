@@ -14,10 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from flashvec.bench import peers_llm2vec
+from flashvec.bench.peers_llama_cpp import LlamaCpp
+from flashvec.bench.peers_llm2vec import Llm2Vec
 from flashvec.runtime.checkpoint.open import Overrides, open_checkpoint, resolve
 from flashvec.runtime.verify import hugging_face_model
 
 BATCH_SIZE = 32
+LLM2VEC = "llm2vec"
 BUDGET = 1024  # padded tokens per OpenVINO batch: where it is fastest
 
 
@@ -161,25 +165,49 @@ class Peers(NamedTuple):
     missing: list[str]  # packages that are not installed: `make peers`
 
 
-def open_peers(model: str, dtype: str) -> Peers:
-    """All peers of a model, the ones that fail by the reason they give.
+Ways = dict[str, tuple[str, Callable[[], Any]]]
+
+
+def ways(model: str, dtype: str, gguf: Path | None = None) -> Ways:
+    """Every peer of a model: the package that it needs, and how it is opened.
 
     Args:
         model: folder or GGUF file.
         dtype: "float32" or "bfloat16", for those that have a choice.
+        gguf: the same model's file for llama.cpp; default `model` where it is one.
     """
-    ways: dict[str, tuple[str, Callable[[], Any]]] = {
+    found: Ways = {
         f"hugging face {dtype}, sorted": ("transformers", lambda: HuggingFace(model, getattr(torch, dtype))),
         f"openvino {dtype}, sorted": ("openvino", lambda: OpenVINO(model, dtype)),
         "onnx runtime float32, sorted": ("onnxruntime", lambda: OnnxRuntime(model)),
         "onnx runtime int8, sorted": ("onnxruntime", lambda: OnnxRuntime(model, int8=True)),
     }
-    if (Path(model) / "modules.json").is_file():  # a folder that it opens
+    if (Path(model) / "modules.json").is_file():  # a folder that others open
         name = "sentence-transformers float32, as installed"
-        ways[name] = ("sentence_transformers", lambda: SentenceTransformers(model))
+        found[name] = ("sentence_transformers", lambda: SentenceTransformers(model))
+        found["llm2vec float32, as installed"] = (LLM2VEC, lambda: Llm2Vec(Path(model), max_length(model)))
+    file = gguf or (Path(model) if Path(model).suffix == ".gguf" else None)
+    if file is not None:
+        name = f"llama.cpp, {file.stem.rpartition('.')[2]} weights"
+        found[name] = ("llama_cpp", lambda: LlamaCpp(file, max_length(model)))
+    return found
+
+
+def max_length(model: str) -> int:
+    """Tokens of a text that the model's spec allows."""
+    return open_checkpoint(resolve(model), Overrides()).spec.max_length
+
+
+def installed(package: str) -> bool:
+    """Whether a peer's package is there: in this environment, the reference's in its own."""
+    return peers_llm2vec.PYTHON.exists() if package == LLM2VEC else importlib.util.find_spec(package) is not None
+
+
+def open_peers(model: str, dtype: str, gguf: Path | None = None) -> Peers:
+    """All peers of a model, the ones that fail by the reason they give. Arguments as `ways` has them."""
     found = Peers({}, {}, [])
-    for name, (package, make) in ways.items():
-        if importlib.util.find_spec(package) is None:
+    for name, (package, make) in ways(model, dtype, gguf).items():
+        if not installed(package):
             found.missing.append(package)
             continue
         try:

@@ -8,7 +8,15 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flashvec.bench.report import GPU_LENGTHS, PROFILE_ORDER, ROOT, comparable, gpu_attention_rows, read_rows
+from flashvec.bench.report import (
+    GPU_LENGTHS,
+    PROFILE_ORDER,
+    ROOT,
+    comparable,
+    gpu_attention_rows,
+    newest_embed_rows,
+    read_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +51,7 @@ def svg_of(draw: Callable[[Any], None], width: float, height: float) -> str:
 
 def embed_plot(figure: Any) -> None:
     """Tokens per second by length profile, a bar a variant; of the machine whose rows are newest."""
-    group = comparable([row for row in read_rows("embed") if "failed" not in row], "model")[-1]
+    group = newest_embed_rows()
     newest = {(row["profile"], row["variant"]): row for row in group}
     variants = list(dict.fromkeys(row["variant"] for row in newest.values()))
     profiles = [p for p in PROFILE_ORDER if any(profile == p for profile, _ in newest)]

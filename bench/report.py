@@ -81,9 +81,31 @@ def embed_table(rows: list[Row]) -> list[str]:
 
 
 def newest_embed_rows() -> list[Row]:
-    """The rows that README's table of speed shows."""
-    group = comparable([row for row in read_rows("embed") if "failed" not in row], "model")[-1]
+    """The rows that README's table of speed shows: of the machine and model measured last."""
+    found = comparable([row for row in read_rows("embed") if "failed" not in row], "model")
+    group = max(found, key=lambda rows: max(row["date"] for row in rows))
     return list({(row["profile"], row["variant"]): row for row in group}.values())
+
+
+def newest_embed_table(rows: list[Row]) -> list[str]:
+    """`embed_table` of the machine and model measured last, with what did not run there."""
+    shown = newest_embed_rows()
+    keys = ("model", *MACHINE)
+    return embed_table(shown + [row for row in rows if "failed" in row and all(row[k] == shown[0][k] for k in keys)])
+
+
+def start_table(rows: list[Row]) -> list[str]:
+    """Seconds of a new process to its first vector and its peak memory; a table for each model and machine."""
+    lines: list[str] = []
+    for group in comparable(rows, "model", "dtype"):
+        newest = {row["variant"]: row for row in group}
+        lines += ["| a new process | seconds to the first vector | peak memory |", "|---|---|---|"]
+        for row in newest.values():
+            shown = f"{row['seconds']:.1f} | {row['peak_mib']:,} MiB" if "failed" not in row else f"{row['failed']} |"
+            lines.append(f"| {row['variant']} | {shown} |")
+        about = f"{group[-1]['model']}, {group[-1]['dtype']}, on {where(list(newest.values()))}."
+        lines += ["", *about.splitlines(), ""]
+    return lines[:-1]
 
 
 def verify_table(rows: list[Row]) -> list[str]:
@@ -193,6 +215,8 @@ def quality_table(rows: list[Row]) -> list[str]:
 
 TABLES = {
     "embed": embed_table,
+    "embed newest": newest_embed_table,
+    "start": start_table,
     "verify": verify_table,
     "gpu attention": gpu_attention_table,
     "gpu embed": gpu_embed_table,
@@ -210,7 +234,7 @@ def render(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         start, name, end = match.groups()
-        rows = read_rows(name)
+        rows = read_rows(name.removesuffix(" newest"))
         lines = TABLES[name](rows) if rows else ["No rows yet."]
         return start + "\n".join(lines) + "\n" + end
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
-from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, peers, report, timing
+from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, peers, peers_llm2vec, report, timing
 from flashvec.bench.bench_embed import PROFILES, Ceiling, Texts, bench_profile
 from flashvec.bench.peers import HuggingFace, SentenceTransformers
 from flashvec.runtime.encoder import Encoder
@@ -75,13 +75,14 @@ def test_rows_of_a_profile(folder, monkeypatch):
         bench_profile("queries", Texts(None, 3.0), {"flashvec float32": enc, "ours": Broken()}, {}, ceilings, 1)
 
 
-def test_peers_that_fail_or_are_missing_are_named(folder, monkeypatch, capsys):
+def test_peers_that_fail_or_are_missing_are_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_embed, "TOKENS_PER_RUN", 200)
     monkeypatch.setattr(bench_embed, "WARM_UP_TOKENS", 50)
     monkeypatch.setattr(bench_embed, "CEILING_TOKENS", 4096)
     installed = importlib.util.find_spec
     hidden = ("openvino", "onnxruntime")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else installed(name))
+    monkeypatch.setattr(peers_llm2vec, "PYTHON", tmp_path / "none")
     monkeypatch.setattr(peers, "SentenceTransformers", lambda model: 1 / 0)
     done = list(bench_embed.run(str(folder), None, ["queries"], 1, has_peers=True))
     name = "sentence-transformers float32, as installed"
@@ -89,6 +90,7 @@ def test_peers_that_fail_or_are_missing_are_named(folder, monkeypatch, capsys):
     assert [row["variant"].split()[0] for row in done[1]][-1] == "hugging" and len(done) == 2
     out = capsys.readouterr().out
     assert "openvino is not installed (make peers)" in out and out.count("onnxruntime is not installed") == 1
+    assert "llm2vec is not installed (make peers)" in out
     machine = {"cores": 2, "threads": 2, "cpu": "c", "instructions": "i", "torch": "t", "commit": "x", "date": "d"}
     lines = report.embed_table([{**row, **machine} for rows in done for row in rows])
     assert lines[-1] == f"Did not run: {name} (ZeroDivisionError: division by zero)."

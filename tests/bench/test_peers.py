@@ -1,0 +1,139 @@
+"""Peers in other processes and libraries: the reference implementation, llama.cpp, and what starting costs."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from tiny_models import TEXTS, tiny_checkpoint
+
+from flashvec.bench import bench_start, llm2vec_worker, peers, peers_llama_cpp, peers_llm2vec
+from flashvec.runtime.checkpoint.export import convert
+from flashvec.runtime.encoder import Encoder
+
+REFERENCE = """
+import json, pathlib
+import torch
+
+class LLM2Vec:
+    @classmethod
+    def from_pretrained(cls, folder, **settings):
+        self = cls()
+        self.config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+        assert settings["max_length"] == settings["doc_max_length"] and settings["pooling_mode"] == "mean"
+        return self
+
+    def encode(self, texts, **settings):
+        if "crash" in texts:
+            raise RuntimeError("no such text")
+        return torch.tensor([[len(text) + 1.0, self.config["rope_theta"]] for text in texts])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_checkpoint(folder / "tiny", "llama")
+    convert(folder / "tiny", folder / "converted")
+    return folder / "converted"
+
+
+@pytest.fixture
+def reference(tmp_path, monkeypatch):
+    """A package of the reference's shape, in this interpreter."""
+    (tmp_path / "llm2vec.py").write_text(REFERENCE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(peers_llm2vec, "PYTHON", sys.executable)
+    assert peers_llm2vec.WORKER.name == f"{llm2vec_worker.__name__.rpartition('.')[2]}.py"
+
+
+def test_vectors_of_another_process(folder, reference):
+    peer = peers_llm2vec.Llm2Vec(folder, 64)
+    theta = json.loads((folder / "config.json").read_text())["rope_parameters"]["rope_theta"]
+    expected = np.array([[len(text) + 1.0, theta] for text in TEXTS], np.float32)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_array_equal(peer.embed(TEXTS), expected)
+    np.testing.assert_array_equal(peer.embed(TEXTS[:1]), expected[:1])  # it waits for more
+    with pytest.raises(ValueError, match="llm2vec's process ended: RuntimeError: no such text"):
+        peer.embed(["crash"])
+    peer.close()
+
+
+def test_a_folder_for_older_readers(folder, tmp_path):
+    peers_llm2vec.write_for_older(folder, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert all(isinstance(pair, str) for pair in tokenizer["model"]["merges"])
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "tokenizer_config.json").is_file() and not (tmp_path / "flashvec.json").exists()
+
+
+def test_the_reference_itself_gives_the_same_vectors(tmp_path):
+    if not peers_llm2vec.PYTHON.exists():
+        pytest.skip("comes with make peers")
+    tiny_checkpoint(tmp_path / "tiny", "llama", bos=False)  # whose state it would leave out of the mean
+    folder = tmp_path / "converted"
+    convert(tmp_path / "tiny", folder)
+    peer = peers_llm2vec.Llm2Vec(folder, 64)
+    texts = [text for text in TEXTS if text.strip()]
+    enc = Encoder.load(folder, dtype="float32")
+    np.testing.assert_allclose(peer.embed(texts), enc.embed(texts), atol=1e-5)
+    peer.close()
+
+
+def test_llama_cpp_gets_texts_by_length_and_looks_both_ways(monkeypatch):
+    seen = {}
+
+    class Llama:
+        ctx = "context"
+
+        def __init__(self, file, **settings):
+            seen.update(settings, file=file)
+
+        def n_embd(self):
+            return 2
+
+        def embed(self, texts, normalize):
+            assert normalize and texts == sorted(texts, key=len, reverse=True)
+            return [[len(text), 0.0] for text in texts]
+
+    causal = {}
+    module = types.SimpleNamespace(
+        Llama=Llama, LLAMA_POOLING_TYPE_MEAN=1, llama_set_causal_attn=lambda context, on: causal.update({context: on})
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    peer = peers_llama_cpp.LlamaCpp("x.gguf", 64)
+    assert peer.embed(["a", "ccc", "bb"])[:, 0].tolist() == [1, 3, 2]
+    assert causal == {"context": False} and seen["pooling_type"] == 1 and seen["n_ubatch"] == seen["n_batch"]
+
+
+def test_which_peers_a_model_has(folder, tmp_path):
+    names = list(peers.ways(str(folder), "float32", tmp_path / "small.Q8_0.gguf"))
+    assert names[-3:] == [
+        "sentence-transformers float32, as installed",
+        "llm2vec float32, as installed",
+        "llama.cpp, Q8_0 weights",
+    ]
+    assert not any("llama.cpp" in name for name in peers.ways(str(folder), "float32"))
+    assert "llama.cpp, Q4_1 weights" in peers.ways("some.Q4_1.gguf", "float32")
+
+
+def test_starting_ours(folder, capsys):
+    seconds, peak = bench_start.measure_once(bench_start.OURS, str(folder), "float32", None)
+    assert 0.1 < seconds < 120 and 50 < peak < 8000
+    with pytest.raises(ValueError, match="KeyError"):
+        bench_start.measure_once("nobody", str(folder), "float32", None)
+
+
+def test_rows_of_starting(folder, monkeypatch):
+    def once(name, model, dtype, gguf):
+        if name.startswith("sentence"):
+            raise ValueError("it broke")
+        return 2.0, 100
+
+    monkeypatch.setattr(bench_start, "measure_once", once)
+    rows = {row["variant"]: row for row in bench_start.measure(str(folder), "float32", None, 2)}
+    assert rows["flashvec"]["seconds"] == 2.0 and rows["flashvec"]["peak_mib"] == 100
+    assert rows["sentence-transformers float32, as installed"]["failed"] == "it broke"
