@@ -94,20 +94,6 @@ def newest_embed_table(rows: list[Row]) -> list[str]:
     return embed_table(shown + [row for row in rows if "failed" in row and all(row[k] == shown[0][k] for k in keys)])
 
 
-def start_table(rows: list[Row]) -> list[str]:
-    """Seconds of a new process to its first vector and its peak memory; a table for each model and machine."""
-    lines: list[str] = []
-    for group in comparable(rows, "model", "dtype"):
-        newest = {row["variant"]: row for row in group}
-        lines += ["| a new process | seconds to the first vector | peak memory |", "|---|---|---|"]
-        for row in newest.values():
-            shown = f"{row['seconds']:.1f} | {row['peak_mib']:,} MiB" if "failed" not in row else f"{row['failed']} |"
-            lines.append(f"| {row['variant']} | {shown} |")
-        about = f"{group[-1]['model']}, {group[-1]['dtype']}, on {where(list(newest.values()))}."
-        lines += ["", *about.splitlines(), ""]
-    return lines[:-1]
-
-
 def verify_table(rows: list[Row]) -> list[str]:
     """Cosine of ours and of Hugging Face's vectors in the same dtype to Hugging Face in fp32; a table a machine."""
     lines: list[str] = []
@@ -216,7 +202,6 @@ def quality_table(rows: list[Row]) -> list[str]:
 TABLES = {
     "embed": embed_table,
     "embed newest": newest_embed_table,
-    "start": start_table,
     "verify": verify_table,
     "gpu attention": gpu_attention_table,
     "gpu embed": gpu_embed_table,
