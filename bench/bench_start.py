@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -50,18 +51,21 @@ def measure_once(name: str, model: str, dtype: str, gguf: Path | None) -> tuple[
         ValueError: it did not come so far; holds the last line that it printed.
     """
     command = [sys.executable, "-m", "flashvec.bench.bench_start", "--model", model, "--only", name, "--dtype", dtype]
+    command += ["--gguf", str(gguf)] if gguf else []
     start = time.perf_counter()
-    with subprocess.Popen(
-        command + (["--gguf", str(gguf)] if gguf else []), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
+    with (
+        tempfile.TemporaryFile("w+") as said,  # no pipe: one that nobody reads fills up, and its writer waits
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as child,
+    ):
         assert child.stdout is not None
         for line in child.stdout:  # a library may print lines of its own
             if line == "ready\n":
                 seconds = time.perf_counter() - start
                 break
-        rest, said = child.communicate()
-    if child.returncode:
-        raise ValueError((said.strip().splitlines() or ["no word"])[-1][:200])
+        rest, _ = child.communicate()
+        if child.returncode:
+            said.seek(0)
+            raise ValueError((said.read().strip().splitlines() or ["no word"])[-1][:200])
     return seconds, json.loads(rest.strip().splitlines()[-1])["peak_mib"]
 
 

@@ -6,15 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-BATCH_TOKENS = 2048  # a text must fit in one: attention that looks ahead cannot be split
-
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python: texts side by side in batches of at most `BATCH_TOKENS` tokens.
+    """llama.cpp through llama-cpp-python: texts side by side in batches.
 
     Args:
         file: GGUF; its products run in the file's types, inputs as 8-bit integers.
-        max_length: tokens of a text; the rest is cut.
+        max_length: tokens of a text, the rest is cut; and of a batch, which is where the library cuts. A text must fit
+            in one: attention that looks ahead cannot be split.
 
     Raises:
         ValueError: llama.cpp cannot open the file; says why.
@@ -28,15 +27,14 @@ class LlamaCpp:
             str(file),
             embedding=True,
             pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN,
-            n_ctx=BATCH_TOKENS,
-            n_batch=BATCH_TOKENS,
-            n_ubatch=BATCH_TOKENS,
+            n_ctx=max_length,
+            n_batch=max_length,
+            n_ubatch=max_length,
             n_threads=threads,
             n_threads_batch=threads,
             verbose=False,
         )
         llama_cpp.llama_set_causal_attn(self.model.ctx, False)
-        self.max_length = max_length
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # those of a batch are about as long

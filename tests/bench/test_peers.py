@@ -106,7 +106,11 @@ def test_llama_cpp_gets_texts_by_length_and_looks_both_ways(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     peer = peers_llama_cpp.LlamaCpp("x.gguf", 64)
     assert peer.embed(["a", "ccc", "bb"])[:, 0].tolist() == [1, 3, 2]
-    assert causal == {"context": False} and seen["pooling_type"] == 1 and seen["n_ubatch"] == seen["n_batch"]
+    assert (
+        causal == {"context": False}
+        and seen["pooling_type"] == 1
+        and seen["n_ubatch"] == seen["n_batch"] == seen["n_ctx"] == 64
+    )
 
 
 def test_which_peers_a_model_has(folder, tmp_path):
