@@ -47,7 +47,7 @@ def test_what_readme_shows_is_measured_again(monkeypatch, capsys):
 
     monkeypatch.setattr(bench_embed, "run", run)
     assert rerun.rerun(claimed, "model", None, 1)
-    assert asked == ["passages", "sentences"] and "0 not measured" in capsys.readouterr().out
+    assert asked == ["passages", "queries", "sentences"] and "0 not measured" in capsys.readouterr().out
     slow = [
         dict(each, tokens_per_s=1, share_of_ceiling=0.01) if "flashvec" in each["variant"] else each for each in claimed
     ]

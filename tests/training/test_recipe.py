@@ -88,7 +88,8 @@ def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsy
     other = out / "seed-25" / "generation-3"
     last = [load_file(folder / "adapter_model.safetensors") for folder in (folders[2], other, out / "mean")]
     key = "base_model.model.layers.1.mlp.down_proj.lora_{}.weight"
-    updates = [x[key.format("B")].float() @ x[key.format("A")].float() for x in last]  # alpha is r
+    products = [x[key.format("B")].float() @ x[key.format("A")].float() for x in last]
+    updates = [2 * products[0], 2 * products[1], products[2]]  # alpha is twice the rank of a run, and the mean's rank
     parts = torch.linalg.svdvals((updates[0] + updates[1]) / 2)[:16].square()  # a run's rank
     assert (updates[0] - updates[1]).norm() > 1e-3  # seeds do differ
     assert float(updates[2].square().sum()) == pytest.approx(float(parts.sum()), rel=2e-2)
