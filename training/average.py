@@ -46,7 +46,7 @@ def average_adapters(folders: Sequence[Path], output: Path, rank: int | None = N
         CheckpointError: adapters that do not fit together, one that is no plain LoRA, an output that is there.
     """
     if len(folders) < 2:
-        raise CheckpointError(f"{len(folders)} adapters have no mean; name two or more")
+        raise CheckpointError(f"a mean is of two adapters or more; named: {len(folders)}")
     if output.exists():
         raise CheckpointError(f"{output}: is there already; name a new folder")
     config = _plain_config(folders[0])

@@ -88,7 +88,7 @@ def test_what_has_no_mean_is_refused(base):
     wide = trained(base.parent / "wide" / "base", "one")[0]
     out = base.parent / "mean"
     for folders, said in (
-        ([one], "1 adapters have no mean"),
+        ([one], "a mean is of two adapters or more; named: 1"),
         ([one, few], r"few/adapter_model.safetensors: .* is in one adapter and not in the other"),
         ([one, dora], "dora/adapter_config.json: use_dora is set; only plain LoRA"),
         ([one, wide], "for models of different sizes"),
