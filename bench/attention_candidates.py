@@ -16,22 +16,15 @@ from flashvec.kernels.attention_tiles import BackwardConfig, TileConfig, packed_
 from flashvec.kernels.schedule import TileClass
 
 Tile = tuple[int, int, int, int]  # rows of queries, keys, warps, stages
-Classes = list[tuple[int | None, Tile]]  # the longest sequence of each class, and its tile; None: any
+Ring = tuple[int, int, int, int, int]
+Classes = list[tuple[int | None, Tile]]
+ForwardClasses = list[tuple[int | None, Tile | Ring]]  # the longest sequence of each class, and its tile; None: any
 ByLength = dict[int | None, list[Tile]]  # by the longest sequence; None: any
 
-# By head size.
+# By head size: the kernel that any GPU runs. Its other tiles are timed where they are chosen, in classes of lengths.
 FORWARD: dict[int, ByLength] = {
-    128: {
-        64: [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1)],
-        128: [(128, 128, 8, 1), (64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2)],
-        None: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)],
-    },
-    64: {
-        64: [(64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 4, 1), (32, 64, 4, 1)],
-        128: [(128, 128, 8, 1), (64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2)],
-        256: [(128, 64, 8, 2), (64, 256, 8, 1), (128, 64, 4, 2), (64, 64, 4, 2), (64, 128, 4, 2)],
-        None: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2)],
-    },
+    128: {64: [(64, 64, 4, 1)], 128: [(64, 128, 4, 1)], None: [(64, 64, 4, 3), (128, 64, 8, 3)]},
+    64: {64: [(128, 64, 8, 1)], 128: [(64, 128, 4, 1)], None: [(128, 64, 8, 3), (64, 64, 4, 3)]},
 }
 ONE_TILE: dict[int, ByLength] = {  # of the backward: all gradients by one program
     128: {
@@ -52,19 +45,30 @@ DKV: dict[int, list[Tile]] = {
     128: [(32, 128, 8, 2), (16, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2), (16, 64, 4, 2)],
     64: [(64, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2), (32, 64, 4, 2), (64, 64, 4, 2)],
 }
-# Of mixed lengths: short sequences by tiles that hold all their keys, the others by a loop, or all by one.
-FORWARD_TABLES: dict[int, dict[str, Classes]] = {
+# Of mixed lengths: short sequences by tiles that hold all their keys, the others by a loop, or all by one. Five numbers
+# are the kernel with specialised warps: the last is the slots of its ring.
+FORWARD_TABLES: dict[int, dict[str, ForwardClasses]] = {
     128: {
-        "64, 128, rest": [(64, (64, 64, 4, 1)), (128, (64, 128, 4, 1)), (None, (64, 64, 4, 3))],
-        "128, rest": [(128, (64, 128, 4, 1)), (None, (64, 64, 4, 3))],
-        "64, rest": [(64, (64, 64, 4, 1)), (None, (64, 64, 4, 3))],
-        "64, rest, 2 stages": [(64, (64, 64, 4, 1)), (None, (64, 64, 4, 2))],
+        "any GPU's": [(64, (64, 64, 4, 1)), (128, (64, 128, 4, 1)), (None, (64, 64, 4, 3))],
+        "specialised 64": [(None, (128, 64, 4, 1, 8))],
+        "specialised 128": [(None, (128, 128, 4, 1, 4))],
+        "specialised 64, from 128 on 128": [(128, (128, 64, 4, 1, 8)), (None, (128, 128, 4, 1, 4))],
+        "specialised 64, from 256 on 128": [(256, (128, 64, 4, 1, 8)), (None, (128, 128, 4, 1, 4))],
     },
     64: {
-        "64, 128, rest": [(64, (128, 64, 8, 1)), (128, (64, 128, 4, 1)), (None, (128, 64, 8, 3))],
-        "128, rest": [(128, (64, 128, 4, 1)), (None, (128, 64, 8, 3))],
-        "64, rest": [(64, (128, 64, 8, 1)), (None, (128, 64, 8, 3))],
-        "64, rest, 64 rows": [(64, (128, 64, 8, 1)), (None, (64, 64, 4, 3))],
+        "any GPU's": [(64, (128, 64, 8, 1)), (128, (64, 128, 4, 1)), (None, (128, 64, 8, 3))],
+        "specialised 64": [(None, (128, 64, 4, 1, 16))],
+        "specialised 128": [(None, (128, 128, 4, 1, 8))],
+        "any GPU's to 128, specialised 64": [
+            (64, (128, 64, 8, 1)),
+            (128, (64, 128, 4, 1)),
+            (None, (128, 64, 4, 1, 16)),
+        ],
+        "any GPU's to 128, specialised 128": [
+            (64, (128, 64, 8, 1)),
+            (128, (64, 128, 4, 1)),
+            (None, (128, 128, 4, 1, 8)),
+        ],
     },
 }
 BACKWARD_TABLES: dict[int, dict[str, tuple[Classes, Tile, Tile]]] = {  # classes of one tile, then dq and dkv
@@ -122,13 +126,14 @@ def _forward(shape: AttentionShape) -> dict[str, Candidate]:
     return found
 
 
-def _classes(classes: Classes, packed: int) -> tuple[TileConfig, ...]:
+def _classes(classes: ForwardClasses, packed: int) -> tuple[TileConfig, ...]:
     """Configurations of a forward in classes of lengths."""
     found: list[TileConfig] = []
     shorter = 0
-    for longest, (rows, keys, warps, stages) in classes:
+    for longest, (rows, keys, warps, stages, *ring) in classes:
         tile_class = TileClass(rows // packed, shorter, longest)
-        found.append(TileConfig(tile_class, rows, keys, warps, stages, one_tile=longest is not None))
+        one_tile = longest is not None and not ring
+        found.append(TileConfig(tile_class, rows, keys, warps, stages, one_tile, ring=sum(ring)))
         shorter = longest or shorter
     return tuple(found)
 

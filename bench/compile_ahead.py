@@ -99,6 +99,8 @@ def _key(launch: Launch) -> str:
     for name, value in launch.arguments.items():
         if isinstance(value, Tensor):
             parts.append(f"{name}: {value.dtype} {value.storage_offset() * value.element_size() % 16}")
+        elif hasattr(value, "block_shape"):
+            parts.append(f"{name}: {value.base.dtype} {value.block_shape}")
         elif type(value) is int and not launch.kernel.params[launch.kernel.arg_names.index(name)].is_constexpr:
             parts.append(f"{name}: {value == 1} {value % 16 == 0} {-(2**31) <= value < 2**31}")
         elif isinstance(value, float):

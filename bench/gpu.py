@@ -3,7 +3,6 @@
     python -m bench.gpu --part kernels --minutes 8      # every kernel: checks, then attention, then the ops around it
     python -m bench.gpu --part embed --minutes 8        # whole models, random weights at real shapes
     python -m bench.gpu --part train --minutes 6        # a LoRA step, against transformers + PEFT
-    python -m bench.gpu --part tma                      # the warp-specialised candidate, apart: it may hang
     python -m bench.gpu --part kernels --only "K 128|check" --without flex   # only these steps, one peer fewer
 
 Run from the repository's root; nothing needs to be installed but torch and triton, and transformers (and peft) for
@@ -31,7 +30,6 @@ Exit code: 0 done, 1 something was wrong, 2 no GPU, 3 stopped because a step did
 import argparse
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -41,7 +39,7 @@ from typing import Any
 
 import torch
 
-from flashvec.bench import gpu_attention, gpu_checks, gpu_embed, gpu_ops, gpu_tma, gpu_train
+from flashvec.bench import gpu_attention, gpu_checks, gpu_embed, gpu_ops, gpu_train
 from flashvec.bench.compile_ahead import Ahead
 from flashvec.bench.device_time import DeviceStopwatch
 from flashvec.bench.gpu_session import Budget, DeviceLost, Row, Session, named
@@ -49,7 +47,7 @@ from flashvec.bench.problems import Maker
 from flashvec.bench.timing import RESULTS, gpu_facts, machine
 from flashvec.kernels.backend import TARGETS, Target, has_triton
 
-PARTS = ("kernels", "embed", "train", "tma")
+PARTS = ("kernels", "embed", "train")
 GRACE_S = 60.0  # past the budget: then a step is taken not to come back
 LARGE_CHECK_BYTES = 60e9
 
@@ -146,23 +144,6 @@ def run_steps(session: Session, steps: Sequence[Step]) -> None:
             run(session)
 
 
-def tma_apart(session: Session) -> list[str]:
-    """The warp-specialised candidate in a process of its own: one that hangs or faults takes nothing along."""
-    if not session.begin("attention tma", 60.0):
-        return []
-    seconds = min(150.0, session.budget.left())
-    command = [sys.executable, "-m", "bench.gpu", "--part", "tma", "--minutes", f"{(seconds - 20) / 60:.2f}"]
-    command += ["--out", str(session.folder), "--commit", str(session.facts["commit"])]
-    try:
-        done = subprocess.run(command, cwd=RESULTS.parents[1], capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        session.fail("attention tma did not come back")
-        return ["attention tma did not come back"]
-    if done.returncode:
-        session.fail(f"attention tma: exit code {done.returncode}: {done.stderr[-300:]}")
-    return done.stdout.splitlines()
-
-
 # --- the command --------------------------------------------------------------------------------------------
 
 
@@ -234,15 +215,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run_part(session: Session, part: str, only: str) -> list[str]:
-    """Run a part; returns lines of a child's table, if there was one."""
+def run_part(session: Session, part: str, only: str) -> None:
+    """Run a part's steps."""
     measure_ceilings(session)
     if part == "kernels":
         run_steps(session, [step for step in kernel_steps() if named(only, step[0])])
-        return tma_apart(session) if named(only, "attention tma") else []
-    other = {"embed": gpu_embed.run, "train": gpu_train.run, "tma": gpu_tma.run}
+        return
+    other = {"embed": gpu_embed.run, "train": gpu_train.run}
     other[part](session, only)
-    return []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,15 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = threading.Timer(60 * options.minutes + GRACE_S, _give_up, (session,))
     stop.daemon = True
     stop.start()
-    more: list[str] = []
     try:
-        more = run_part(session, options.part, options.only)
+        run_part(session, options.part, options.only)
     except DeviceLost as lost:
         session.fail(f"the device is lost: {lost}")
     finally:
         stop.cancel()
         session.ahead.close()
-    print("\n".join([*more, *summary(session)]), flush=True)
+    print("\n".join(summary(session)), flush=True)
     return int(bool(session.wrong))
 
 

@@ -182,6 +182,8 @@ ATTENTION: dict[str, AttentionShape] = {
     "attention 128, one head a group": AttentionShape(EDGES, 16, 16, 128),
     "attention 64, one head a group": AttentionShape(EDGES, 32, 32, 64),
     "attention 64, seven heads a group": AttentionShape(EDGES, 14, 2, 64),
+    "attention 128, seven heads a group, rotation": AttentionShape(EDGES, 14, 2, 128, rotate="rope"),
+    "attention 128, long, rotation": AttentionShape(LONG, 32, 8, 128, rotate="rope"),
     "attention 64, window of two sizes": AttentionShape((*EDGES, 592), 4, 2, 64, window=(100, 10)),
     "attention 80": AttentionShape(EDGES, 8, 8, 80),
     "attention 96, causal window": AttentionShape((*EDGES, 400), 8, 8, 96, causal=True, window=70),

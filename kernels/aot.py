@@ -31,7 +31,7 @@ from torch import Tensor
 
 from flashvec.kernels.aot_cases import ALLOWED_SPILLS, Case, cases
 from flashvec.kernels.aot_code import Code, blocks_per_sm, read_assembly, read_cubins
-from flashvec.kernels.backend import TARGETS, Launch, Target, has_triton, recording, tl, triton
+from flashvec.kernels.backend import TARGETS, Launch, Target, gluon, has_triton, recording, tl, triton
 
 ROWS = Path(__file__).resolve().parents[1] / "bench" / "results"
 BATCH = 8  # launches a worker compiles before it reads their code
@@ -73,6 +73,10 @@ def specialise(launched: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
         if isinstance(value, Tensor):
             signature[name] = "*" + _type_name(value.dtype)
             aligned = value.storage_offset() * value.element_size() % 16 == 0
+        elif hasattr(value, "block_shape"):  # a tensor descriptor, which the launcher encodes
+            box = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_type_name(value.base.dtype)}[{box}],{value.layout!r}>"
+            aligned = False
         elif isinstance(value, bool):
             signature[name], aligned = "i1", False
         elif isinstance(value, int):
@@ -104,7 +108,8 @@ def compile_launch(launched: Launch, target: Target) -> Any:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = specialise(launched)
-    source = ASTSource(launched.kernel, signature, constants, attributes)
+    kind = gluon._runtime.GluonASTSource if launched.kernel.is_gluon() else ASTSource
+    source = kind(launched.kernel, signature, constants, attributes)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     return triton.compile(source, target=gpu, options=dict(launched.options))
 
@@ -139,9 +144,9 @@ def compile_batch(batch: Sequence[tuple[Case, Launch, int]], target: Target, dum
 
 def _report(case: Case, launched: Launch, place: int, target: Target, metadata: Any, code: Code) -> Report:
     arguments, per_score = launched.arguments, None
-    if code.loop_exponentials and {"ROWS", "KEYS"} <= arguments.keys() and not arguments.get("SPECIALIZE"):
-        threads = metadata.num_warps * target.warp_size
-        per_score = round(code.loop_exponentials * threads / (arguments["ROWS"] * arguments["KEYS"]), 2)
+    rows, warps = (64, 4) if "RING" in arguments else (arguments.get("ROWS"), metadata.num_warps)  # of one loop
+    if code.loop_exponentials and rows and "KEYS" in arguments:
+        per_score = round(code.loop_exponentials * warps * target.warp_size / (rows * arguments["KEYS"]), 2)
     return Report(
         case=case.name,
         kernel=launched.kernel.__name__,

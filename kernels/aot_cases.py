@@ -17,7 +17,7 @@ from flashvec.kernels import (
     attention,
     attention_bwd,
     attention_fwd,
-    attention_tma,
+    attention_hopper,
     cross_entropy,
     info_nce,
     lora,
@@ -30,7 +30,6 @@ from flashvec.kernels import (
 )
 from flashvec.kernels.attention_tiles import backward_configs, forward_configs, packed_heads
 from flashvec.kernels.backend import Target
-from flashvec.kernels.schedule import build_schedule
 
 OPERANDS_IN_REGISTERS = ("sm_80", "sm_89", "sm_120")
 # (target, part of a case's name) -> what spills, and what was compiled instead; "nothing tried" where nothing was
@@ -76,6 +75,7 @@ class Case:
     extra: bool = False  # compiled with --all only
 
 
+FORWARD = frozenset({"_attention_fwd_kernel", "_attention_hopper_fwd_kernel"})
 BACKWARD = frozenset({"_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel"})
 LOW_RANK = frozenset({"_low_rank_shrink_kernel", "_low_rank_expand_kernel", "_low_rank_reduce_kernel"})
 
@@ -138,16 +138,12 @@ def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, An
             *numbers,
         )
         return
-    tiles = [meta(600, 4, dtype=torch.int32) for _ in forward_configs(target, dtype, K, packed, table is not None)]
+    plain = attention_hopper.takes(q, k, v, max(numbers[:2]) >= 0, softcap > 0, threshold > 0, shift_stop is not None)
+    classes = forward_configs(target, dtype, K, packed, table is not None, plain)
+    tiles = [meta(600, 4, dtype=torch.int32) for _ in classes]
     attention_fwd.attention_fwd_launch(
         q, k, v, None, tiles, [], T, table, table, norm, 1e-6, 0.0, identities, shift_stop, K**-0.5, *numbers
     )
-
-
-def _attention_tma(K: int) -> None:
-    q, k, v = meta(16_384, 48, K).split([32, 8, 8], 1)
-    schedule = build_schedule([4096] * 4)
-    attention_tma.attention_tma(q, k, v, schedule, scale=K**-0.5)
 
 
 def _info_nce(D: int, prefixes: list[int], ids: bool) -> None:
@@ -219,17 +215,13 @@ def cases(target: Target) -> Iterator[Case]:
                 continue
             run = partial(_attention, target, K, torch.bfloat16, options)
             common = (K in (64, 128, 256) and name == "plain") or (main and K in (64, 128))
-            yield Case(f"attention {K} {name}", run, frozenset({"_attention_fwd_kernel"}), extra=not common)
+            yield Case(f"attention {K} {name}", run, FORWARD, extra=not common)
             if name in ("queries", "rotation, norms"):
                 continue  # neither has a backward of its own
             yield Case(f"attention bwd {K} {name}", partial(run, True), BACKWARD, extra=not common)
-    if target.name == "sm_90":
-        for K in attention_tma.KEYS:
-            run = partial(_attention_tma, K)
-            yield Case(f"attention tma {K}", run, frozenset({"_attention_tma_fwd_kernel"}))
     for K in (64, 128, 256):
         run = partial(_attention, target, K, torch.float32, {})
-        yield Case(f"attention {K} fp32", run, frozenset({"_attention_fwd_kernel"}), extra=K != 64)
+        yield Case(f"attention {K} fp32", run, FORWARD, extra=K != 64)
     near = target.name in ("sm_89", "sm_100", "sm_120")  # beside attention they get what sm_80 and sm_90 get
     nce = frozenset({"_info_nce_fwd_kernel", "_info_nce_bwd_kernel"})
     yield Case("info_nce 1024", partial(_info_nce, 1024, [1024], False), nce, extra=near)

@@ -280,7 +280,6 @@ def _attention_triton(
     dropout: Dropout | None,
     queries: Queries | None,
 ) -> Tensor:
-    tiles = forward_tiles(q_THK, k_TGK, schedule if queries is None else queries, rotation is not None)
     num_tokens = schedule.num_tokens if queries is None else queries.num_tokens
     cos_TK = sin_TK = query_norm_K = rotated_TGK = None
     norm_eps = norm_offset = 0.0
@@ -294,6 +293,9 @@ def _attention_triton(
     threshold, key, identities = 0, (0, 0), None
     if dropout is not None and dropout.p:
         threshold, key, identities = dropout.threshold, dropout.key(), schedule.identities
+    of: Schedule | Queries = schedule if queries is None else queries
+    options = max(left, right) >= 0, softcap is not None, threshold > 0
+    tiles = forward_tiles(q_THK, k_TGK, v_TGK, of, rotation is not None, *options)
     later_tiles: list[Tensor] = []  # the backward has no schedule at hand
     if needs_gradient(q_THK, k_TGK, v_TGK):
         later_tiles = backward_tiles(

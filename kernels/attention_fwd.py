@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.attention_bwd import gradients, save_for_backward
+from flashvec.kernels.attention_hopper import launch_attention_hopper, takes
 from flashvec.kernels.attention_tiles import (
     forward_configs,
     fp32_precision,
@@ -193,16 +194,22 @@ def attention_fwd_launch(
     key_b: int,
 ) -> tuple[Tensor, Tensor]:
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]  # with queries selected, T counts their rows
+    packed, rotates = packed_heads(H, G), cos_TK is not None
+    plain = takes(q_THK, k_TGK, v_TGK, max(left, right) >= 0, softcap > 0, threshold > 0, shift_stop is not None)
     if rotated_TGK is not None:
         k_TGK = rotated_TGK
     out_THK, lse_HT = q_THK.new_empty(T, H, K), q_THK.new_empty(H, T, dtype=torch.float32)
     out_THK[num_tokens:] = 0
     lse_HT[:, num_tokens:] = 0
-    packed = packed_heads(H, G)
     K0, K1 = head_chunks(K)
-    for config, tile_list in zip(
-        forward_configs(target(q_THK), q_THK.dtype, K, packed, cos_TK is not None), tiles, strict=True
-    ):
+    configs = forward_configs(target(q_THK), q_THK.dtype, K, packed, rotates, plain)
+    for config, tile_list in zip(configs, tiles, strict=True):
+        if config.ring:
+            launch_attention_hopper(
+                *(config, q_THK, k_TGK, v_TGK, out_THK, lse_HT, tile_list, packed),
+                *(cos_TK, sin_TK, query_norm_K, norm_eps, norm_offset, scale),
+            )
+            continue
         launch(
             _attention_fwd_kernel,
             (len(tile_list), H // packed),
@@ -224,7 +231,7 @@ def attention_fwd_launch(
             HAS_RIGHT=right >= 0,
             HAS_SOFTCAP=softcap > 0,
             HAS_DROPOUT=threshold > 0,
-            ROTATE=cos_TK is not None,
+            ROTATE=rotates,
             NORM=query_norm_K is not None,
             SUBSET=shift_stop is not None,
             PRECISION=fp32_precision(target(q_THK)),
@@ -252,8 +259,15 @@ attention_op = define_op(
 )
 
 
-def forward_tiles(q_THK: Tensor, k_TGK: Tensor, of: Schedule | Queries, rotate: bool) -> list[Tensor]:
-    """The tile lists that the forward walks, in its order: of all queries, or of the selected ones."""
+def forward_tiles(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, of: Schedule | Queries, rotate: bool, *options: bool
+) -> list[Tensor]:
+    """The tile lists that the forward walks, in its order: of all queries, or of the selected ones.
+
+    Args:
+        options: is there a window, a soft-cap, dropout?
+    """
     packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
-    configs = forward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate)
+    plain = takes(q_THK, k_TGK, v_TGK, *options, isinstance(of, Queries))
+    configs = forward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, plain)
     return [of.tiles(config.tile_class) for config in configs]

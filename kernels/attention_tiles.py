@@ -7,13 +7,13 @@ A head of any size is held in two chunks of powers of two, the second possibly a
 96 = 64 + 32. Products over a head are sums of one product per chunk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 import torch
 
-from flashvec.kernels.backend import Target, tl, triton
+from flashvec.kernels.backend import TARGETS, Target, tl, triton
 from flashvec.kernels.dropout import fold, keep
 from flashvec.kernels.schedule import TileClass
 
@@ -26,7 +26,8 @@ MAX_PACKED_HEADS = 16  # more heads a tile would leave too few tokens in it for 
 class TileConfig:
     """How one class of sequences runs: which they are, the tile's rows and keys, and compilation options.
 
-    With `one_tile` a tile holds all keys of its sequences: no loop, no running maximum.
+    With `one_tile` a tile holds all keys of its sequences: no loop, no running maximum. With a `ring`, of that many
+    slots, the kernel is `kernels/attention_hopper.py`'s.
     """
 
     tile_class: TileClass
@@ -36,6 +37,7 @@ class TileConfig:
     num_stages: int
     one_tile: bool = False
     maxnreg: int | None = None
+    ring: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def head_chunks(head_size: int) -> tuple[int, int]:
 
 @cache
 def forward_configs(
-    target: Target, dtype: torch.dtype, head_size: int, packed: int, rotate: bool
+    target: Target, dtype: torch.dtype, head_size: int, packed: int, rotate: bool, plain: bool = False
 ) -> tuple[TileConfig, ...]:
     """How a target runs the forward: one config per class of sequence lengths, shortest first.
 
@@ -80,9 +82,14 @@ def forward_configs(
     tokens one tile holds all keys; beyond, tiles of 64 or 128 keys are walked with a running maximum. The numbers were
     chosen by compiling for each target and reading registers, spills and shared memory (`kernels/aot.py`); on sm_90,
     among what does not spill, by time on an H100 (`bench/gpu_attention.py`). Rotating queries takes registers.
+
+    Args:
+        plain: is the call one that `attention_hopper.takes`?
     """
     first, second = head_chunks(head_size)
     width = first + second
+    if plain and target.name == "sm_90" and width in (64, 128) and second == 0:
+        return _hopper_configs(width, packed, rotate)
     if dtype == torch.float32:  # three matrix products for one: a path for checks, not for speed
         rows, keys = (64, 32) if width <= 64 else (32 if width <= 128 else 16, 16)
         return (_config(rows, keys, 4, 1, packed),)
@@ -119,6 +126,19 @@ def forward_configs(
     # 128 rows, or 64 keys of wider heads, spill here; this leaves room for two to four blocks.
     short = _config(64, 64, 4, 1, packed, longest=64, one_tile=True)
     return short, _config(64, 64 if width <= 64 else 32, 4, 2, packed, shorter=64)
+
+
+def _hopper_configs(width: int, packed: int, rotate: bool) -> tuple[TileConfig, ...]:
+    def specialised(keys: int, ring: int, shorter: int = 0, longest: int | None = None) -> TileConfig:
+        return TileConfig(TileClass(128 // packed, shorter, longest), 128, keys, 4, 1, ring=ring)
+
+    if width == 64:
+        short = forward_configs(TARGETS["sm_90"], torch.bfloat16, 64, packed, rotate)
+        ends = short[-1].tile_class._replace(longest=256)
+        return *short[:-1], replace(short[-1], tile_class=ends), specialised(128, 8, shorter=256)
+    if rotate:  # beside 128 keys there is no register left for it
+        return (specialised(64, 8),)
+    return specialised(64, 8, longest=256), specialised(128, 4, shorter=256)
 
 
 def fp32_precision(target: Target) -> str:

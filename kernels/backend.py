@@ -34,12 +34,23 @@ class _Absent:
         return self
 
 
+def _module(name: str) -> Any:
+    """A module of Triton's, or what stands for it where it is not installed or has no such module."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return _Absent()
+
+
 if importlib.util.find_spec("triton") is None:
     triton: Any = _Absent()
     tl: Any = triton
 else:
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
+gluon: Any = _module("triton.experimental.gluon")  # Triton's lower layer, from 3.6 on: kernels for one architecture
+gl: Any = _module("triton.experimental.gluon.language")
+hopper: Any = _module("triton.experimental.gluon.language.nvidia.hopper")
 
 launches: Counter[str] = Counter()  # kernel name -> launches in this process
 _interpreted = False
@@ -148,6 +159,36 @@ def target(x: Tensor) -> Target:
     if _recorder is not None:
         return _recorder.target
     return _device_target(x.device.index) if x.device.type == "cuda" else TARGETS["sm_90"]
+
+
+@cache
+def _multiprocessors(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index or 0).multi_processor_count)
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, for kernels whose blocks stay; of an H100 where launches are recorded."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 132
+
+
+def is_interpreted() -> bool:
+    """True inside `interpreted`."""
+    return _interpreted
+
+
+@cache
+def _descriptor_type() -> Any:
+    return importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
+
+
+def tensor_descriptor(x: Tensor, box: list[int]) -> Any:
+    """What the bulk copy engine needs to know of a matrix of 16-bit elements, to copy boxes of it.
+
+    Args:
+        x: [rows, columns]; rows 16-byte aligned.
+        box: rows and columns of a box, which lies in shared memory swizzled over 128 bytes.
+    """
+    return _descriptor_type()(x, list(x.shape), list(x.stride()), box, gl.NVMMASharedLayout(128, 16, 2))
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,11 @@ def tile_time(shape: Shape, lengths: list[int], blocks_per_sm: dict[int, int]) -
     peak, bandwidth = MEASURED
     packed = packed_heads(shape.H, shape.G)
     compute = issued_total = 0.0
-    for place, config in enumerate(forward_configs(TARGETS["sm_90"], torch.bfloat16, shape.K, packed, rotate=True)):
+    configs = forward_configs(TARGETS["sm_90"], torch.bfloat16, shape.K, packed, rotate=True, plain=True)
+    for place, config in enumerate(configs):
         issued = _issued_pairs(config, lengths) * (shape.H // packed)
         products, exponentials = 4.0 * issued * shape.K / peak, issued / EXPONENTIALS
-        overlapped = blocks_per_sm.get(place, 1) > 1
+        overlapped = config.ring > 0 or blocks_per_sm.get(place, 1) > 1
         compute += max(products, exponentials) if overlapped else products + exponentials
         issued_total += issued
     useful = sum(n * n for n in lengths) * shape.H / issued_total

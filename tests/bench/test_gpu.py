@@ -22,7 +22,6 @@ from flashvec.bench import (
     gpu_checks,
     gpu_ops,
     gpu_session,
-    gpu_tma,
     op_problems,
     peers_gpu,
     timing,
@@ -294,18 +293,6 @@ def test_compiled_forms_stand_beside():
     assert gpu_ops.forms(lora_like, False)["torch"] is problem.run
 
 
-@pytest.mark.parametrize("specialize", [False, True])
-def test_candidate_for_long_sequences(specialize, tmp_path, monkeypatch, interpreted):
-    monkeypatch.setattr(gpu_tma, "SHORTER", 30)
-    shape = AttentionShape((40, 1, 129), 2, 1, 64)
-    assert gpu_tma.check(shape, CPU, torch.float16, specialize).faults == []
-    s = session(tmp_path)
-    group = gpu_attention.Group(AttentionShape((70,), 2, 1, 64), "70", "forward")
-    who = {name: peer for name, peer in gpu_tma.contenders(64, {(64, specialize): True}).items() if name != "flashvec"}
-    gpu_attention.time_group(s, group, torch.float16, who)
-    assert any(row["variant"].startswith("candidate tma") and "us" in row for row in s.rows) and not s.wrong
-
-
 # --- the command ------------------------------------------------------------------------------------------
 
 
@@ -352,14 +339,11 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     ]
     every = gpu_attention.variants
     monkeypatch.setattr(gpu_attention, "variants", lambda g: {"flashvec": every(g)["flashvec"]})
-    monkeypatch.setattr(gpu_attention.time_group, "__defaults__", (torch.float16, None))
+    monkeypatch.setattr(gpu_attention.time_group, "__defaults__", (torch.float16,))
     monkeypatch.setattr(gpu_ops, "forms", lambda problem, compiled: {"flashvec": problem.run})
     monkeypatch.setattr(gpu, "kernel_steps", lambda: steps)
     monkeypatch.setattr(gpu_session.Session, "repetitions", 3)
     monkeypatch.setattr(gpu, "measure_ceilings", partial(gpu.measure_ceilings, size=32, copied_bytes=4096))
-    child = types.SimpleNamespace(returncode=0, stdout="tma table\n", stderr="")
-    real_run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda c, **k: child if "tma" in c else real_run(c, **k))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch, "device", lambda *a: CPU)
@@ -380,7 +364,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert [row["benchmark"] for row in rows] == ["gpu ceiling", *["gpu check"] * 2, "gpu attention", "gpu op"]
     assert all(row["commit"] == "abc123" and row["triton"] == "3" for row in rows)
     assert rows[3]["share_of_matmul"] >= 0 and rows[4]["gb_per_s"] > 0
-    for part in ("tma table", "TFLOP/s, copy", "rope", "attention, useful", "1 of 2 checks passed", "WRONG: bad"):
+    for part in ("TFLOP/s, copy", "rope", "attention, useful", "1 of 2 checks passed", "WRONG: bad"):
         assert part in printed, printed
 
 
@@ -393,15 +377,6 @@ def test_a_lost_device_ends_the_run(tmp_path, monkeypatch):
     s.step = "some step"
     with pytest.raises(gpu_session.DeviceLost, match="some step: illegal access"):
         s.settle()
-
-
-def test_the_candidate_that_hangs_is_reported(tmp_path, monkeypatch):
-    def hangs(*a, **k):
-        raise subprocess.TimeoutExpired("x", 1)
-
-    s = session(tmp_path)
-    monkeypatch.setattr(subprocess, "run", hangs)
-    assert gpu.tma_apart(s) == ["attention tma did not come back"] and s.wrong
 
 
 def test_target_is_read_from_the_drivers_tool():

@@ -1,0 +1,361 @@
+"""Forward of packed attention on Hopper, with warps specialised by hand.
+
+The mathematics is that of `kernels/attention.py`, without a window, soft-cap or dropout. It is written in Gluon, the
+layer of Triton's compiler in which layouts, barriers and warps are the author's. Triton itself lets every warp load,
+multiply and take exponentials in turn, so the matrix unit waits; two small blocks on a multiprocessor hide some of that,
+and read keys from L2 as fast as it can deliver them. Here a block stays on its multiprocessor and works through
+many tiles. Four of its warps copy, the others, in groups of four, multiply:
+
+    copying warps       queries, then keys and values of a tile, ... into a ring of slots in shared memory, as far
+                        ahead as slots are free: the next tile's while this one is being finished
+    each other group    64 rows of queries: scores of keys j | softmax of scores j, while weights j-1 times values j-1
+                        run in the matrix unit | rescale the output ...; and while one group takes exponentials,
+                        another's products run
+
+Barriers in shared memory tie them: `full[slot]` once a copy has landed, `empty[slot]` once all groups have read it.
+Tiles of keys that lie inside their sequence are moved by the bulk copy engine; the last one, which may not, by masked
+copies of 16 bytes that write zeros past the end: a neighbour's rows, which could hold NaN, are never read. It comes
+first, so that the loop needs no mask.
+
+Measured beside `kernels/attention_fwd.py` and others by `bench/gpu.py`; see LOG.md.
+"""
+
+import torch
+from torch import Tensor
+
+from flashvec.kernels.attention_tiles import LOG2E, TileConfig
+from flashvec.kernels.backend import gl, gluon, hopper, is_interpreted, launch, num_multiprocessors, tensor_descriptor
+
+GROUPS = gl.constexpr(2)  # of warps that multiply: a third would leave 128 registers a thread to what needs 150
+REGISTERS = gl.constexpr(224)  # a thread's in those groups,
+COPIER_REGISTERS = gl.constexpr(56)  # and in the copying warps; all of a multiprocessor's are given away
+
+# Triton renamed these between 3.6 and 3.9.
+copy_async = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
+copy_bulk = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+mbarrier = hopper.mbarrier
+warpgroup_mma = hopper.warpgroup_mma
+warpgroup_mma_wait = hopper.warpgroup_mma_wait
+
+
+# --- kernel: a block works through tiles ------------------------------------------------------------------
+
+
+@gluon.jit
+def _tile(tile_ptr, item, num_bands):
+    """The sequence's first row, its length, the tile's first token and the sequence's number (negative: filling)."""
+    entry = tile_ptr + item // num_bands * 4
+    return gl.load(entry).to(gl.int64), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
+
+
+@gluon.jit
+def _copy_rows(slot, pointer, stride, first, length, KEYS: gl.constexpr, K: gl.constexpr, COPY: gl.constexpr):
+    """Begin to copy rows of keys or values; zeros past the sequence."""
+    PIECE: gl.constexpr = 2048 // K
+    column = gl.arange(0, K, gl.SliceLayout(0, COPY))
+    for part in gl.static_range(KEYS // PIECE):
+        key = first + part * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, COPY))
+        rows = slot.slice(part * PIECE, PIECE, 0)
+        copy_async(rows, pointer + (key[:, None] * stride + column[None, :]), mask=(key < length)[:, None])
+
+
+@gluon.jit
+def _copy(
+    arguments, slots, TOKENS: gl.constexpr, PACKED: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr,
+    K: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """What the copying warps do: fill slots of the ring, keys and values in turn, the last tile of each item first."""
+    PIECE: gl.constexpr = 2048 // K  # rows that four warps copy by one instruction each: more want registers
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4, 1], [1, 0])
+    q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, tile_ptr, num_items, num_bands, strides = arguments
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride = strides
+    queries, ring, full, empty, queries_empty = slots
+    fill = 0
+    done = 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        start, length, first, sequence = _tile(tile_ptr, item, num_bands)
+        if sequence >= 0:
+            head = item % num_bands * PACKED
+            kv_head = head // GROUP
+            _wait(queries_empty, done + 2, 2)
+            row = gl.arange(0, PIECE, gl.SliceLayout(1, COPY))
+            column = gl.arange(0, K, gl.SliceLayout(0, COPY))
+            q_ptr_of = q_ptr + start * q_stride + head.to(gl.int64) * q_head_stride
+            for part in gl.static_range(GROUPS * 64 // PIECE):
+                place = part * PIECE + row
+                token = first + place // PACKED
+                exists = (token < length) & (place < TOKENS * PACKED)
+                offset = token * q_stride + place % PACKED * q_head_stride
+                rows = queries.index((done & 1) * GROUPS + part * PIECE // 64).slice(part * PIECE % 64, PIECE, 0)
+                copy_async(rows, q_ptr_of + (offset[:, None] + column[None, :]), mask=exists[:, None])
+
+            key = (length - 1) // KEYS * KEYS
+            slot = fill % RING
+            _wait(empty, fill + RING, RING)
+            k_ptr_of = k_ptr + start * k_stride + kv_head.to(gl.int64) * k_head_stride
+            _copy_rows(ring.index(slot), k_ptr_of, k_stride, key, length, KEYS, K, COPY)
+            hopper.async_copy.commit_group()
+            slot = (fill + 1) % RING
+            _wait(empty, fill + 1 + RING, RING)
+            v_ptr_of = v_ptr + start * v_stride + kv_head.to(gl.int64) * v_head_stride
+            _copy_rows(ring.index(slot), v_ptr_of, v_stride, key, length, KEYS, K, COPY)
+            hopper.async_copy.commit_group()
+            for part in gl.static_range(2):
+                hopper.async_copy.wait_group(1 - part)
+                hopper.fence_async_shared()  # matrix instructions read shared memory by a way of their own
+                barrier()
+                mbarrier.arrive(full.index((fill + part) % RING), count=1)
+            fill += 2
+            key -= KEYS
+            while key >= 0:
+                for part in gl.static_range(2):
+                    slot = (fill + part) % RING
+                    _wait(empty, fill + part + RING, RING)
+                    mbarrier.expect(full.index(slot), KEYS * K * 2)
+                    key_row = start.to(gl.int32) + key
+                    if part == 0:
+                        copy_bulk(k_boxes, [key_row, kv_head * K], full.index(slot), ring.index(slot))
+                    else:
+                        copy_bulk(v_boxes, [key_row, kv_head * K], full.index(slot), ring.index(slot))
+                fill += 2
+                key -= KEYS
+            done += 1
+
+
+@gluon.jit
+def _rotate(
+    queries, cos_ptr, sin_ptr, norm_ptr, start, first, length, norm_eps, norm_offset,
+    NUMBER: gl.constexpr, TOKENS: gl.constexpr, PACKED: gl.constexpr, K: gl.constexpr, NORM: gl.constexpr,
+):  # fmt: skip
+    """Queries in shared memory normalised (NORM) and rotated in place, rounded once.
+
+    A thread has both halves of a head's elements; 32 rows at a time, or registers would not do.
+    """
+    HALF: gl.constexpr = gl.BlockedLayout([1, 8], [512 // K, K // 16], [4, 1], [1, 0])
+    ROWS: gl.constexpr = 32
+    column = gl.arange(0, K // 2, gl.SliceLayout(0, HALF))
+    for part in gl.static_range(64 // ROWS):
+        place = NUMBER * 64 + part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, HALF))
+        token = first + place // PACKED
+        exists = (token < length) & (place < TOKENS * PACKED)
+        angle = (start + token)[:, None] * (K // 2) + column[None, :]
+        cos = gl.load(cos_ptr + angle, mask=exists[:, None], other=0.0)
+        sin = gl.load(sin_ptr + angle, mask=exists[:, None], other=0.0)
+        rows = queries.slice(part * ROWS, ROWS, 0)
+        x = rows.load(HALF).to(gl.float32)
+        x0, x1 = gl.split(gl.permute(gl.reshape(x, [ROWS, 2, K // 2]), [0, 2, 1]))
+        x0, x1 = gl.convert_layout(x0, HALF), gl.convert_layout(x1, HALF)
+        if NORM:
+            total = gl.sum(x0 * x0 + x1 * x1, 1)
+            reciprocal_rms = gl.expand_dims(1.0 / gl.sqrt(total / K + norm_eps), 1)
+            weight0 = gl.load(norm_ptr + column).to(gl.float32) + norm_offset
+            weight1 = gl.load(norm_ptr + K // 2 + column).to(gl.float32) + norm_offset
+            x0 = x0 * reciprocal_rms * weight0[None, :]
+            x1 = x1 * reciprocal_rms * weight1[None, :]
+        y = gl.join(x0 * cos - x1 * sin, x1 * cos + x0 * sin)
+        rows.store(gl.reshape(gl.permute(y, [0, 2, 1]), [ROWS, K]).to(queries.dtype))
+    hopper.fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _weigh(s, running_max, running_sum, scale_log2):
+    """Softmax's numerators of a tile of scores, what rescales the tiles before, and the new maximum and sum."""
+    new_max = gl.maximum(running_max, gl.max(s, 1) * scale_log2)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(new_max, 1))
+    rescale = gl.exp2(running_max - new_max)
+    return p, rescale, new_max, running_sum * rescale + gl.sum(p, 1)
+
+
+@gluon.jit
+def _wait(barriers, fill, RING: gl.constexpr):
+    """Wait until the slot of the fill's number is full, or, a round later, empty again."""
+    mbarrier.wait(barriers.index(fill % RING), (fill // RING) & 1)
+
+
+@gluon.jit
+def _multiply(
+    arguments, slots, NUMBER: gl.constexpr, TOKENS: gl.constexpr, PACKED: gl.constexpr,
+    KEYS: gl.constexpr, K: gl.constexpr, RING: gl.constexpr, ROTATE: gl.constexpr, NORM: gl.constexpr,
+):  # fmt: skip
+    """What a group of four warps does: attention of its 64 rows of each tile."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4, 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    out_ptr, lse_ptr, tile_ptr, cos_ptr, sin_ptr, norm_ptr, num_items, num_bands, T, H, numbers = arguments
+    scale_log2, norm_eps, norm_offset = numbers
+    queries, ring, full, empty, queries_empty = slots
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    fill = 0
+    done = 0
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        start, length, first, sequence = _tile(tile_ptr, item, num_bands)
+        if sequence >= 0:
+            head = item % num_bands * PACKED
+            q = queries.index((done & 1) * GROUPS + NUMBER)
+            last = (length - 1) // KEYS * KEYS
+            _wait(full, fill, RING)
+            if ROTATE:
+                _rotate(
+                    q, cos_ptr, sin_ptr, norm_ptr, start, first, length, norm_eps, norm_offset,
+                    NUMBER, TOKENS, PACKED, K, NORM,
+                )  # fmt: skip
+
+            # Keys of the last tile, the only one that may pass the sequence's end.
+            s = gl.zeros([64, KEYS], gl.float32, SCORES)
+            s = warpgroup_mma(q, ring.index(fill % RING).permute((1, 0)), s, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(empty.index(fill % RING), count=1)
+            key = last + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
+            s = gl.where((key < length)[None, :], s, float("-inf"))
+            running_max = gl.full([64], float("-inf"), gl.float32, ROW)
+            running_sum = gl.zeros([64], gl.float32, ROW)
+            p, rescale, running_max, running_sum = _weigh(s, running_max, running_sum, scale_log2)
+            weights = gl.convert_layout(p.to(dtype), WEIGHTS)
+            acc = gl.zeros([64, K], gl.float32, OUT)
+
+            for _ in range(0, last, KEYS):
+                k_fill = fill + 2
+                v_fill = fill + 1
+                _wait(full, k_fill, RING)
+                s = gl.zeros([64, KEYS], gl.float32, SCORES)
+                s = warpgroup_mma(q, ring.index(k_fill % RING).permute((1, 0)), s, use_acc=False, is_async=True)
+                _wait(full, v_fill, RING)
+                acc = warpgroup_mma(weights, ring.index(v_fill % RING), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s])
+                mbarrier.arrive(empty.index(k_fill % RING), count=1)
+                p, rescale, running_max, running_sum = _weigh(s, running_max, running_sum, scale_log2)
+                later = gl.convert_layout(p.to(dtype), WEIGHTS)
+                # Passed long since. Without a branch here ptxas moves the next wait before the exponentials, which
+                # are to run beside the product that it waits for.
+                _wait(full, v_fill, RING)
+                acc, weights, later = warpgroup_mma_wait(0, deps=[acc, weights, later])
+                mbarrier.arrive(empty.index(v_fill % RING), count=1)
+                acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT)), 1)
+                weights = later
+                fill += 2
+
+            _wait(full, fill + 1, RING)
+            acc = warpgroup_mma(weights, ring.index((fill + 1) % RING), acc, is_async=True)
+            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+            mbarrier.arrive(empty.index((fill + 1) % RING), count=1)
+            fill += 2
+
+            # Through the queries' own slot, whose rows are whole again there: 16 bytes a thread to memory.
+            total = gl.convert_layout(running_sum, gl.SliceLayout(1, OUT))
+            q.store((acc / gl.expand_dims(total, 1)).to(dtype))
+            out = q.load(STORED)
+            place = NUMBER * 64 + gl.arange(0, 64, gl.SliceLayout(1, STORED))
+            column = gl.arange(0, K, gl.SliceLayout(0, STORED))
+            token = first + place // PACKED
+            exists = (token < length) & (place < TOKENS * PACKED)
+            row = (start + token) * H + head + place % PACKED
+            gl.store(out_ptr + (row * K)[:, None] + column[None, :], out, mask=exists[:, None])
+            mbarrier.arrive(queries_empty.index(done & 1), count=1)
+            done += 1
+
+            place = NUMBER * 64 + gl.arange(0, 64, ROW)
+            token = first + place // PACKED
+            exists = (token < length) & (place < TOKENS * PACKED)
+            lse = running_max + gl.log2(running_sum)  # to base 2, as the backward wants it
+            gl.store(lse_ptr + (head + place % PACKED).to(gl.int64) * T + start + token, lse, mask=exists)
+
+
+@gluon.jit
+def _attention_hopper_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, out_ptr, lse_ptr, tile_ptr, cos_ptr, sin_ptr, norm_ptr, q_stride,
+    q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, num_items, num_bands, T, H, scale_log2, norm_eps,
+    norm_offset, TOKENS: gl.constexpr, PACKED: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr,
+    K: gl.constexpr, RING: gl.constexpr, ROTATE: gl.constexpr, NORM: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    queries = gl.allocate_shared_memory(dtype, [2 * GROUPS, 64, K], SWIZZLED)
+    ring = gl.allocate_shared_memory(dtype, [RING, KEYS, K], SWIZZLED)
+    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    queries_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(RING):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS)
+    for i in gl.static_range(2):
+        mbarrier.init(queries_empty.index(i), count=GROUPS)
+    slots = (queries, ring, full, empty, queries_empty)
+    multiply = (
+        out_ptr, lse_ptr, tile_ptr, cos_ptr, sin_ptr, norm_ptr, num_items, num_bands, T, H,
+        (scale_log2, norm_eps, norm_offset),
+    )  # fmt: skip
+    copy = (
+        q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, tile_ptr, num_items, num_bands,
+        (q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride),
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_multiply, (multiply, slots, 0, TOKENS, PACKED, KEYS, K, RING, ROTATE, NORM)),
+            (_multiply, (multiply, slots, 1, TOKENS, PACKED, KEYS, K, RING, ROTATE, NORM)),
+            (_copy, (copy, slots, TOKENS, PACKED, GROUP, KEYS, K, RING)),
+        ],
+        [4, 4],
+        [REGISTERS, COPIER_REGISTERS],
+    )
+
+
+# --- launching ------------------------------------------------------------------------------------------
+
+
+def takes(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *options: bool) -> bool:
+    """True if the kernel can run these: none of the options it lacks, rows that can be copied 16 bytes at a time.
+
+    Args:
+        q_THK, k_TGK, v_TGK: as in `attention`.
+        options: is there a window (or a causal mask), a soft-cap, dropout, a selection of queries?
+    """
+    if is_interpreted() or any(options) or q_THK.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    K = q_THK.shape[2]
+    aligned = all(x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and x.storage_offset() % 8 == 0
+                  for x in (q_THK, k_TGK, v_TGK))  # fmt: skip
+    return aligned and all(x.shape[1] == 1 or x.stride(1) == K for x in (k_TGK, v_TGK))
+
+
+def launch_attention_hopper(
+    config: TileConfig,
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    out_THK: Tensor,
+    lse_HT: Tensor,
+    tiles: Tensor,
+    packed: int,
+    cos_TK: Tensor | None,
+    sin_TK: Tensor | None,
+    query_norm_K: Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    scale: float,
+) -> None:
+    """Attention of the sequences in `tiles`, written to their rows of `out_THK` and `lse_HT`."""
+    (T, H, K), G = q_THK.shape, k_TGK.shape[1]
+    num_items = len(tiles) * (H // packed)
+    boxes = [tensor_descriptor(x.flatten(1), [config.keys, K]) for x in (k_TGK, v_TGK)]
+    nothing = lse_HT  # any fp32 tensor: the compiler wants a pointer even where none is read
+    launch(
+        _attention_hopper_fwd_kernel,
+        (min(num_items, num_multiprocessors(q_THK.device)),),
+        *(q_THK, k_TGK, v_TGK, *boxes, out_THK, lse_HT, tiles),
+        *(nothing if x is None else x for x in (cos_TK, sin_TK, query_norm_K)),
+        *(q_THK.stride(0), q_THK.stride(1), k_TGK.stride(0), k_TGK.stride(1), v_TGK.stride(0), v_TGK.stride(1)),
+        *(num_items, H // packed, T, H, scale * LOG2E, norm_eps, norm_offset),
+        TOKENS=config.tile_class.tokens,
+        PACKED=packed,
+        GROUP=H // G,
+        KEYS=config.keys,
+        K=K,
+        RING=config.ring,
+        ROTATE=cos_TK is not None,
+        NORM=query_norm_K is not None,
+        num_warps=4,
+    )
