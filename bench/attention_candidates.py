@@ -24,7 +24,7 @@ ByLength = dict[int | None, list[Tile]]  # by the longest sequence; None: any
 # By head size: the kernel that any GPU runs. Its other tiles are timed where they are chosen, in classes of lengths.
 FORWARD: dict[int, ByLength] = {
     128: {64: [(64, 64, 4, 1)], 128: [(64, 128, 4, 1)], None: [(64, 64, 4, 3), (128, 64, 8, 3)]},
-    64: {64: [(128, 64, 8, 1)], 128: [(64, 128, 4, 1)], None: [(128, 64, 8, 3), (64, 64, 4, 3)]},
+    64: {64: [(128, 64, 8, 1), (64, 64, 4, 1)], 128: [(64, 128, 4, 1)], None: [(128, 64, 8, 3), (64, 64, 4, 3)]},
 }
 ONE_TILE: dict[int, ByLength] = {  # of the backward: all gradients by one program
     128: {
@@ -71,8 +71,14 @@ FORWARD_TABLES: dict[int, dict[str, ForwardClasses]] = {
         ],
     },
 }
-BACKWARD_TABLES: dict[int, dict[str, tuple[Classes, Tile, Tile]]] = {  # classes of one tile, then dq and dkv
+BACKWARD_TABLES: dict[int, dict[str, tuple[Classes, Tile | Ring, Tile | Ring]]] = {  # of one tile, then dq and dkv
     128: {
+        "64, 128, specialised": (
+            [(64, (32, 64, 4, 2)), (128, (32, 128, 8, 2))],
+            (128, 64, 4, 1, 6),
+            (64, 128, 4, 1, 8),
+        ),
+        "64, specialised": ([(64, (32, 64, 4, 2))], (128, 64, 4, 1, 6), (64, 128, 4, 1, 8)),
         "64, 128, rest": ([(64, (32, 64, 4, 2)), (128, (32, 128, 8, 2))], (128, 64, 8, 3), (32, 64, 4, 2)),
         "64, rest": ([(64, (32, 64, 4, 2))], (128, 64, 8, 3), (32, 64, 4, 2)),
         "128, rest": ([(128, (32, 128, 8, 2))], (128, 64, 8, 3), (32, 64, 4, 2)),
@@ -80,6 +86,12 @@ BACKWARD_TABLES: dict[int, dict[str, tuple[Classes, Tile, Tile]]] = {  # classes
         "64, rest, smaller dq": ([(64, (32, 64, 4, 2))], (64, 64, 4, 3), (32, 64, 4, 2)),
     },
     64: {
+        "64, 128, specialised": (
+            [(64, (32, 64, 4, 2)), (128, (64, 128, 8, 1))],
+            (128, 64, 4, 1, 12),
+            (64, 128, 4, 1, 16),
+        ),
+        "64, specialised": ([(64, (32, 64, 4, 2))], (128, 64, 4, 1, 12), (64, 128, 4, 1, 16)),
         "64, 128, rest": ([(64, (32, 64, 4, 2)), (128, (64, 128, 8, 1))], (64, 64, 4, 2), (32, 64, 4, 2)),
         "64, rest": ([(64, (32, 64, 4, 2))], (64, 64, 4, 2), (32, 64, 4, 2)),
         "64, rest, 3 stages": ([(64, (32, 64, 4, 2))], (64, 64, 4, 3), (32, 64, 4, 3)),
@@ -148,22 +160,22 @@ def _backward(shape: AttentionShape) -> dict[str, Candidate]:
         for dq, dkv in pairs:
             both = (_part("dq", dq, shape), _part("dkv", dkv, shape))
             found[f"dq {name_of(dq)}; dkv {name_of(dkv)}"] = Candidate(backward=both)
-    for name, (classes, dq, dkv) in BACKWARD_TABLES[K].items():
+    for name, (classes, *long) in BACKWARD_TABLES[K].items():
         configs: list[BackwardConfig] = []
         shorter: int = 0
-        for own, tile in classes:
-            configs.append(replace(_part("one tile", tile, shape), tile_class=TileClass(tile[1], shorter, own)))
+        for own, short in classes:
+            configs.append(replace(_part("one tile", short, shape), tile_class=TileClass(short[1], shorter, own)))
             shorter = own or shorter
-        for part in (_part("dq", dq, shape), _part("dkv", dkv, shape)):
+        for part in (_part("dq", long[0], shape), _part("dkv", long[1], shape)):
             configs.append(replace(part, tile_class=TileClass(part.tile_class.tokens, shorter)))
         found[f"table {name}"] = Candidate(backward=tuple(configs))
     return found
 
 
-def _part(form: Literal["one tile", "dq", "dkv"], tile: Tile, shape: AttentionShape) -> BackwardConfig:
-    rows, keys, warps, stages = tile
+def _part(form: Literal["one tile", "dq", "dkv"], tile: Tile | Ring, shape: AttentionShape) -> BackwardConfig:
+    rows, keys, warps, stages, *ring = tile
     tokens = rows // packed_heads(shape.H, shape.G) if form == "dq" else keys
-    return BackwardConfig(form, TileClass(tokens), rows, keys, warps, stages)
+    return BackwardConfig(form, TileClass(tokens), rows, keys, warps, stages, ring=sum(ring))
 
 
 def name_of(tile: Tile) -> str:

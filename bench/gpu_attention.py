@@ -197,15 +197,15 @@ def is_ours(name: str) -> bool:
     return name == "flashvec" or name.startswith("candidate")
 
 
-def time_group(session: Session, group: Group, dtype: torch.dtype = DTYPE) -> None:
-    """Rows of one group."""
+def time_group(session: Session, group: Group, dtype: torch.dtype = DTYPE, who: dict[str, Peer] | None = None) -> None:
+    """Rows of one group; `who` takes part in the place of `variants`."""
     shape, maker = group.shape, Maker(session.device, dtype)
     moved = 2.0 * sum(shape.lengths) * shape.K * (2 * shape.H + 2 * shape.G)
     sets = [attention_tensors(shape, maker) for _ in range(num_sets(moved))]
     sample = Sample(group, sets[0])
     builders = {
         name: partial(build, variant, group, sets, sample, is_ours(name), session)
-        for name, variant in variants(group).items()
+        for name, variant in (variants(group) if who is None else who).items()
     }
     found = compare(session, builders, len(sets))
     session.keep([row_of(session, group, name, measured, dtype) for name, measured in found.items()])

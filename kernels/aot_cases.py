@@ -18,6 +18,7 @@ from flashvec.kernels import (
     attention_bwd,
     attention_fwd,
     attention_hopper,
+    attention_hopper_bwd,
     cross_entropy,
     info_nce,
     lora,
@@ -76,7 +77,12 @@ class Case:
 
 
 FORWARD = frozenset({"_attention_fwd_kernel", "_attention_hopper_fwd_kernel"})
-BACKWARD = frozenset({"_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel"})
+BACKWARD = frozenset(
+    {
+        *("_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel"),
+        *("_attention_hopper_dkv_kernel", "_attention_hopper_dq_kernel"),
+    }
+)
 LOW_RANK = frozenset({"_low_rank_shrink_kernel", "_low_rank_expand_kernel", "_low_rank_reduce_kernel"})
 
 
@@ -117,10 +123,9 @@ def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, An
     softcap, threshold = options.get("softcap", 0.0), options.get("threshold", 0)
     numbers: Any = options.get("left", -1), options.get("right", -1), softcap, threshold, 12345, 6789
     if backward:
-        configs = backward_configs(
-            *(target, dtype, K, packed, table is not None, threshold > 0, softcap > 0),
-            max(numbers[:2]) >= 0,
-        )
+        options_of_backward = threshold > 0, softcap > 0, max(numbers[:2]) >= 0
+        specialised = attention_hopper_bwd.takes(q, k, v, table is not None, *options_of_backward)
+        configs = backward_configs(target, dtype, K, packed, table is not None, *options_of_backward, specialised)
         out, lse = meta(T, H, K, dtype=dtype), meta(H, T, dtype=torch.float32)
         attention_bwd._attention_bwd_launch(
             out,

@@ -298,9 +298,7 @@ def _attention_triton(
     tiles = forward_tiles(q_THK, k_TGK, v_TGK, of, rotation is not None, *options)
     later_tiles: list[Tensor] = []  # the backward has no schedule at hand
     if needs_gradient(q_THK, k_TGK, v_TGK):
-        later_tiles = backward_tiles(
-            q_THK, k_TGK, schedule, rotation is not None, threshold > 0, softcap is not None, max(left, right) >= 0
-        )
+        later_tiles = backward_tiles(q_THK, k_TGK, v_TGK, schedule, rotation is not None, *reversed(options))
     out_THK, _ = attention_op(
         *(q_THK, k_TGK, v_TGK, rotated_TGK, tiles, later_tiles),
         0 if schedule.is_static else num_tokens,  # a captured batch zeroes all: the next one may be shorter

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flashvec.kernels import attention_hopper_bwd as specialised
 from flashvec.kernels.attention_tiles import (
     BackwardConfig,
     backward_configs,
@@ -344,20 +345,34 @@ def _attention_bwd_launch(
     unrotate, unrotate_keys = rotate and K == K0, rotate and K == K0 <= 128
     # Of all tensors' elements; a short sequence's own offsets are always narrow.
     wide = max(T, 1) * max(H * K, q_THK.stride(0), k_TGK.stride(0), v_TGK.stride(0)) >= 2**31
-    configs = _configs(q_THK, k_TGK, rotate, threshold > 0, softcap > 0, max(left, right) >= 0)
+    configs = _configs(q_THK, k_TGK, v_TGK, rotate, threshold > 0, softcap > 0, max(left, right) >= 0)
+    packed = packed_heads(H, G)
+    turned_THK = q_THK.new_empty(q_THK.shape) if rotate and any(config.ring for config in configs) else None
     for config, tile_list in zip(configs, tiles, strict=True):
+        if config.ring and config.form == "dq":
+            specialised.launch_attention_hopper_dq(
+                *(config, dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, delta_HT, dq_THK, turned_THK),
+                *(tile_list, packed, cos_TK, sin_TK, scale),
+            )
+            continue
+        if config.ring:
+            specialised.launch_attention_hopper_dkv(
+                *(config, dout_THK, q_THK if turned_THK is None else turned_THK, k_TGK, v_TGK, lse_HT, delta_HT),
+                *(dk_TGK, dv_TGK, tile_list, cos_TK, sin_TK, scale),
+            )
+            continue
         if config.form == "dq":
             tensors = [dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, delta_HT, dq_THK]
         else:
             tensors = [dout_THK, q_THK, k_TGK, v_TGK, lse_HT, delta_HT, dq_THK, dk_TGK, dv_TGK]
         shape: dict[str, int] = {"GROUP": H // G, "ROWS": config.rows, "KEYS": config.keys, "K": K, "K0": K0, "K1": K1}
         if config.form == "dq":
-            shape |= {"TOKENS": config.tile_class.tokens, "PACKED": packed_heads(H, G)}
+            shape |= {"TOKENS": config.tile_class.tokens, "PACKED": packed}
         else:
             shape |= {"ONE_TILE": config.form == "one tile"}
         launch(
             _attention_bwd_dq_kernel if config.form == "dq" else _attention_bwd_dkv_kernel,
-            (len(tile_list), H // packed_heads(H, G) if config.form == "dq" else G),
+            (len(tile_list), H // packed if config.form == "dq" else G),
             *(*tensors, tile_list, cos_TK, sin_TK, identities),
             *(q_THK.stride(0), q_THK.stride(1), k_TGK.stride(0), k_TGK.stride(1), v_TGK.stride(0), v_TGK.stride(1)),
             *(T, H, scale, softcap, left, right, key_a, key_b, threshold, 256 / (256 - threshold)),
@@ -381,10 +396,13 @@ def _attention_bwd_launch(
 
 
 def _configs(
-    q_THK: Tensor, k_TGK: Tensor, rotate: bool, dropout: bool, softcap: bool, window: bool
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, rotate: bool, dropout: bool, softcap: bool, window: bool
 ) -> tuple[BackwardConfig, ...]:
     packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
-    return backward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, dropout, softcap, window)
+    by_hand = specialised.takes(q_THK, k_TGK, v_TGK, rotate, dropout, softcap, window)
+    return backward_configs(
+        target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, dropout, softcap, window, by_hand
+    )
 
 
 def _attention_bwd_fake(
@@ -406,10 +424,15 @@ attention_bwd = define_op(
 
 
 def backward_tiles(
-    q_THK: Tensor, k_TGK: Tensor, schedule: Schedule, rotate: bool, dropout: bool, softcap: bool, window: bool
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, schedule: Schedule, rotate: bool, *options: bool
 ) -> list[Tensor]:
-    """The tile lists that the backward of attention with these options walks, in its order."""
-    return [schedule.tiles(config.tile_class) for config in _configs(q_THK, k_TGK, rotate, dropout, softcap, window)]
+    """The tile lists that the backward walks, in its order.
+
+    Args:
+        options: is there dropout, a soft-cap, a window?
+    """
+    configs = _configs(q_THK, k_TGK, v_TGK, rotate, *options)
+    return [schedule.tiles(config.tile_class) for config in configs]
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

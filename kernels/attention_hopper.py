@@ -2,7 +2,7 @@
 
 The mathematics is that of `kernels/attention.py`, without a window, soft-cap or dropout. It is written in Gluon, the
 layer of Triton's compiler in which layouts, barriers and warps are the author's. Triton itself lets every warp load,
-multiply and take exponentials in turn, so the matrix unit waits; two small blocks on a multiprocessor hide some of that,
+multiply and take exponentials in turn, so the matrix unit waits. Two small blocks on a multiprocessor hide some of that
 and read keys from L2 as fast as it can deliver them. Here a block stays on its multiprocessor and works through
 many tiles. Four of its warps copy, the others, in groups of four, multiply:
 
@@ -50,9 +50,10 @@ def _tile(tile_ptr, item, num_bands):
 
 
 @gluon.jit
-def _copy_rows(slot, pointer, stride, first, length, KEYS: gl.constexpr, K: gl.constexpr, COPY: gl.constexpr):
-    """Begin to copy rows of keys or values; zeros past the sequence."""
-    PIECE: gl.constexpr = 2048 // K
+def _copy_rows(
+    slot, pointer, stride, first, length, KEYS: gl.constexpr, K: gl.constexpr, PIECE: gl.constexpr, COPY: gl.constexpr
+):  # fmt: skip
+    """Begin to copy rows of keys or values, so many at a time; zeros past the sequence."""
     column = gl.arange(0, K, gl.SliceLayout(0, COPY))
     for part in gl.static_range(KEYS // PIECE):
         key = first + part * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, COPY))
@@ -94,12 +95,12 @@ def _copy(
             slot = fill % RING
             _wait(empty, fill + RING, RING)
             k_ptr_of = k_ptr + start * k_stride + kv_head.to(gl.int64) * k_head_stride
-            _copy_rows(ring.index(slot), k_ptr_of, k_stride, key, length, KEYS, K, COPY)
+            _copy_rows(ring.index(slot), k_ptr_of, k_stride, key, length, KEYS, K, PIECE, COPY)
             hopper.async_copy.commit_group()
             slot = (fill + 1) % RING
             _wait(empty, fill + 1 + RING, RING)
             v_ptr_of = v_ptr + start * v_stride + kv_head.to(gl.int64) * v_head_stride
-            _copy_rows(ring.index(slot), v_ptr_of, v_stride, key, length, KEYS, K, COPY)
+            _copy_rows(ring.index(slot), v_ptr_of, v_stride, key, length, KEYS, K, PIECE, COPY)
             hopper.async_copy.commit_group()
             for part in gl.static_range(2):
                 hopper.async_copy.wait_group(1 - part)
@@ -339,6 +340,8 @@ def launch_attention_hopper(
 ) -> None:
     """Attention of the sequences in `tiles`, written to their rows of `out_THK` and `lse_HT`."""
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]
+    if not len(tiles):
+        return  # of no rows there is nothing to describe
     num_items = len(tiles) * (H // packed)
     boxes = [tensor_descriptor(x.flatten(1), [config.keys, K]) for x in (k_TGK, v_TGK)]
     nothing = lse_HT  # any fp32 tensor: the compiler wants a pointer even where none is read

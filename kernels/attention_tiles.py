@@ -7,13 +7,13 @@ A head of any size is held in two chunks of powers of two, the second possibly a
 96 = 64 + 32. Products over a head are sums of one product per chunk.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import torch
 
-from flashvec.kernels.backend import TARGETS, Target, tl, triton
+from flashvec.kernels.backend import Target, tl, triton
 from flashvec.kernels.dropout import fold, keep
 from flashvec.kernels.schedule import TileClass
 
@@ -45,7 +45,8 @@ class BackwardConfig:
     """How one class of sequences runs in one of the backward's kernels.
 
     `form`: "one tile" gives all gradients of sequences whose keys fit one tile; "dq" and then "dkv" share the longer
-    ones. `rows`: query rows of a step (of a tile for "dq"), tokens times heads.
+    ones. `rows`: query rows of a step (of a tile for "dq"), tokens times heads. With a `ring` the kernel is
+    `kernels/attention_hopper_bwd.py`'s.
     """
 
     form: Literal["one tile", "dq", "dkv"]
@@ -55,6 +56,7 @@ class BackwardConfig:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    ring: int = 0
 
 
 def packed_heads(num_heads: int, num_kv_heads: int) -> int:
@@ -132,13 +134,11 @@ def _hopper_configs(width: int, packed: int, rotate: bool) -> tuple[TileConfig, 
     def specialised(keys: int, ring: int, shorter: int = 0, longest: int | None = None) -> TileConfig:
         return TileConfig(TileClass(128 // packed, shorter, longest), 128, keys, 4, 1, ring=ring)
 
-    if width == 64:
-        short = forward_configs(TARGETS["sm_90"], torch.bfloat16, 64, packed, rotate)
-        ends = short[-1].tile_class._replace(longest=256)
-        return *short[:-1], replace(short[-1], tile_class=ends), specialised(128, 8, shorter=256)
-    if rotate:  # beside 128 keys there is no register left for it
-        return (specialised(64, 8),)
-    return specialised(64, 8, longest=256), specialised(128, 4, shorter=256)
+    ring = 1024 // width
+    if rotate and width == 128:  # beside 128 keys there is no register left for it
+        return (specialised(64, ring),)
+    longest = 256 if width == 64 else 1024
+    return specialised(64, ring, longest=longest), specialised(128, ring // 2, shorter=longest)
 
 
 def fp32_precision(target: Target) -> str:
@@ -175,12 +175,16 @@ def backward_configs(
     dropout: bool,
     softcap: bool,
     window: bool,
+    specialised: bool = False,
 ) -> tuple[BackwardConfig, ...]:
     """How a target runs the backward: the form for short sequences in its classes, then the two for longer ones.
 
     As in the forward a sequence's class depends on its own length alone, and the numbers come from compiling; on sm_90
     those without options come from time, too. Rotation, dropout and the soft-cap each take registers: with them on,
     tiles that would spill are narrower or left out.
+
+    Args:
+        specialised: is the call one that `attention_hopper_bwd.takes`?
     """
     extras, plain = rotate + dropout + softcap, not (rotate or dropout or softcap)
     first, second = head_chunks(head_size)
@@ -224,6 +228,12 @@ def backward_configs(
         tile_class = TileClass(keys, shorter, keys)
         configs.append(BackwardConfig("one tile", tile_class, rows, keys, num_warps, num_stages))
         shorter = keys
+    if specialised and target.name == "sm_90" and width in (64, 128) and second == 0:
+        rings = (6, 8) if width == 128 else (12, 16)
+        dq_class, dkv_class = TileClass(128 // packed, shorter), TileClass(128, shorter)
+        configs.append(BackwardConfig("dq", dq_class, 128, 64, 4, 1, ring=rings[0]))
+        configs.append(BackwardConfig("dkv", dkv_class, 64, 128, 4, 1, ring=rings[1]))
+        return tuple(configs)
     forms: tuple[tuple[Literal["dq", "dkv"], Shape], ...] = (("dq", dq), ("dkv", dkv))
     for form, (keys, rows, num_warps, num_stages) in forms:
         tile_class = TileClass(rows // packed if form == "dq" else keys, shorter)

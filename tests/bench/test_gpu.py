@@ -339,7 +339,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     ]
     every = gpu_attention.variants
     monkeypatch.setattr(gpu_attention, "variants", lambda g: {"flashvec": every(g)["flashvec"]})
-    monkeypatch.setattr(gpu_attention.time_group, "__defaults__", (torch.float16,))
+    monkeypatch.setattr(gpu_attention.time_group, "__defaults__", (torch.float16, None))
     monkeypatch.setattr(gpu_ops, "forms", lambda problem, compiled: {"flashvec": problem.run})
     monkeypatch.setattr(gpu, "kernel_steps", lambda: steps)
     monkeypatch.setattr(gpu_session.Session, "repetitions", 3)

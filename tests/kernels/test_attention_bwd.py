@@ -213,7 +213,7 @@ def test_is_a_well_behaved_torch_op(rotate_, device, small_tiles):
     q, k, v = (x.detach().clone().requires_grad_() for x in merged.split(parts, 1))
     configs = forward_configs(backend.target(q), q.dtype, 16, 2, False)
     tiles = [schedule.tiles(config.tile_class) for config in configs]
-    later = backward_tiles(q, k, schedule, rotate_, False, False, False)
+    later = backward_tiles(q, k, v, schedule, rotate_, False, False, False)
     table = rotation_for(schedule, 16, device).cos_TK if rotate_ else None
     rotated_k = k.detach() if rotate_ else None
     numbers = (0.3, -1, -1, 0.0, 0, 0, 0)
