@@ -137,7 +137,7 @@ def _hopper_configs(width: int, packed: int, rotate: bool) -> tuple[TileConfig, 
     ring = 1024 // width
     if rotate and width == 128:  # beside 128 keys there is no register left for it
         return (specialised(64, ring),)
-    longest = 256 if width == 64 else 1024
+    longest = 256 if width == 64 else 448
     return specialised(64, ring, longest=longest), specialised(128, ring // 2, shorter=longest)
 
 
@@ -223,12 +223,15 @@ def backward_configs(
             # 64 rows spill with dropout on the other two: 32 and 152 bytes
             dq, dkv = (32, 64 if target.name == "sm_80" else 32, 8, 1), (32, 32, 8, 1)
 
+    by_hand = specialised and target.name == "sm_90" and width in (64, 128) and second == 0
+    if by_hand:
+        short = short[:1]
     configs, shorter = [], 0
     for keys, rows, num_warps, num_stages in short if second == 0 and width <= 128 else []:
         tile_class = TileClass(keys, shorter, keys)
         configs.append(BackwardConfig("one tile", tile_class, rows, keys, num_warps, num_stages))
         shorter = keys
-    if specialised and target.name == "sm_90" and width in (64, 128) and second == 0:
+    if by_hand:  # from 64 tokens on: one class more costs mixed lengths more than it gains
         rings = (6, 8) if width == 128 else (12, 16)
         dq_class, dkv_class = TileClass(128 // packed, shorter), TileClass(128, shorter)
         configs.append(BackwardConfig("dq", dq_class, 128, 64, 4, 1, ring=rings[0]))
