@@ -23,42 +23,24 @@ Measured beside `kernels/attention_fwd.py` and others by `bench/gpu.py`; see LOG
 import torch
 from torch import Tensor
 
+from flashvec.kernels.attention_hopper_parts import (
+    GROUPS,
+    copy_keys_and_values,
+    copy_query_rows,
+    mbarrier,
+    rotate_in_place,
+    tile_of,
+    wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from flashvec.kernels.attention_tiles import LOG2E, TileConfig
-from flashvec.kernels.backend import gl, gluon, hopper, is_interpreted, launch, num_multiprocessors, tensor_descriptor
+from flashvec.kernels.backend import gl, gluon, is_interpreted, launch, num_multiprocessors, tensor_descriptor
 
-GROUPS = gl.constexpr(2)  # of warps that multiply: a third would leave 128 registers a thread to what needs 150
 REGISTERS = gl.constexpr(224)  # a thread's in those groups,
 COPIER_REGISTERS = gl.constexpr(56)  # and in the copying warps; all of a multiprocessor's are given away
 
-# Triton renamed these between 3.6 and 3.9.
-copy_async = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
-copy_bulk = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-mbarrier = hopper.mbarrier
-warpgroup_mma = hopper.warpgroup_mma
-warpgroup_mma_wait = hopper.warpgroup_mma_wait
-
-
 # --- kernel: a block works through tiles ------------------------------------------------------------------
-
-
-@gluon.jit
-def _tile(tile_ptr, item, num_bands):
-    """The sequence's first row, its length, the tile's first token and the sequence's number (negative: filling)."""
-    entry = tile_ptr + item // num_bands * 4
-    return gl.load(entry).to(gl.int64), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
-
-
-@gluon.jit
-def _copy_rows(
-    slot, pointer, stride, first, length, KEYS: gl.constexpr, K: gl.constexpr, PIECE: gl.constexpr, COPY: gl.constexpr
-):  # fmt: skip
-    """Begin to copy rows of keys or values, so many at a time; zeros past the sequence."""
-    column = gl.arange(0, K, gl.SliceLayout(0, COPY))
-    for part in gl.static_range(KEYS // PIECE):
-        key = first + part * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, COPY))
-        rows = slot.slice(part * PIECE, PIECE, 0)
-        copy_async(rows, pointer + (key[:, None] * stride + column[None, :]), mask=(key < length)[:, None])
 
 
 @gluon.jit
@@ -67,97 +49,27 @@ def _copy(
     K: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """What the copying warps do: fill slots of the ring, keys and values in turn, the last tile of each item first."""
-    PIECE: gl.constexpr = 2048 // K  # rows that four warps copy by one instruction each: more want registers
+    PIECE: gl.constexpr = 2048 // K
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4, 1], [1, 0])
     q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, tile_ptr, num_items, num_bands, strides = arguments
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride = strides
+    q_stride, q_head_stride, key_strides = strides
     queries, ring, full, empty, queries_empty = slots
     fill = 0
     done = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        start, length, first, sequence = _tile(tile_ptr, item, num_bands)
+        start, length, first, sequence = tile_of(tile_ptr, item, num_bands)
         if sequence >= 0:
             head = item % num_bands * PACKED
-            kv_head = head // GROUP
-            _wait(queries_empty, done + 2, 2)
-            row = gl.arange(0, PIECE, gl.SliceLayout(1, COPY))
-            column = gl.arange(0, K, gl.SliceLayout(0, COPY))
-            q_ptr_of = q_ptr + start * q_stride + head.to(gl.int64) * q_head_stride
-            for part in gl.static_range(GROUPS * 64 // PIECE):
-                place = part * PIECE + row
-                token = first + place // PACKED
-                exists = (token < length) & (place < TOKENS * PACKED)
-                offset = token * q_stride + place % PACKED * q_head_stride
-                rows = queries.index((done & 1) * GROUPS + part * PIECE // 64).slice(part * PIECE % 64, PIECE, 0)
-                copy_async(rows, q_ptr_of + (offset[:, None] + column[None, :]), mask=exists[:, None])
-
-            key = (length - 1) // KEYS * KEYS
-            slot = fill % RING
-            _wait(empty, fill + RING, RING)
-            k_ptr_of = k_ptr + start * k_stride + kv_head.to(gl.int64) * k_head_stride
-            _copy_rows(ring.index(slot), k_ptr_of, k_stride, key, length, KEYS, K, PIECE, COPY)
-            hopper.async_copy.commit_group()
-            slot = (fill + 1) % RING
-            _wait(empty, fill + 1 + RING, RING)
-            v_ptr_of = v_ptr + start * v_stride + kv_head.to(gl.int64) * v_head_stride
-            _copy_rows(ring.index(slot), v_ptr_of, v_stride, key, length, KEYS, K, PIECE, COPY)
-            hopper.async_copy.commit_group()
-            for part in gl.static_range(2):
-                hopper.async_copy.wait_group(1 - part)
-                hopper.fence_async_shared()  # matrix instructions read shared memory by a way of their own
-                barrier()
-                mbarrier.arrive(full.index((fill + part) % RING), count=1)
-            fill += 2
-            key -= KEYS
-            while key >= 0:
-                for part in gl.static_range(2):
-                    slot = (fill + part) % RING
-                    _wait(empty, fill + part + RING, RING)
-                    mbarrier.expect(full.index(slot), KEYS * K * 2)
-                    key_row = start.to(gl.int32) + key
-                    if part == 0:
-                        copy_bulk(k_boxes, [key_row, kv_head * K], full.index(slot), ring.index(slot))
-                    else:
-                        copy_bulk(v_boxes, [key_row, kv_head * K], full.index(slot), ring.index(slot))
-                fill += 2
-                key -= KEYS
+            wait(queries_empty, done + 2, 2)
+            copy_query_rows(
+                queries, done & 1, q_ptr, start, first, length, head, q_stride, q_head_stride, TOKENS, PACKED, K, PIECE,
+                COPY,
+            )  # fmt: skip
+            fill = copy_keys_and_values(
+                ring, full, empty, fill, start, length, head // GROUP, k_ptr, v_ptr, k_boxes, v_boxes, key_strides,
+                KEYS, K, RING, PIECE, COPY,
+            )  # fmt: skip
             done += 1
-
-
-@gluon.jit
-def _rotate(
-    queries, cos_ptr, sin_ptr, norm_ptr, start, first, length, norm_eps, norm_offset,
-    NUMBER: gl.constexpr, TOKENS: gl.constexpr, PACKED: gl.constexpr, K: gl.constexpr, NORM: gl.constexpr,
-):  # fmt: skip
-    """Queries in shared memory normalised (NORM) and rotated in place, rounded once.
-
-    A thread has both halves of a head's elements; 32 rows at a time, or registers would not do.
-    """
-    HALF: gl.constexpr = gl.BlockedLayout([1, 8], [512 // K, K // 16], [4, 1], [1, 0])
-    ROWS: gl.constexpr = 32
-    column = gl.arange(0, K // 2, gl.SliceLayout(0, HALF))
-    for part in gl.static_range(64 // ROWS):
-        place = NUMBER * 64 + part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, HALF))
-        token = first + place // PACKED
-        exists = (token < length) & (place < TOKENS * PACKED)
-        angle = (start + token)[:, None] * (K // 2) + column[None, :]
-        cos = gl.load(cos_ptr + angle, mask=exists[:, None], other=0.0)
-        sin = gl.load(sin_ptr + angle, mask=exists[:, None], other=0.0)
-        rows = queries.slice(part * ROWS, ROWS, 0)
-        x = rows.load(HALF).to(gl.float32)
-        x0, x1 = gl.split(gl.permute(gl.reshape(x, [ROWS, 2, K // 2]), [0, 2, 1]))
-        x0, x1 = gl.convert_layout(x0, HALF), gl.convert_layout(x1, HALF)
-        if NORM:
-            total = gl.sum(x0 * x0 + x1 * x1, 1)
-            reciprocal_rms = gl.expand_dims(1.0 / gl.sqrt(total / K + norm_eps), 1)
-            weight0 = gl.load(norm_ptr + column).to(gl.float32) + norm_offset
-            weight1 = gl.load(norm_ptr + K // 2 + column).to(gl.float32) + norm_offset
-            x0 = x0 * reciprocal_rms * weight0[None, :]
-            x1 = x1 * reciprocal_rms * weight1[None, :]
-        y = gl.join(x0 * cos - x1 * sin, x1 * cos + x0 * sin)
-        rows.store(gl.reshape(gl.permute(y, [0, 2, 1]), [ROWS, K]).to(queries.dtype))
-    hopper.fence_async_shared()
-    barrier()
 
 
 @gluon.jit
@@ -167,12 +79,6 @@ def _weigh(s, running_max, running_sum, scale_log2):
     p = gl.exp2(s * scale_log2 - gl.expand_dims(new_max, 1))
     rescale = gl.exp2(running_max - new_max)
     return p, rescale, new_max, running_sum * rescale + gl.sum(p, 1)
-
-
-@gluon.jit
-def _wait(barriers, fill, RING: gl.constexpr):
-    """Wait until the slot of the fill's number is full, or, a round later, empty again."""
-    mbarrier.wait(barriers.index(fill % RING), (fill // RING) & 1)
 
 
 @gluon.jit
@@ -193,14 +99,14 @@ def _multiply(
     fill = 0
     done = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        start, length, first, sequence = _tile(tile_ptr, item, num_bands)
+        start, length, first, sequence = tile_of(tile_ptr, item, num_bands)
         if sequence >= 0:
             head = item % num_bands * PACKED
             q = queries.index((done & 1) * GROUPS + NUMBER)
             last = (length - 1) // KEYS * KEYS
-            _wait(full, fill, RING)
+            wait(full, fill, RING)
             if ROTATE:
-                _rotate(
+                rotate_in_place(
                     q, cos_ptr, sin_ptr, norm_ptr, start, first, length, norm_eps, norm_offset,
                     NUMBER, TOKENS, PACKED, K, NORM,
                 )  # fmt: skip
@@ -221,10 +127,10 @@ def _multiply(
             for _ in range(0, last, KEYS):
                 k_fill = fill + 2
                 v_fill = fill + 1
-                _wait(full, k_fill, RING)
+                wait(full, k_fill, RING)
                 s = gl.zeros([64, KEYS], gl.float32, SCORES)
                 s = warpgroup_mma(q, ring.index(k_fill % RING).permute((1, 0)), s, use_acc=False, is_async=True)
-                _wait(full, v_fill, RING)
+                wait(full, v_fill, RING)
                 acc = warpgroup_mma(weights, ring.index(v_fill % RING), acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(empty.index(k_fill % RING), count=1)
@@ -232,14 +138,14 @@ def _multiply(
                 later = gl.convert_layout(p.to(dtype), WEIGHTS)
                 # Passed long since. Without a branch here ptxas moves the next wait before the exponentials, which
                 # are to run beside the product that it waits for.
-                _wait(full, v_fill, RING)
+                wait(full, v_fill, RING)
                 acc, weights, later = warpgroup_mma_wait(0, deps=[acc, weights, later])
                 mbarrier.arrive(empty.index(v_fill % RING), count=1)
                 acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT)), 1)
                 weights = later
                 fill += 2
 
-            _wait(full, fill + 1, RING)
+            wait(full, fill + 1, RING)
             acc = warpgroup_mma(weights, ring.index((fill + 1) % RING), acc, is_async=True)
             acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
             mbarrier.arrive(empty.index((fill + 1) % RING), count=1)
@@ -291,7 +197,7 @@ def _attention_hopper_fwd_kernel(
     )  # fmt: skip
     copy = (
         q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, tile_ptr, num_items, num_bands,
-        (q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride),
+        (q_stride, q_head_stride, (k_stride, k_head_stride, v_stride, v_head_stride)),
     )  # fmt: skip
     gl.warp_specialize(
         [

@@ -9,16 +9,19 @@ them straight into the products that use them.
 from torch import Tensor
 
 from flashvec.kernels import attention_hopper
-from flashvec.kernels.attention_hopper import (
+from flashvec.kernels.attention_hopper_parts import (
     GROUPS,
-    _copy_rows,
-    _rotate,
-    _tile,
-    _wait,
     barrier,
-    copy_async,
     copy_bulk,
+    copy_keys_and_values,
+    copy_query_rows,
+    copy_rows,
+    land,
     mbarrier,
+    rotate_in_place,
+    rotated_back,
+    tile_of,
+    wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -34,32 +37,6 @@ DKV_COPIER_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit
-def _copy_queries(pointer, start, first, length, head, stride, head_stride, slots, slot, TOKENS: gl.constexpr,
-                  PACKED: gl.constexpr, K: gl.constexpr, PIECE: gl.constexpr, COPY: gl.constexpr):  # fmt: skip
-    """Begin to copy a tile's rows, tokens times packed heads, for all groups; zeros past the sequence."""
-    row = gl.arange(0, PIECE, gl.SliceLayout(1, COPY))
-    column = gl.arange(0, K, gl.SliceLayout(0, COPY))
-    pointer += start * stride + head.to(gl.int64) * head_stride
-    for part in gl.static_range(GROUPS * 64 // PIECE):
-        place = part * PIECE + row
-        token = first + place // PACKED
-        exists = (token < length) & (place < TOKENS * PACKED)
-        offset = token * stride + place % PACKED * head_stride
-        rows = slots.index(slot * GROUPS + part * PIECE // 64).slice(part * PIECE % 64, PIECE, 0)
-        copy_async(rows, pointer + (offset[:, None] + column[None, :]), mask=exists[:, None])
-
-
-@gluon.jit
-def _land(full, fill, RING: gl.constexpr):
-    """Announce the last two groups of copies, in the slots of this fill and the next, as each lands."""
-    for part in gl.static_range(2):
-        hopper.async_copy.wait_group(1 - part)
-        hopper.fence_async_shared()
-        barrier()
-        mbarrier.arrive(full.index((fill + part) % RING), count=1)
-
-
-@gluon.jit
 def _dq_copy(
     arguments, slots, TOKENS: gl.constexpr, PACKED: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr,
     K: gl.constexpr, RING: gl.constexpr,
@@ -67,74 +44,27 @@ def _dq_copy(
     PIECE: gl.constexpr = 32
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     dout_ptr, q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, tile_ptr, num_items, num_bands, H, strides = arguments
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride = strides
+    q_stride, q_head_stride, key_strides = strides
     queries, douts, ring, full, empty, queries_empty = slots
     fill = 0
     done = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        start, length, first, sequence = _tile(tile_ptr, item, num_bands)
+        start, length, first, sequence = tile_of(tile_ptr, item, num_bands)
         if sequence >= 0:
             head = item % num_bands * PACKED
-            kv_head = head // GROUP
-            _wait(queries_empty, done + 2, 2)
-            _copy_queries(
-                q_ptr,
-                start,
-                first,
-                length,
-                head,
-                q_stride,
-                q_head_stride,
-                queries,
-                done & 1,
-                TOKENS,
-                PACKED,
-                K,
-                PIECE,
+            wait(queries_empty, done + 2, 2)
+            copy_query_rows(
+                queries, done & 1, q_ptr, start, first, length, head, q_stride, q_head_stride, TOKENS, PACKED, K, PIECE,
                 COPY,
-            )
-            _copy_queries(
-                dout_ptr, start, first, length, head, H * K, K, douts, done & 1, TOKENS, PACKED, K, PIECE, COPY
-            )
-            key = (length - 1) // KEYS * KEYS
-            _wait(empty, fill + RING, RING)
-            k_ptr_of = k_ptr + start * k_stride + kv_head.to(gl.int64) * k_head_stride
-            _copy_rows(ring.index(fill % RING), k_ptr_of, k_stride, key, length, KEYS, K, PIECE, COPY)
-            hopper.async_copy.commit_group()
-            _wait(empty, fill + 1 + RING, RING)
-            v_ptr_of = v_ptr + start * v_stride + kv_head.to(gl.int64) * v_head_stride
-            _copy_rows(ring.index((fill + 1) % RING), v_ptr_of, v_stride, key, length, KEYS, K, PIECE, COPY)
-            hopper.async_copy.commit_group()
-            _land(full, fill, RING)
-            fill += 2
-            key -= KEYS
-            while key >= 0:
-                for part in gl.static_range(2):
-                    slot = (fill + part) % RING
-                    _wait(empty, fill + part + RING, RING)
-                    mbarrier.expect(full.index(slot), KEYS * K * 2)
-                    key_row = start.to(gl.int32) + key
-                    if part == 0:
-                        copy_bulk(k_boxes, [key_row, kv_head * K], full.index(slot), ring.index(slot))
-                    else:
-                        copy_bulk(v_boxes, [key_row, kv_head * K], full.index(slot), ring.index(slot))
-                fill += 2
-                key -= KEYS
+            )  # fmt: skip
+            copy_query_rows(
+                douts, done & 1, dout_ptr, start, first, length, head, H * K, K, TOKENS, PACKED, K, PIECE, COPY
+            )  # fmt: skip
+            fill = copy_keys_and_values(
+                ring, full, empty, fill, start, length, head // GROUP, k_ptr, v_ptr, k_boxes, v_boxes, key_strides,
+                KEYS, K, RING, PIECE, COPY,
+            )  # fmt: skip
             done += 1
-
-
-@gluon.jit
-def _unrotated(x, cos_ptr, sin_ptr, row, exists, ROWS: gl.constexpr, K: gl.constexpr):
-    """Heads rotated back by their tokens' positions: `row` of the tables, as a slice of the layout of `x`."""
-    x0, x1 = gl.split(gl.permute(gl.reshape(x, [ROWS, 2, K // 2]), [0, 2, 1]))
-    HALF: gl.constexpr = x0.type.layout
-    column = gl.arange(0, K // 2, gl.SliceLayout(0, HALF))
-    angle = gl.expand_dims(gl.convert_layout(row, gl.SliceLayout(1, HALF)), 1) * (K // 2) + gl.expand_dims(column, 0)
-    there = gl.expand_dims(gl.convert_layout(exists, gl.SliceLayout(1, HALF)), 1)
-    cos = gl.load(cos_ptr + angle, mask=there, other=0.0)
-    sin = gl.load(sin_ptr + angle, mask=there, other=0.0)
-    y = gl.join(x0 * cos + x1 * sin, x1 * cos - x0 * sin)
-    return gl.convert_layout(gl.reshape(gl.permute(y, [0, 2, 1]), [ROWS, K]), x.type.layout)
 
 
 @gluon.jit
@@ -155,7 +85,7 @@ def _dq_multiply(
     fill = 0
     done = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        start, length, first, sequence = _tile(tile_ptr, item, num_bands)
+        start, length, first, sequence = tile_of(tile_ptr, item, num_bands)
         if sequence >= 0:
             head = item % num_bands * PACKED
             q, dout = queries.index((done & 1) * GROUPS + NUMBER), douts.index((done & 1) * GROUPS + NUMBER)
@@ -168,18 +98,20 @@ def _dq_multiply(
             of_head = (head + place % PACKED).to(gl.int64) * T + start + token
             lse = gl.load(lse_ptr + of_head, mask=exists, other=float("inf"))
 
-            _wait(full, fill, RING)
+            wait(full, fill, RING)
             delta = gl.sum(dout.load(STORED).to(gl.float32) * out.to(gl.float32), 1)
             gl.store(delta_ptr + of_head, delta, mask=exists)
             delta = gl.expand_dims(gl.convert_layout(delta, ROW), 1)
             lse = gl.expand_dims(gl.convert_layout(lse, ROW), 1)
             if ROTATE:
-                _rotate(q, cos_ptr, sin_ptr, cos_ptr, start, first, length, 0.0, 0.0, NUMBER, TOKENS, PACKED, K, False)
+                rotate_in_place(
+                    q, cos_ptr, sin_ptr, cos_ptr, start, first, length, 0.0, 0.0, NUMBER, TOKENS, PACKED, K, False
+                )
                 gl.store(rotated_ptr + own[:, None] + column[None, :], q.load(STORED), mask=exists[:, None])
 
             s = gl.zeros([64, KEYS], gl.float32, SCORES)
             s = warpgroup_mma(q, ring.index(fill % RING).permute((1, 0)), s, use_acc=False, is_async=True)
-            _wait(full, fill + 1, RING)
+            wait(full, fill + 1, RING)
             dp = gl.zeros([64, KEYS], gl.float32, SCORES)
             dp = warpgroup_mma(dout, ring.index((fill + 1) % RING).permute((1, 0)), dp, use_acc=False, is_async=True)
             s, dp = warpgroup_mma_wait(0, deps=[s, dp])
@@ -192,10 +124,10 @@ def _dq_multiply(
             dq = gl.zeros([64, K], gl.float32, OUT)
 
             for _ in range(0, last, KEYS):
-                _wait(full, fill + 2, RING)
+                wait(full, fill + 2, RING)
                 s = gl.zeros([64, KEYS], gl.float32, SCORES)
                 s = warpgroup_mma(q, ring.index((fill + 2) % RING).permute((1, 0)), s, use_acc=False, is_async=True)
-                _wait(full, fill + 3, RING)
+                wait(full, fill + 3, RING)
                 dp = gl.zeros([64, KEYS], gl.float32, SCORES)
                 dp = warpgroup_mma(
                     dout, ring.index((fill + 3) % RING).permute((1, 0)), dp, use_acc=False, is_async=True
@@ -205,7 +137,7 @@ def _dq_multiply(
                 mbarrier.arrive(empty.index((fill + 3) % RING), count=1)
                 ds = gl.exp2(s * (scale * 1.4426950408889634) - lse) * (dp - delta)
                 later = gl.convert_layout(ds.to(dtype), WEIGHTS)
-                _wait(full, fill, RING)  # passed long since, and a branch: see `attention_hopper`
+                wait(full, fill, RING)  # passed long since, and a branch: see `attention_hopper`
                 dq, weights, later = warpgroup_mma_wait(0, deps=[dq, weights, later])
                 mbarrier.arrive(empty.index(fill % RING), count=1)
                 weights = later
@@ -217,13 +149,13 @@ def _dq_multiply(
             fill += 2
 
             # Read and computed again: cheaper than registers to keep it in.
-            start, length, first, sequence = _tile(tile_ptr, item, num_bands)
+            start, length, first, sequence = tile_of(tile_ptr, item, num_bands)
             token = first + place // PACKED
             exists = (token < length) & (place < TOKENS * PACKED)
             own = ((start + token) * H + item % num_bands * PACKED + place % PACKED) * K
             dq = dq * scale
             if ROTATE:
-                dq = _unrotated(dq, cos_ptr, sin_ptr, start + token, exists, 64, K)
+                dq = rotated_back(dq, cos_ptr, sin_ptr, start + token, exists, 64, K)
             q.store(dq.to(dtype))
             gl.store(dq_ptr + own[:, None] + column[None, :], q.load(STORED), mask=exists[:, None])
             mbarrier.arrive(queries_empty.index(done & 1), count=1)
@@ -268,7 +200,7 @@ def _attention_hopper_dq_kernel(
     )
     copy = (
         dout_ptr, q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, tile_ptr, num_items, num_bands, H,
-        (q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride),
+        (q_stride, q_head_stride, (k_stride, k_head_stride, v_stride, v_head_stride)),
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -312,11 +244,11 @@ def _dkv_copy(
     done = 0
     row = gl.arange(0, 64, LINE)
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        start, length, first, sequence = _tile(tile_ptr, item, num_bands)
+        start, length, first, sequence = tile_of(tile_ptr, item, num_bands)
         if sequence >= 0:
             kv_head = item % num_bands
             # Rows past the sequence harm nothing but gradients of their own, which nobody stores.
-            _wait(keys_empty, done + 1, 1)
+            wait(keys_empty, done + 1, 1)
             mbarrier.expect(keys_full.index(0), 2 * GROUPS * 64 * K * 2)
             for group in gl.static_range(GROUPS):
                 key_row = start.to(gl.int32) + first + group * 64
@@ -330,19 +262,19 @@ def _dkv_copy(
                     of_head = head.to(gl.int64) * T + start + token + row
                     lse = gl.load(lse_ptr + of_head, mask=token + row < length, other=float("inf"))
                     delta = gl.load(delta_ptr + of_head, mask=token + row < length, other=0.0)
-                    _wait(empty, fill + RING, RING)
-                    _wait(empty, fill + 1 + RING, RING)
+                    wait(empty, fill + RING, RING)
+                    wait(empty, fill + 1 + RING, RING)
                     lines.index(fill % RING).store(lse / -scale_log2)
                     lines.index((fill + 1) % RING).store(-delta)
                     barrier()
                     if token + 64 > length:
                         q_ptr_of = q_ptr + start * q_stride + head.to(gl.int64) * q_head_stride
                         dout_ptr_of = dout_ptr + start * (H * K) + head * K
-                        _copy_rows(ring.index(fill % RING), q_ptr_of, q_stride, token, length, 64, K, PIECE, COPY)
+                        copy_rows(ring.index(fill % RING), q_ptr_of, q_stride, token, length, 64, K, PIECE, COPY)
                         hopper.async_copy.commit_group()
-                        _copy_rows(ring.index((fill + 1) % RING), dout_ptr_of, H * K, token, length, 64, K, PIECE, COPY)
+                        copy_rows(ring.index((fill + 1) % RING), dout_ptr_of, H * K, token, length, 64, K, PIECE, COPY)
                         hopper.async_copy.commit_group()
-                        _land(full, fill, RING)
+                        land(full, fill, RING)
                     else:
                         for part in gl.static_range(2):
                             slot = (fill + part) % RING
@@ -375,20 +307,20 @@ def _dkv_multiply(
     fill = 0
     done = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        start, length, first, sequence = _tile(tile_ptr, item, num_bands)
+        start, length, first, sequence = tile_of(tile_ptr, item, num_bands)
         if sequence >= 0:
             dk = gl.zeros([64, K], gl.float32, OUT)
             dv = gl.zeros([64, K], gl.float32, OUT)
             zeros = gl.zeros([64, 64], gl.float32, SCORES)
-            _wait(keys_full, done, 1)
+            wait(keys_full, done, 1)
             for _ in range(0, (length + 63) // 64 * GROUP):
                 q, dout = ring.index(fill % RING), ring.index((fill + 1) % RING)
-                _wait(full, fill, RING)
+                wait(full, fill, RING)
                 # Products that begin at -lse and -delta: neither takes registers, or an addition, of its own.
                 s = gl.expand_dims(lines.index(fill % RING).load(COLUMN), 0)
                 s, _ = gl.broadcast(s, zeros)
                 s = warpgroup_mma(k, q.permute((1, 0)), s, is_async=True)
-                _wait(full, fill + 1, RING)
+                wait(full, fill + 1, RING)
                 dp = gl.expand_dims(lines.index((fill + 1) % RING).load(COLUMN), 0)
                 dp, _ = gl.broadcast(dp, zeros)
                 dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
@@ -404,7 +336,7 @@ def _dkv_multiply(
                 mbarrier.arrive(empty.index(fill % RING), count=1)
                 fill += 2
 
-            start, length, first, sequence = _tile(tile_ptr, item, num_bands)  # again: cheaper than to keep it
+            start, length, first, sequence = tile_of(tile_ptr, item, num_bands)  # again: cheaper than to keep it
             place = NUMBER * 64 + gl.arange(0, 64, gl.SliceLayout(1, STORED))
             column = gl.arange(0, K, gl.SliceLayout(0, STORED))
             key = first + place
@@ -413,7 +345,7 @@ def _dkv_multiply(
             gl.store(dv_ptr + own[:, None] + column[None, :], v.load(STORED), mask=(key < length)[:, None])
             dk = dk * scale
             if ROTATE:
-                dk = _unrotated(dk, cos_ptr, sin_ptr, start + key, key < length, 64, K)
+                dk = rotated_back(dk, cos_ptr, sin_ptr, start + key, key < length, 64, K)
             k.store(dk.to(dtype))
             gl.store(dk_ptr + own[:, None] + column[None, :], k.load(STORED), mask=(key < length)[:, None])
             mbarrier.arrive(keys_empty.index(0), count=1)
