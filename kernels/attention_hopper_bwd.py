@@ -30,8 +30,8 @@ from flashvec.kernels.backend import gl, gluon, hopper, launch, num_multiprocess
 
 DQ_REGISTERS = gl.constexpr(208)
 DQ_COPIER_REGISTERS = gl.constexpr(88)
-DKV_REGISTERS = gl.constexpr(232)
-DKV_COPIER_REGISTERS = gl.constexpr(40)
+DKV_REGISTERS = gl.constexpr(224)
+DKV_COPIER_REGISTERS = gl.constexpr(56)
 
 # --- dq: a block works through tiles of queries ------------------------------------------------------------
 
@@ -77,9 +77,8 @@ def _dq_multiply(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    out_ptr, lse_ptr, delta_ptr, dq_ptr, rotated_ptr, tile_ptr, cos_ptr, sin_ptr, num_items, num_bands, T, H, scale = (
-        arguments
-    )
+    pointers, tile_ptr, cos_ptr, sin_ptr, num_items, num_bands, T, H, scale = arguments
+    out_ptr, lse_ptr, delta_ptr, dq_ptr, rotated_ptr = pointers
     queries, douts, ring, full, empty, queries_empty = slots
     dtype: gl.constexpr = dq_ptr.dtype.element_ty
     fill = 0
@@ -184,20 +183,9 @@ def _attention_hopper_dq_kernel(
         mbarrier.init(queries_empty.index(i), count=GROUPS)
     slots = (queries, douts, ring, full, empty, queries_empty)
     multiply = (
-        out_ptr,
-        lse_ptr,
-        delta_ptr,
-        dq_ptr,
-        rotated_ptr,
-        tile_ptr,
-        cos_ptr,
-        sin_ptr,
-        num_items,
-        num_bands,
-        T,
-        H,
+        (out_ptr, lse_ptr, delta_ptr, dq_ptr, rotated_ptr), tile_ptr, cos_ptr, sin_ptr, num_items, num_bands, T, H,
         scale,
-    )
+    )  # fmt: skip
     copy = (
         dout_ptr, q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, tile_ptr, num_items, num_bands, H,
         (q_stride, q_head_stride, (k_stride, k_head_stride, v_stride, v_head_stride)),
@@ -217,27 +205,12 @@ def _attention_hopper_dq_kernel(
 
 
 @gluon.jit
-def _dkv_copy(
-    arguments, slots, GROUP: gl.constexpr, K: gl.constexpr, RING: gl.constexpr,
-):  # fmt: skip
+def _dkv_copy(arguments, slots, GROUP: gl.constexpr, K: gl.constexpr, RING: gl.constexpr):
     PIECE: gl.constexpr = 32
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    (
-        dout_ptr,
-        q_ptr,
-        q_stride,
-        q_head_stride,
-        boxes,
-        lse_ptr,
-        delta_ptr,
-        tile_ptr,
-        num_items,
-        num_bands,
-        T,
-        H,
-        scale_log2,
-    ) = arguments
+    pointers, boxes, tile_ptr, q_stride, num_items, num_bands, T, H, scale_log2 = arguments
+    dout_ptr, q_ptr, lse_ptr, delta_ptr = pointers
     dout_boxes, q_boxes, k_boxes, v_boxes = boxes
     keys, values, ring, lines, full, empty, keys_full, keys_empty = slots
     fill = 0
@@ -268,7 +241,7 @@ def _dkv_copy(
                     lines.index((fill + 1) % RING).store(-delta)
                     barrier()
                     if token + 64 > length:
-                        q_ptr_of = q_ptr + start * q_stride + head.to(gl.int64) * q_head_stride
+                        q_ptr_of = q_ptr + start * q_stride + head * K
                         dout_ptr_of = dout_ptr + start * (H * K) + head * K
                         copy_rows(ring.index(fill % RING), q_ptr_of, q_stride, token, length, 64, K, PIECE, COPY)
                         hopper.async_copy.commit_group()
@@ -355,7 +328,7 @@ def _dkv_multiply(
 @gluon.jit
 def _attention_hopper_dkv_kernel(
     dout_ptr, q_ptr, dout_boxes, q_boxes, k_boxes, v_boxes, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tile_ptr, cos_ptr,
-    sin_ptr, q_stride, q_head_stride, num_items, num_bands, T, H, scale,
+    sin_ptr, q_stride, num_items, num_bands, T, H, scale,
     GROUP: gl.constexpr, K: gl.constexpr, RING: gl.constexpr, ROTATE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -376,8 +349,8 @@ def _attention_hopper_dkv_kernel(
     slots = (keys, values, ring, lines, full, empty, keys_full, keys_empty)
     multiply = (dk_ptr, dv_ptr, tile_ptr, cos_ptr, sin_ptr, num_items, num_bands, scale)
     copy = (
-        dout_ptr, q_ptr, q_stride, q_head_stride, (dout_boxes, q_boxes, k_boxes, v_boxes), lse_ptr, delta_ptr, tile_ptr,
-        num_items, num_bands, T, H, scale * 1.4426950408889634,
+        (dout_ptr, q_ptr, lse_ptr, delta_ptr), (dout_boxes, q_boxes, k_boxes, v_boxes), tile_ptr, q_stride, num_items,
+        num_bands, T, H, scale * 1.4426950408889634,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -476,7 +449,7 @@ def launch_attention_hopper_dkv(
         (min(num_items, num_multiprocessors(q_THK.device)),),
         *(dout_THK, q_THK, *boxes, lse_HT, delta_HT, dk_TGK, dv_TGK, tiles),
         *(lse_HT if x is None else x for x in (cos_TK, sin_TK)),
-        *(q_THK.stride(0), q_THK.stride(1), num_items, G, T, H, scale),
+        *(q_THK.stride(0), num_items, G, T, H, scale),
         GROUP=H // G,
         K=K,
         RING=config.ring,
