@@ -101,13 +101,18 @@ def _key(launch: Launch) -> str:
             parts.append(f"{name}: {value.dtype} {value.storage_offset() * value.element_size() % 16}")
         elif hasattr(value, "block_shape"):
             parts.append(f"{name}: {value.base.dtype} {value.block_shape}")
-        elif type(value) is int and not launch.kernel.params[launch.kernel.arg_names.index(name)].is_constexpr:
-            parts.append(f"{name}: {value == 1} {value % 16 == 0} {-(2**31) <= value < 2**31}")
+        elif type(value) is int and not (param := _param(launch, name)).is_constexpr:
+            special = () if param.do_not_specialize else (value == 1, value % 16 == 0)
+            parts.append(f"{name}: {special} {-(2**31) <= value < 2**31}")
         elif isinstance(value, float):
             parts.append(f"{name}: float")
         else:
             parts.append(f"{name}: {value}")
     return "; ".join(parts)
+
+
+def _param(launch: Launch, name: str) -> Any:
+    return launch.kernel.params[launch.kernel.arg_names.index(name)]
 
 
 # --- in the workers ---------------------------------------------------------------------------------------

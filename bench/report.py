@@ -128,14 +128,21 @@ GPU_LENGTHS = ("log-normal 64", "log-normal 128", "log-normal 256", "log-normal 
 
 
 def gpu_attention_rows(rows: list[Row]) -> list[dict[tuple[str, int, str, str], Row]]:
-    """For each GPU the rows of its newest commit, of 32 heads over 8, by direction, head size, lengths, variant."""
+    """For each GPU the newest run's rows of 32 heads over 8, by direction, head size, lengths, variant."""
     shown = [
         row for row in rows if row["heads"] == "32/8" and row.get("rotation", "none") == "none" and "tflops" in row
     ]
-    return [
-        {(r["direction"], r["head_size"], r["lengths"], r["variant"]): r for r in g if r["commit"] == g[-1]["commit"]}
-        for g in groups(shown, "gpu")
-    ]
+    found = []
+    for group in groups(shown, "gpu"):
+        newest = {(r["direction"], r["head_size"], r["lengths"]): r["commit"] for r in group}
+        found.append(
+            {
+                (r["direction"], r["head_size"], r["lengths"], r["variant"]): r
+                for r in group
+                if r["commit"] == newest[r["direction"], r["head_size"], r["lengths"]]
+            }
+        )
+    return found
 
 
 def gpu_attention_table(rows: list[Row]) -> list[str]:
@@ -157,7 +164,8 @@ def gpu_attention_table(rows: list[Row]) -> list[str]:
                 shown = [f"{name} {row['tflops']:.0f}" for name, row in peers.items() if row]
                 cells.append(f"{own['tflops']:.0f} ({', '.join(shown)})" if own else "")
             lines.append(f"| {lengths} | " + " | ".join(cells) + " |")
-        used = [row for (*_, variant), row in found.items() if variant == "flashvec" or variant in GPU_PEERS.values()]
+        ours_and_peers = ("flashvec", *GPU_PEERS.values())
+        used = [row for (*_, n, variant), row in found.items() if n in GPU_LENGTHS and variant in ours_and_peers]
         lines += ["", *f"{where_gpu(used)}; medians of {used[-1]['repetitions']} interleaved repetitions.".splitlines()]
     return lines
 

@@ -65,9 +65,10 @@ def specialise(launched: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
     compile_time = {name for name, kind in launched.kernel.fn.__annotations__.items() if kind is tl.constexpr}
+    kept_general = {p.name for p in getattr(launched.kernel, "params", ()) if p.do_not_specialize}  # none interpreted
     for index, name in enumerate(launched.kernel.arg_names):
-        value = launched.arguments[name]
-        if name in compile_time or value is None or (type(value) is int and value == 1):
+        value, general = launched.arguments[name], name in kept_general
+        if name in compile_time or value is None or (type(value) is int and value == 1 and not general):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -81,7 +82,7 @@ def specialise(launched: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
             signature[name], aligned = "i1", False
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = value % 16 == 0 and not general
         else:
             signature[name], aligned = "fp32", False
         if aligned:

@@ -171,7 +171,7 @@ def _multiply(
             gl.store(lse_ptr + (head + place % PACKED).to(gl.int64) * T + start + token, lse, mask=exists)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_items"])  # another in every batch: it must not compile them anew
 def _attention_hopper_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, out_ptr, lse_ptr, tile_ptr, cos_ptr, sin_ptr, norm_ptr, q_stride,
     q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, num_items, num_bands, T, H, scale_log2, norm_eps,

@@ -161,7 +161,7 @@ def _dq_multiply(
             done += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_items"])  # another in every batch: it must not compile them anew
 def _attention_hopper_dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, out_ptr, lse_ptr, delta_ptr, dq_ptr, rotated_ptr, tile_ptr,
     cos_ptr, sin_ptr, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, num_items, num_bands,
@@ -325,7 +325,7 @@ def _dkv_multiply(
             done += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_items"])  # another in every batch: it must not compile them anew
 def _attention_hopper_dkv_kernel(
     dout_ptr, q_ptr, dout_boxes, q_boxes, k_boxes, v_boxes, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tile_ptr, cos_ptr,
     sin_ptr, q_stride, num_items, num_bands, T, H, scale,

@@ -4,8 +4,8 @@ Triton interprets its own kernels, not those. What is emulated is what can go wr
 
 - Each partition of warps is a thread; one runs at a time, until it waits, and a seed chooses who is next. When all wait
   and nothing is being copied, they are stuck, and the test fails.
-- Copies land late: masked ones when their group is waited for, bulk ones at some later moment. What they write to is NaN
-  from the moment they are begun, so a slot that is overwritten too early, or read too early, shows.
+- Copies land late: masked ones when their group is waited for, bulk ones at some later moment. What they write to is
+  NaN from the moment they are begun, so a slot that is overwritten too early, or read too early, shows.
 - Products read their operands in shared memory when they are waited for, not when they are begun.
 - Shared memory that was written by stores or masked copies must be fenced before a matrix instruction reads it.
 - Pointers may touch what their tensor's storage holds and nothing else.
@@ -351,7 +351,7 @@ def emulated(num_multiprocessors: int = 3, seed: int = 0) -> Iterator[SimpleName
         backend.__dict__,
         gl=gl,
         hopper=hopper,
-        gluon=SimpleNamespace(jit=lambda kernel: kernel),
+        gluon=SimpleNamespace(jit=lambda kernel=None, **options: kernel or (lambda later: later)),
         launch=launch,
         num_multiprocessors=lambda device: num_multiprocessors,
         tensor_descriptor=lambda x, box: SimpleNamespace(x=x, box=box),
