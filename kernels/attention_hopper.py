@@ -35,10 +35,10 @@ from flashvec.kernels.attention_hopper_parts import (
     warpgroup_mma_wait,
 )
 from flashvec.kernels.attention_tiles import LOG2E, TileConfig
-from flashvec.kernels.backend import gl, gluon, is_interpreted, launch, num_multiprocessors, tensor_descriptor
+from flashvec.kernels.backend import gl, gluon, launch, num_multiprocessors, runs_gluon, tensor_descriptor
 
-REGISTERS = gl.constexpr(224)  # a thread's in those groups,
-COPIER_REGISTERS = gl.constexpr(56)  # and in the copying warps; all of a multiprocessor's are given away
+REGISTERS = gl.constexpr(224)  # a thread's in the groups that multiply,
+COPIER_REGISTERS = gl.constexpr(56)  # and in the copying warps: all that a multiprocessor has
 
 # --- kernel: a block works through tiles ------------------------------------------------------------------
 
@@ -220,12 +220,17 @@ def takes(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *options: bool) -> bool:
         q_THK, k_TGK, v_TGK: as in `attention`.
         options: is there a window (or a causal mask), a soft-cap, dropout, a selection of queries?
     """
-    if is_interpreted() or any(options) or q_THK.dtype not in (torch.float16, torch.bfloat16):
+    if not runs_gluon() or any(options) or q_THK.dtype not in (torch.float16, torch.bfloat16):
         return False
-    K = q_THK.shape[2]
-    aligned = all(x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and x.storage_offset() % 8 == 0
-                  for x in (q_THK, k_TGK, v_TGK))  # fmt: skip
-    return aligned and all(x.shape[1] == 1 or x.stride(1) == K for x in (k_TGK, v_TGK))
+    for x in (q_THK, k_TGK, v_TGK):
+        if x.stride(0) % 16 or x.stride(1) % 16 or x.storage_offset() % 8:
+            return False
+    return all(has_neighbouring_heads(x) for x in (k_TGK, v_TGK))
+
+
+def has_neighbouring_heads(x: Tensor) -> bool:
+    """True if the bulk copy engine finds a row's heads in one line: [T, heads, K] seen as [T, heads * K]."""
+    return x.shape[1] == 1 or x.stride(1) == x.shape[2]
 
 
 def launch_attention_hopper(

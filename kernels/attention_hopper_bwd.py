@@ -28,6 +28,7 @@ from flashvec.kernels.attention_hopper_parts import (
 from flashvec.kernels.attention_tiles import BackwardConfig
 from flashvec.kernels.backend import gl, gluon, hopper, launch, num_multiprocessors, tensor_descriptor
 
+# A thread's in the groups that multiply, and in the copying warps.
 DQ_REGISTERS = gl.constexpr(208)
 DQ_COPIER_REGISTERS = gl.constexpr(88)
 DKV_REGISTERS = gl.constexpr(224)
@@ -41,6 +42,7 @@ def _dq_copy(
     arguments, slots, TOKENS: gl.constexpr, PACKED: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr,
     K: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
+    """The copying warps: queries and gradients of the output, then keys and values, as in the forward."""
     PIECE: gl.constexpr = 32
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     dout_ptr, q_ptr, k_ptr, v_ptr, k_boxes, v_boxes, tile_ptr, num_items, num_bands, H, strides = arguments
@@ -72,6 +74,7 @@ def _dq_multiply(
     arguments, slots, NUMBER: gl.constexpr, TOKENS: gl.constexpr, PACKED: gl.constexpr, KEYS: gl.constexpr,
     K: gl.constexpr, RING: gl.constexpr, ROTATE: gl.constexpr,
 ):  # fmt: skip
+    """A group of four warps: dq of its 64 rows of each tile, and what the second pass reads of them."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
@@ -206,6 +209,10 @@ def _attention_hopper_dq_kernel(
 
 @gluon.jit
 def _dkv_copy(arguments, slots, GROUP: gl.constexpr, K: gl.constexpr, RING: gl.constexpr):
+    """The copying warps: a tile of keys and values, then queries and gradients of the output of each head in turn.
+
+    Beside each 64 rows go two lines: -lse, in units of the scores, and -delta.
+    """
     PIECE: gl.constexpr = 32
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -267,6 +274,7 @@ def _dkv_multiply(
     arguments, slots, NUMBER: gl.constexpr, GROUP: gl.constexpr, K: gl.constexpr, RING: gl.constexpr,
     ROTATE: gl.constexpr,
 ):  # fmt: skip
+    """A group of four warps: dk and dv of its 64 keys of each tile."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
@@ -321,6 +329,7 @@ def _dkv_multiply(
                 dk = rotated_back(dk, cos_ptr, sin_ptr, start + key, key < length, 64, K)
             k.store(dk.to(dtype))
             gl.store(dk_ptr + own[:, None] + column[None, :], k.load(STORED), mask=(key < length)[:, None])
+            hopper.fence_async_shared()  # the bulk copy engine, too, has its own way to shared memory
             mbarrier.arrive(keys_empty.index(0), count=1)
             done += 1
 
@@ -375,9 +384,8 @@ def takes(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, rotate: bool, *options: b
     """
     if rotate:
         return attention_hopper.takes(q_THK, v_TGK, v_TGK, *options)
-    return attention_hopper.takes(q_THK, k_TGK, v_TGK, *options) and (
-        q_THK.shape[1] == 1 or q_THK.stride(1) == q_THK.shape[2]
-    )
+    plain = attention_hopper.takes(q_THK, k_TGK, v_TGK, *options)
+    return plain and attention_hopper.has_neighbouring_heads(q_THK)
 
 
 def launch_attention_hopper_dq(

@@ -171,9 +171,15 @@ def num_multiprocessors(device: torch.device) -> int:
     return _multiprocessors(device.index) if device.type == "cuda" else 132
 
 
-def is_interpreted() -> bool:
-    """True inside `interpreted`."""
-    return _interpreted
+@cache
+def _has_gluon() -> bool:
+    version = tuple(int(part) for part in str(getattr(triton, "__version__", "0.0")).split(".")[:2])
+    return not isinstance(hopper, _Absent) and version >= (3, 6)
+
+
+def runs_gluon() -> bool:
+    """True if kernels written in Gluon can run, or be recorded: Triton 3.6 or later, and not interpreted."""
+    return not _interpreted and _has_gluon()
 
 
 @cache

@@ -7,7 +7,8 @@ Triton interprets its own kernels, not those. What is emulated is what can go wr
 - Copies land late: masked ones when their group is waited for, bulk ones at some later moment. What they write to is
   NaN from the moment they are begun, so a slot that is overwritten too early, or read too early, shows.
 - Products read their operands in shared memory when they are waited for, not when they are begun.
-- Shared memory that was written by stores or masked copies must be fenced before a matrix instruction reads it.
+- Shared memory that was written by stores or masked copies must be fenced before a matrix instruction reads it or a
+  bulk copy overwrites it.
 - Pointers may touch what their tensor's storage holds and nothing else.
 
 Numbers are not rounded: a kernel that runs on fp32 tensors here is compared with its definition to fp32's precision.
@@ -246,6 +247,7 @@ def _wait_group(left: int) -> None:
 def _copy_bulk(boxes: Any, place: Sequence[Any], barrier: Barrier, slot: Shared) -> None:
     row, column = (int(i) for i in place)
     rows, columns = boxes.box
+    assert not slot.written.any(), "a bulk copy overwrites what no fence has shown it"
     slot.x.fill_(float("nan"))
 
     def lands() -> None:
