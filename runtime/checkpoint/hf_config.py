@@ -58,6 +58,8 @@ def hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         config[family.softcap_key] = decoder.softcap
     config |= _windows(decoder, spec.attention, family.windows, halved=own_key)
     config["rope_parameters"] = _rope_parameters(decoder)
+    if len(decoder.ropes) == 1 and decoder.ropes[0].kind == "default":
+        config["rope_theta"] = decoder.ropes[0].theta  # where transformers before 5 looks: it would take 10,000
     if spec.attention == "bidirectional":
         config |= {"use_bidirectional_attention": True} if own_key else {"is_causal": False}
     return config

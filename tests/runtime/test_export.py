@@ -425,3 +425,13 @@ def test_rope_tables_are_written_in_full():
     spec, _ = plain_spec({"model_type": "llama", **SIZES, **CONFIGS["llama 3"]}, Overrides())
     assert spec.decoder.ropes == (Rope(5e5, "llama3", 8.0, 1.0, 4.0, 64),)
     assert hf_config(spec, "float32")["rope_parameters"] == CONFIGS["llama 3"]["rope_parameters"]
+
+
+def test_readers_before_transformers_5_find_the_rotary_base():
+    """They look for it beside `rope_parameters`, and take 10,000 without a word where they do not find it."""
+    spec, _ = plain_spec({"model_type": "llama", **SIZES, "rope_theta": 5e5}, Overrides())
+    config = hf_config(spec, "float32")
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
+    assert transformers.LlamaConfig(**config).rope_parameters == config["rope_parameters"]
+    stretched, _ = plain_spec({"model_type": "llama", **SIZES, **CONFIGS["llama 3"]}, Overrides())
+    assert "rope_theta" not in hf_config(stretched, "float32")  # its base alone would be wrong as quietly
