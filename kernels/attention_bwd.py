@@ -349,16 +349,10 @@ def _attention_bwd_launch(
     packed = packed_heads(H, G)
     turned_THK = q_THK.new_empty(q_THK.shape) if rotate and any(config.ring for config in configs) else None
     for config, tile_list in zip(configs, tiles, strict=True):
-        if config.ring and config.form == "dq":
-            specialised.launch_attention_hopper_dq(
-                *(config, dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, delta_HT, dq_THK, turned_THK),
-                *(tile_list, packed, cos_TK, sin_TK, scale),
-            )
-            continue
         if config.ring:
-            specialised.launch_attention_hopper_dkv(
-                *(config, dout_THK, q_THK if turned_THK is None else turned_THK, k_TGK, v_TGK, lse_HT, delta_HT),
-                *(dk_TGK, dv_TGK, tile_list, cos_TK, sin_TK, scale),
+            specialised.launch_attention_hopper_bwd(
+                *(config, dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, delta_HT, (dq_THK, dk_TGK, dv_TGK)),
+                *(turned_THK, tile_list, packed, cos_TK, sin_TK, scale),
             )
             continue
         if config.form == "dq":

@@ -28,7 +28,13 @@ from torch import Tensor
 
 from flashvec.kernels import backend
 
-MODULES = ("attention_hopper_parts", "attention_hopper", "attention_hopper_bwd")
+MODULES = (
+    "attention_hopper_parts",
+    "attention_hopper",
+    "attention_hopper_dq",
+    "attention_hopper_dkv",
+    "attention_hopper_bwd",
+)
 
 
 class Block(torch.Tensor):

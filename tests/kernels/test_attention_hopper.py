@@ -7,7 +7,15 @@ import pytest
 import torch
 from gluon_emulated import emulated
 
-from flashvec.kernels import attention_fwd, attention_hopper, attention_hopper_bwd, attention_hopper_parts, backend
+from flashvec.kernels import (
+    attention_fwd,
+    attention_hopper,
+    attention_hopper_bwd,
+    attention_hopper_dkv,
+    attention_hopper_dq,
+    attention_hopper_parts,
+    backend,
+)
 from flashvec.kernels.attention import attention_reference
 from flashvec.kernels.attention_tiles import backward_configs, forward_configs, packed_heads
 from flashvec.kernels.backend import TARGETS
@@ -97,13 +105,11 @@ def test_backward(case, seed):
     assert (dq.form, dkv.form) == ("dq", "dkv") and dq.ring and dkv.ring
     tiles = [p.schedule.tiles(TileClass(config.tile_class.tokens)) for config in (dq, dkv)]  # short ones, too
     with emulated(seed=seed) as modules:
-        modules.attention_hopper_bwd.launch_attention_hopper_dq(
-            *(dq, dout, p.q, keys, p.v, out, lse, delta, got[0], rotated, tiles[0], p.packed, p.cos, p.sin, p.scale)
-        )
-        modules.attention_hopper_bwd.launch_attention_hopper_dkv(
-            *(dkv, dout, p.q if rotated is None else rotated, keys, p.v, lse, delta, got[1], got[2], tiles[1]),
-            *(p.cos, p.sin, p.scale),
-        )
+        for config, tile_list in zip((dq, dkv), tiles, strict=True):
+            modules.attention_hopper_bwd.launch_attention_hopper_bwd(
+                *(config, dout, p.q, keys, p.v, out, lse, delta, got, rotated, tile_list, p.packed),
+                *(p.cos, p.sin, p.scale),
+            )
     for name, a, b in zip(("dq", "dk", "dv"), got, expected, strict=True):
         torch.testing.assert_close(a[p.own], b[p.own], rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -220,3 +226,13 @@ def test_they_run_on_hopper_alone(interpreted):
         assert any(c.ring for c in configs) == (name == "sm_90")
         assert all(c.rows == 64 * attention_hopper_parts.GROUPS.value for c in configs if c.ring)
         assert not any(c.ring for c in forward_configs(target, torch.bfloat16, 96, 4, False, True))
+
+
+@pytest.mark.parametrize(
+    "module", [attention_hopper, attention_hopper_dq, attention_hopper_dkv], ids=lambda m: m.__name__
+)
+def test_warps_share_all_registers(module):
+    groups = attention_hopper_parts.GROUPS.value * module.REGISTERS.value + module.COPIER_REGISTERS.value
+    per_thread = HOPPER.registers // 384 // 8 * 8  # of three times four warps, allotted by eights
+    assert groups == 3 * per_thread
+    assert module.REGISTERS.value % 8 == module.COPIER_REGISTERS.value % 8 == 0
