@@ -9,7 +9,7 @@ On a GPU one program owns a tile: some tokens of one sequence, times the query h
 batch's tile list (`kernels/schedule.py`). It walks the sequence's keys once with a running maximum (FlashAttention);
 short sequences (up to 64 or 128 tokens, as a target's registers allow) fit one tile of keys and need no walk. Queries,
 of heads up to 128 elements, can be normalised and rotated as they are loaded; keys, which every tile of a sequence
-reads again, are rotated once by a pass of their own.
+reads again, are rotated once by a pass of their own. Plain calls on Hopper take `kernels/attention_hopper.py`.
 
 Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size, n = a sequence's tokens.
 Cost 4*n²*K FLOPs a head, 2*(2 + 2*G/H)*n*K bytes in 16 bits: bound by memory below some 300 tokens on an H100.
@@ -294,11 +294,11 @@ def _attention_triton(
     if dropout is not None and dropout.p:
         threshold, key, identities = dropout.threshold, dropout.key(), schedule.identities
     of: Schedule | Queries = schedule if queries is None else queries
-    options = max(left, right) >= 0, softcap is not None, threshold > 0
-    tiles = forward_tiles(q_THK, k_TGK, v_TGK, of, rotation is not None, *options)
+    windowed, capped, dropped = max(left, right) >= 0, softcap is not None, threshold > 0
+    tiles = forward_tiles(q_THK, k_TGK, v_TGK, of, rotation is not None, windowed, capped, dropped)
     later_tiles: list[Tensor] = []  # the backward has no schedule at hand
     if needs_gradient(q_THK, k_TGK, v_TGK):
-        later_tiles = backward_tiles(q_THK, k_TGK, v_TGK, schedule, rotation is not None, *reversed(options))
+        later_tiles = backward_tiles(q_THK, k_TGK, v_TGK, schedule, rotation is not None, dropped, capped, windowed)
     out_THK, _ = attention_op(
         *(q_THK, k_TGK, v_TGK, rotated_TGK, tiles, later_tiles),
         0 if schedule.is_static else num_tokens,  # a captured batch zeroes all: the next one may be shorter

@@ -389,14 +389,11 @@ def _attention_bwd_launch(
     return dq_THK, dk_TGK, dv_TGK
 
 
-def _configs(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, rotate: bool, dropout: bool, softcap: bool, window: bool
-) -> tuple[BackwardConfig, ...]:
+def _configs(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, rotate: bool, *options: bool) -> tuple[BackwardConfig, ...]:
+    """The table's choice; options: is there dropout, a soft-cap, a window?"""
     packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
-    by_hand = specialised.takes(q_THK, k_TGK, v_TGK, rotate, dropout, softcap, window)
-    return backward_configs(
-        target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, dropout, softcap, window, by_hand
-    )
+    by_hand = specialised.takes(q_THK, k_TGK, v_TGK, rotate, *options)
+    return backward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, *options, by_hand)
 
 
 def _attention_bwd_fake(
