@@ -14,6 +14,8 @@ stdout, stderr = Console(), Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: an object for each event, the last one the result.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or all; default all GPUs, else the CPU.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter to merge; may be repeated.")]
+Layers = Annotated[int | None, typer.Option(help="Run the first layers only.", min=1)]
 
 
 def embed(
@@ -24,6 +26,8 @@ def embed(
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model folder, GGUF file or hub id.")] = None,
+    adapter: Adapters = None,
+    layers: Layers = None,
     out: Annotated[str | None, typer.Option(help="Folder or URI to write; holds the job, resumes it.")] = None,
     check: Annotated[
         str | None, typer.Option(help="Verify a finished job's folder instead; exit 1 if not whole.")
@@ -94,7 +98,8 @@ def embed(
         dedupe=dedupe,
         format=output_format,
     )
-    load = {} if dtype is None else {"dtype": dtype}
+    choices = {"adapters": adapter, "layers": layers, "dtype": dtype}
+    load = {name: value for name, value in choices.items() if value is not None}
     if dry_run:
         from flashvec.runtime.corpus.estimate import estimate_job, estimate_lines
 
@@ -223,15 +228,11 @@ def _check(folder: str, as_json: bool) -> None:
 
 
 def devices_of(device: str | None) -> list[str | None]:
-    """One worker for each: all GPUs by default."""
+    """One worker for each: all GPUs by default, the CPU where there is none."""
     import torch
 
-    if device in (None, "all"):
-        count = torch.cuda.device_count()  # asks the driver, opens no device
-        if count:
-            return [f"cuda:{i}" for i in range(count)]
-        if device == "all":
-            raise ValueError(
-                "device 'all' spreads a job over all GPUs and there is none here: leave it out for the CPU"
-            )
-    return [device]
+    from flashvec.runtime.placement import choose_devices
+
+    if device is None and not torch.cuda.device_count():  # asks the driver, opens no device
+        return [None]
+    return [str(chosen) for chosen in choose_devices(device or "all")]

@@ -6,12 +6,16 @@ from typing import Annotated
 
 import typer
 
+from flashvec.runtime.cli_corpus import Adapters, Layers
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY = "FLASHVEC_API_KEY"
 
 
 def serve(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
+    adapter: Adapters = None,
+    layers: Layers = None,
     host: Annotated[str, typer.Option(help="Address to listen on; by default this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default its folder's name.")] = None,
@@ -43,7 +47,8 @@ def serve(
         typer.echo(f"note: {host} is open to other machines and no key is asked for: set {KEY}", err=True)
     for category in (TruncationWarning, TextWarning):  # of texts that clients send, one line each would fill the log
         warnings.simplefilter("ignore", category)
-    encoder = Encoder.load(model, dtype=dtype, device=device, max_length=max_length)
+    choices = {"adapters": adapter or (), "layers": layers, "max_length": max_length}
+    encoder = Encoder.load(model, dtype=dtype, device=device, **choices)
     called = name or os.path.basename(os.path.normpath(model))
     limits = Limits(inputs=max_inputs, body_bytes=max_body_mb << 20, waiting_tokens=max_waiting_tokens)
     app = create_app(

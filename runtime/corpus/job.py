@@ -129,7 +129,9 @@ def embed_corpus(
     location = str(out) if is_uri(str(out)) else str(Path(out).expanduser().absolute())
     storage = Storage(location)
     check_apart(given, sources, storage)
-    arguments = {**(load or {}), "model": _model_name(model)}
+    arguments = {**(load or {}), "model": _full_path(model)}
+    if adapters := arguments.get("adapters"):
+        arguments["adapters"] = [_full_path(a) for a in ([adapters] if isinstance(adapters, str | Path) else adapters)]
     make_fleet = fleet or _engine(engine, address, devices)
     with _lock(storage):
         storage.sweep("", {PLAN_FILE, SUCCESS_FILE}.__contains__)  # shards sweep their own
@@ -302,10 +304,10 @@ def _engine(name: str, address: str | None, devices: Sequence[str | None]) -> Ca
     raise ValueError(f"engine is {name!r}, known are local and ray")
 
 
-def _model_name(model: str | Path) -> str:
-    """A local model by its full path: the job may go on from another folder."""
-    path = Path(model).expanduser()
-    return str(path.absolute()) if path.exists() else str(model)
+def _full_path(name: str | Path) -> str:
+    """A local model or adapter by its full path: the job may go on from another folder."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else str(name)
 
 
 def _location(folder: str | Path) -> str:

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny_models import TEXTS, tiny_checkpoint
+import torch
+from tiny_models import TEXTS, tiny_adapter, tiny_checkpoint, tiny_model
 from typer.testing import CliRunner
 
 from flashvec import Encoder
@@ -86,13 +87,36 @@ def test_command_line(texts_file, model, encoder, tmp_path):
     for name, status in (("SLURM_ARRAY_TASK_ID", 0), ("JOB_COMPLETION_INDEX", 0), ("OTHER", 2)):
         command = ["embed-shard", "--plan", str(tmp_path / "out")]
         assert CliRunner().invoke(app, command, env={name: "0"}).exit_code == status
-    assert cli_corpus.devices_of("cpu") == ["cpu"]
 
     dry = run("embed", texts_file, "--model", model, "--dry-run")
     assert dry.exit_code == 0 and "about 8 rows" in dry.stdout and "tokens/s" in dry.stdout
     assert run("embed", texts_file).exit_code == 2 and run("embed-shard", "--plan", "x").exit_code == 2
     missing = run("embed", texts_file, "--model", model, "--out", tmp_path / "o", "--text-column", "body")
     assert "'body' is missing; columns are id, text" in str(missing.exception)
+
+
+def test_a_worker_for_each_gpu(monkeypatch):
+    assert cli_corpus.devices_of("cpu") == ["cpu"] and cli_corpus.devices_of("cuda:1") == ["cuda:1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cli_corpus.devices_of(None) == cli_corpus.devices_of("all") == ["cuda:0", "cuda:1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cli_corpus.devices_of(None) == [None]
+
+
+def test_an_adapter_and_fewer_layers_are_part_of_the_job(texts_file, model, tmp_path, monkeypatch):
+    """Named by their full path: a job is gone on with, and searched, from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    tiny_adapter(tiny_model(None), tmp_path / "adapter")
+    job = ["embed", texts_file, "--model", model, "--adapter", "adapter", "--layers", 1, "--out", tmp_path / "out"]
+    assert run(*job).exit_code == 0
+    adapted = Encoder.load(model, adapters=tmp_path / "adapter", layers=1)
+    np.testing.assert_array_equal(vectors_of(tmp_path / "out"), adapted.embed(list(TEXTS)))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = run("search", tmp_path / "out", TEXTS[0], "--top", 1, "--json")
+    assert json.loads(found.stdout)[0]["score"] > 0.99
+    other = run(*(part for part in job if part not in ("--layers", 1)))
+    assert "layers was 1 and is None" in str(other.exception)
 
 
 def test_vectors_are_the_encoders(texts_file, encoder, tmp_path):
