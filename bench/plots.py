@@ -173,6 +173,7 @@ def _plain(axes: "Axes", *, legend: bool = True, zero: bool = True) -> None:
 PLOTS: dict[str, tuple[Callable[[Any], None], float, float]] = {
     "embed": (embed_plot, 8, 3.2),
     "gpu_attention": (gpu_attention_plot, 10, 2.8),
+    "scaling": (scaling_plot, 10, 2.8),
     "roofline": (roofline_plot, 10, 3.4),
     "training": (training_plot, 9, 2.8),
 }

@@ -21,6 +21,7 @@ from flashvec.bench.timing import RESULTS
 ROOT = RESULTS.parents[1]
 MARKED = re.compile(r"(<!-- rows: ([a-z ]+) -->\n).*?(<!-- end -->)", re.S)
 PROFILE_ORDER = ("queries", "sentences", "passages", "pages", "long tail")
+README_PROFILES = PROFILE_ORDER[:3]
 MACHINE = ("cpu", "instructions", "cores", "threads")
 
 Row = dict[str, Any]
@@ -80,16 +81,36 @@ def embed_table(rows: list[Row]) -> list[str]:
     return lines[:-1]
 
 
+def start_table(rows: list[Row]) -> list[str]:
+    """Seconds from a new process to the first vector, and peak memory; a table for each model, dtype and machine."""
+    lines: list[str] = []
+    for group in comparable(rows, "model", "dtype"):
+        newest = {row["variant"]: row for row in group}
+        timed = sorted((row for row in newest.values() if "failed" not in row), key=lambda row: row["seconds"])
+        lines += ["| | seconds to the first vector | MiB at most |", "|---|---|---|"]
+        lines += [f"| {row['variant']} | {row['seconds']:.1f} | {row['peak_mib']:,} |" for row in timed]
+        last = f"{group[-1]['model']} on {where(timed)}; medians of {timed[-1]['repetitions']} interleaved repetitions."
+        lines += ["", *last.splitlines(), ""]
+        failed = [row for row in newest.values() if "failed" in row]
+        lines += [line for row in failed for line in (f"Did not run: {row['variant']} ({row['failed']}).", "")]
+    return lines[:-1]
+
+
 def newest_embed_rows() -> list[Row]:
-    """The rows that README's table of speed shows: of the machine and model measured last."""
+    """Of the machine and model measured last, the newest row of each variant and profile."""
     found = comparable([row for row in read_rows("embed") if "failed" not in row], "model")
     group = max(found, key=lambda rows: max(row["date"] for row in rows))
     return list({(row["profile"], row["variant"]): row for row in group}.values())
 
 
+def readme_rows() -> list[Row]:
+    """The rows that README's table of speed shows, and that `--rerun` measures again: of texts up to passages."""
+    return [row for row in newest_embed_rows() if row["profile"] in README_PROFILES]
+
+
 def newest_embed_table(rows: list[Row]) -> list[str]:
-    """`embed_table` of the machine and model measured last, with what did not run there."""
-    shown = newest_embed_rows()
+    """`embed_table` of what README shows, with what did not run there."""
+    shown = readme_rows()
     keys = ("model", *MACHINE)
     return embed_table(shown + [row for row in rows if "failed" in row and all(row[k] == shown[0][k] for k in keys)])
 
@@ -213,6 +234,7 @@ TABLES = {
     "verify": verify_table,
     "gpu attention": gpu_attention_table,
     "gpu embed": gpu_embed_table,
+    "start": start_table,
     "quality": quality_table,
 }
 
@@ -247,7 +269,7 @@ def main() -> None:
     if options.rerun:
         if not options.model:
             parser.error("--rerun needs --model: the folder that `flashvec convert` wrote")
-        sys.exit(int(not rerun(newest_embed_rows(), options.model, options.texts, options.repetitions)))
+        sys.exit(int(not rerun(readme_rows(), options.model, options.texts, options.repetitions)))
     stale = False
     for page in pages():
         text = page.read_text(encoding="utf-8")

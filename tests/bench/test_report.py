@@ -66,6 +66,13 @@ def test_a_new_torch_starts_the_machines_table_anew(make, row):
     assert any("torch 2.14," in line for line in lines) and any("torch 2.13," in line for line in lines)
 
 
+def test_starting_is_shown_quickest_first():
+    rows = [embed_row(dtype="float32", variant=name, seconds=s, peak_mib=1200) for name, s in (("a", 9.0), ("b", 2.0))]
+    lines = report.start_table([*rows, embed_row(dtype="float32", variant="c", failed="it broke")])
+    assert lines[2:4] == ["| b | 2.0 | 1,200 |", "| a | 9.0 | 1,200 |"]
+    assert lines[-1] == "Did not run: c (it broke)." and any("medians of 5" in line for line in lines)
+
+
 def test_an_unmarked_readme_stays_as_it_is():
     assert report.render("# Title\n\n| a | b |\n") == "# Title\n\n| a | b |\n"
 

@@ -1,7 +1,7 @@
 import pytest
 
 from flashvec.bench import bench_embed, rerun
-from flashvec.bench.report import newest_embed_rows
+from flashvec.bench.report import readme_rows
 from flashvec.bench.rerun import CEILING, Claim, claims_of, lines, outcomes
 
 
@@ -38,7 +38,7 @@ def test_a_ratio_may_be_better_or_a_little_worse(rate, holds):
 
 
 def test_what_readme_shows_is_measured_again(monkeypatch, capsys):
-    claimed = newest_embed_rows()
+    claimed = readme_rows()
     asked = []
 
     def run(model, texts, profiles, repetitions, *, has_peers):
