@@ -17,6 +17,7 @@ import pytest
 from tiny_models import SENTENCES, tiny_checkpoint
 
 from flashvec.runtime import cli
+from flashvec.runtime.corpus import rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -100,3 +101,10 @@ def test_every_page_is_in_the_site_and_it_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     assert "Load a model from a folder" in (tmp_path / "site" / "reference" / "index.html").read_text()
+
+
+def test_every_reason_for_a_row_without_a_vector_is_documented():
+    text = (ROOT / "docs" / "corpus.md").read_text(encoding="utf-8")
+    reasons = [value for value in vars(rows).values() if isinstance(value, rows.Bad)]
+    assert len(reasons) >= 9
+    assert [reason.code for reason in reasons if f"| `{reason.code}` | {reason.message} |" not in text] == []

@@ -36,7 +36,7 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """
     parts = urlsplit(uri)
     if parts.password or _SECRET_KEYS & {key for key, _ in parse_qsl(parts.query)}:
-        raise ValueError(f"a {parts.scheme} URI holds a secret: give credentials through the environment instead")
+        raise ValueError(f"the {parts.scheme} URI holds a secret: give credentials through the environment instead")
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (OSError, pa.ArrowException) as error:

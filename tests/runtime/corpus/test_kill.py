@@ -25,7 +25,7 @@ from flashvec.runtime.corpus.manifest import check_job
 KILLS = int(os.environ.get("FLASHVEC_SOAK_KILLS", "6"))
 PROGRAM = str(Path(stand_in_job.__file__).resolve())
 ROWS = 50 * max(30, KILLS)
-SIZE = ROWS // 3  # of a job of three shards
+SIZE = -(-ROWS // 3)  # of a job of three shards
 OPTIONS = {"shard_size": 50, "num_workers": 2, "load": {"delay_s": 0.002}}
 TRACED = ("write", "pwrite64", "fsync", "rename")
 AIMS = ("shard", "shard", "shard", "window", "supervisor", "both")
@@ -208,17 +208,52 @@ def test_killed_at_every_call(reference, tmp_path, call, after, step):
     assert kills * step >= 11  # plan and success, and of each shard two files and a manifest at least
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-def test_synced_in_the_right_order(reference, tmp_path):
+@pytest.fixture
+def traced():
+    """Runs a job of three shards under strace; what it prints goes nowhere."""
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace")
+
+    def run(arguments: list[str], log: Path, given: Path, out: Path) -> int:
+        options = json.dumps({"in_process": True, "shard_size": SIZE})
+        job = [sys.executable, "-B", PROGRAM, str(given), str(out), options]
+        done = subprocess.run(["strace", "-f", *arguments, "-o", str(log), *job], capture_output=True, text=True)
+        if not log.exists() or "ptrace" in done.stderr:
+            pytest.skip("tracing is not allowed here")
+        return done.returncode
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("call", "step"), [(call, 1) for call in TRACED] if KILLS >= 50 else [("fsync", 9), ("rename", 5)]
+)
+def test_killed_by_the_kernel_at_every_call(reference, tmp_path, traced, call, step):
+    """The process goes as the call begins, whoever makes it: our code or a library's. Every one in the soak."""
+    given, out = reference / "in.jsonl", tmp_path / "out"
+    options = {"in_process": True, "shard_size": SIZE}
+    stand_in_job.run(str(given), str(tmp_path / "whole"), dict(options))
+    expected = tree(tmp_path / "whole")
+    kills = 0
+    while True:
+        inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={kills * step + 1}"]
+        if traced(inject, tmp_path / "trace", given, out) == 0:
+            break
+        kills += 1
+        stand_in_job.run(str(given), str(out), dict(options))
+        assert tree(out) == expected, f"killed at {call} {(kills - 1) * step + 1}"
+        shutil.rmtree(out)
+    assert tree(out) == expected
+    print(f"{kills} kills at {call}")
+    least = {"fsync": 22, "rename": 11}.get(call, 0)  # of 11 files, and of their folders
+    assert kills * step >= least
+
+
+def test_synced_in_the_right_order(reference, tmp_path, traced):
     """As the kernel saw it: a file is synced after its last write and before it is renamed, the folder after that."""
     log = tmp_path / "trace"
-    options = json.dumps({"in_process": True, "shard_size": SIZE})
-    command = ["strace", "-f", "-y", "-s", "0", "-o", str(log), "-e", f"trace={','.join(TRACED)}"]
-    job = [sys.executable, PROGRAM, str(reference / "in.jsonl"), str(tmp_path / "out"), options]
-    done = subprocess.run([*command, *job], capture_output=True, text=True)
-    if not log.exists() or "ptrace" in done.stderr:
-        pytest.skip("tracing is not allowed here")
-    assert done.returncode == 0, done.stderr
+    arguments = ["-y", "-s", "0", "-e", f"trace={','.join(TRACED)}"]
+    assert traced(arguments, log, reference / "in.jsonl", tmp_path / "out") == 0
     synced: set[str] = set()
     waiting: str | None = None  # folder in which a new name is not durable yet
     renamed = []
