@@ -31,6 +31,7 @@ from flashvec.kernels.rope import rope_table
 from flashvec.kernels.schedule import Queries, Schedule
 from flashvec.kernels.swiglu import swiglu
 from flashvec.runtime.buckets import token_bucket
+from flashvec.runtime.heap import keep_freed_memory
 from flashvec.runtime.remade import remade
 from flashvec.runtime.row_counts import RowCounts
 from flashvec.runtime.spec import DecoderSpec
@@ -212,6 +213,8 @@ class Decoder:
         training: Training | None = None,
     ) -> list[Stream]:
         """As `run`, of several depths: the stream after each of these numbers of layers, rising."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         training = training or Training()
         drops_inputs = training.lora_dropout is not None and training.lora_dropout.p > 0
         rows = Rows(row_plan, schedule.positions, schedule.identity_of_rows() if drops_inputs else None)
