@@ -47,8 +47,9 @@ def serve(
         typer.echo(f"note: {host} is open to other machines and no key is asked for: set {KEY}", err=True)
     for category in (TruncationWarning, TextWarning):  # of texts that clients send, one line each would fill the log
         warnings.simplefilter("ignore", category)
-    choices = {"adapters": adapter or (), "layers": layers, "max_length": max_length}
-    encoder = Encoder.load(model, dtype=dtype, device=device, **choices)
+    encoder = Encoder.load(
+        model, adapters=adapter or (), layers=layers, dtype=dtype, device=device, max_length=max_length
+    )
     called = name or os.path.basename(os.path.normpath(model))
     limits = Limits(inputs=max_inputs, body_bytes=max_body_mb << 20, waiting_tokens=max_waiting_tokens)
     app = create_app(
