@@ -2,7 +2,7 @@
 
 A layer's results are tens of megabytes, made and freed once a layer. The C library gives blocks of that size back to
 the system at once, and the system hands out fresh ones page by page, each emptied first: 194,000 page faults in a call
-of 2,018 tokens, a tenth of its time (`LOG.md`). OpenVINO and ONNX Runtime keep arenas of their own for this reason.
+of 2,018 tokens, a tenth of its time where it runs alone (`LOG.md`).
 """
 
 import ctypes
