@@ -2,10 +2,11 @@
 
     python -m flashvec.bench.bench_embed --model M [--texts FILE] [--quick]
 
-Everything runs in one process, in turn, on the same texts, new ones in every repetition. Ours and the peers go from a
-list of str to a numpy array, tokenisation included. The ceiling is what the matrix library gives for the model's bare
-products: the best of 1,024, 2,048 and 4,096 rows, on two threads or on two single-threaded workers. Vectors are
-compared before any time is taken: a peer whose vectors are others, or that fails, is a row that says so. OpenVINO,
+Every variant has a process of its own; they take turns on the same texts, new ones in every repetition. Ours and the
+peers go from a list of str to a numpy array, tokenisation included. The ceiling is what the matrix library gives for
+the model's bare products: the best of 1,024, 2,048 and 4,096 rows, on two threads or on two single-threaded workers.
+Vectors are compared before any time is taken: a peer whose vectors are others, or that fails, is a row that says so.
+Peak memory is of resident pages during the timed calls, mapped weights included. OpenVINO,
 ONNX Runtime, llama.cpp and the reference implementation come with `make peers` (then run it with peers/bin/python);
 llama.cpp takes the model's GGUF file, sentence-transformers and the reference a folder that `flashvec convert` wrote.
 """
@@ -24,8 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flashvec.bench.peers import open_peers, reason
+from flashvec.bench.own_process import LONGEST_CALL_S, OwnProcess, ProcessEndedError
+from flashvec.bench.peers import is_installed
 from flashvec.bench.timing import append_rows, interleave, spread
+from flashvec.bench.variants import OURS, Subject
+from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime.encoder import Encoder
 
 PROFILES = {  # mean tokens of a text: what it stands for
@@ -38,6 +42,8 @@ PROFILES = {  # mean tokens of a text: what it stands for
 CEILING_ROWS = (1024, 2048, 4096)
 CEILING_TOKENS = 16_384  # tokens' worth of one layer's products in a measurement
 TOKENS_PER_RUN = 3000
+LONG_TAIL_TOKENS_PER_RUN = 12_000  # enough for a few long ones
+LONGEST_TEXT = 8000  # tokens, of a long tail
 WARM_UP_TOKENS = 2000
 SAME_MODEL = 0.9  # median cosine below which a peer runs another model, not the same one less exactly
 
@@ -69,7 +75,7 @@ class Texts:
         texts, total = [], 0.0
         while total < num_tokens:
             mean = PROFILES[profile]
-            length = rng.lognormvariate(0, 0.4) * mean if mean else min(rng.paretovariate(0.9) * 20, 2000)
+            length = rng.lognormvariate(0, 0.4) * mean if mean else min(rng.paretovariate(0.9) * 20, LONGEST_TEXT)
             words = max(1, round(length / self.tokens_per_word))
             texts.append(self._cut(words, rng))
             total += words * self.tokens_per_word
@@ -129,41 +135,41 @@ class Ceiling:
 def bench_profile(
     profile: str,
     texts: Texts,
-    encoders: dict[str, Encoder],
-    peers: dict[str, Any],
+    counter: Encoder,
+    embedders: dict[str, Any],
     ceilings: dict[str, Ceiling],
     repetitions: int,
 ) -> list[dict[str, Any]]:
-    """Rows of one length profile: every variant in turn on the same new texts."""
-    first = next(iter(encoders.values()))
-    inputs = [texts.draw(profile, TOKENS_PER_RUN, seed) for seed in range(repetitions)]
-    num_tokens = [int(np.minimum(first.count_tokens(t), first.spec.max_length).sum()) for t in inputs]
+    """Rows of one length profile: every variant in turn on the same new texts.
+
+    Args:
+        profile: key of `PROFILES`.
+        texts: where they are cut from.
+        counter: counts their tokens, cut as all cut them.
+        embedders: ours, named `OURS` and something, the first one's vectors the model's; then others.
+        ceilings: by dtype.
+        repetitions: of each.
+    """
+    tokens = TOKENS_PER_RUN if PROFILES[profile] else LONG_TAIL_TOKENS_PER_RUN
+    inputs = [texts.draw(profile, tokens, seed) for seed in range(repetitions)]
+    num_tokens = [int(np.minimum(counter.count_tokens(t), counter.spec.max_length).sum()) for t in inputs]
     warm = texts.draw(profile, WARM_UP_TOKENS, -1)
-    truth = first.embed(warm)
-    embedders: dict[str, Any] = {}
-    cosines: dict[str, float] = {}
-    rows: list[dict[str, Any]] = []
-    for name, embedder in {**encoders, **peers}.items():
-        try:
-            cosines[name] = float(np.median((embedder.embed(warm) * truth).sum(1)))
-            if cosines[name] < SAME_MODEL:
-                raise ValueError(f"median cosine {cosines[name]:.4f} to {next(iter(encoders))}: not the same model")
-        except Exception as error:  # ours must not fail; of others it is a result
-            if name in encoders:
-                raise
-            rows.append({"benchmark": "embed", "variant": name, "profile": profile, "failed": reason(error)})
-            print(f"{name}: {rows[-1]['failed']}", flush=True)
-        else:
-            embedders[name] = embedder
-    variants: dict[str, Callable[[int], Any]] = {
-        name: partial(_embed, embedder, inputs) for name, embedder in embedders.items()
-    }
+    truth_name = next(iter(embedders))
+    truth = embedders[truth_name].embed(warm)
+    timed = {name: _Timed(name, embedder, inputs) for name, embedder in embedders.items()}
+    cosines = {name: each.compare(warm, truth, truth_name) for name, each in timed.items()}
+    variants: dict[str, Callable[[int], Any]] = {name: each.run for name, each in timed.items() if not each.failed}
     for kind, bare in ceilings.items():
         variants |= {f"{kind}: {form}": run for form, run in bare.forms.items()}
     seconds = interleave(variants, repetitions)
 
     top = {kind: c.tokens_per_second({f: seconds[f"{kind}: {f}"] for f in c.forms}) for kind, c in ceilings.items()}
-    for name in embedders:
+    rows: list[dict[str, Any]] = []
+    for name, each in timed.items():
+        if each.failed:
+            rows.append({"benchmark": "embed", "variant": name, "profile": profile, "failed": each.failed})
+            print(f"{name}: {each.failed}", flush=True)
+            continue
         rates = [n / s for n, s in zip(num_tokens, seconds[name], strict=True)]
         ceiling, form = top["float32" if "float32" in name else "bfloat16" if "bfloat16" in top else "float32"]
         rows.append(
@@ -179,6 +185,7 @@ def bench_profile(
                 "ceiling_form": form,
                 "share_of_ceiling": round(median(rates) / ceiling, 3),
                 "median_cosine": round(cosines[name], 5),
+                "peak_mib": round(each.peak_mib),
                 "repetitions": repetitions,
             }
         )
@@ -186,8 +193,37 @@ def bench_profile(
     return rows
 
 
-def _embed(embedder: Any, inputs: Sequence[list[str]], repetition: int) -> None:
-    embedder.embed(inputs[repetition])
+class _Timed:
+    """One variant on the inputs of all repetitions; what another library fails with is a result, ours must not fail."""
+
+    def __init__(self, name: str, embedder: Any, inputs: Sequence[list[str]]) -> None:
+        self.name, self.embedder, self.inputs = name, embedder, inputs
+        self.failed, self.peak_mib = "", 0.0
+
+    def compare(self, texts: list[str], truth: np.ndarray, of: str) -> float:
+        """Median cosine to `truth`; below `SAME_MODEL` it is not timed."""
+        vectors = self._embed(texts)
+        if vectors is None:
+            return 0.0
+        cosine = float(np.median((vectors * truth).sum(1)))
+        if cosine < SAME_MODEL:
+            self.failed = f"median cosine {cosine:.4f} to {of}: not the same model"
+        return cosine
+
+    def run(self, repetition: int) -> None:
+        if not self.failed:
+            self._embed(self.inputs[repetition])
+            self.peak_mib = max(self.peak_mib, getattr(self.embedder, "peak_mib", 0.0))
+
+    def _embed(self, texts: list[str]) -> np.ndarray | None:
+        try:
+            return self.embedder.embed(texts)
+        except Exception as error:
+            if self.name.startswith(OURS):
+                raise
+            kind = "" if isinstance(error, ProcessEndedError) else f"{type(error).__name__}: "
+            self.failed = kind + " ".join(str(error).split())[:200]
+            return None
 
 
 SHOWN = ("variant", "profile", "mean_tokens", "tokens_per_s", "spread", "share_of_ceiling")
@@ -202,6 +238,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="passages only, three repetitions")
     parser.add_argument("--no-peers", action="store_true", help="leave Hugging Face, OpenVINO, ONNX Runtime, ... out")
     parser.add_argument("--gguf", type=Path, help="the same model's GGUF file, for llama.cpp")
+    parser.add_argument("--max-length", type=int, help="tokens of a text; default the model's")
+    parser.add_argument(
+        "--longest-call", type=float, default=LONGEST_CALL_S, help="seconds; a peer that takes longer has no number"
+    )
     parser.add_argument("--workers", type=int, nargs="*", default=[1], help="packs at the same time")
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")
     parser.add_argument("--dry", action="store_true", help="keep no rows")
@@ -210,54 +250,60 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     if options.quick:
         options.profiles, options.repetitions = ["passages"], 3
+    subject = Subject(options.model, options.gguf, options.max_length, options.longest_call)
+    has_peers = not options.no_peers
     for rows in run(
-        *(options.model, options.texts, options.profiles, options.repetitions),
-        has_peers=not options.no_peers,
-        workers=options.workers,
-        gguf=options.gguf,
+        subject, options.texts, options.profiles, options.repetitions, has_peers=has_peers, workers=options.workers
     ):
         if not options.dry:
             append_rows(rows)
 
 
 def run(
-    model: str,
+    subject: Subject,
     texts: Path | None,
     profiles: Sequence[str],
     repetitions: int,
     *,
     has_peers: bool,
     workers: Sequence[int] = (1,),
-    gguf: Path | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Measure and print, profile by profile; yields each one's rows."""
-    encoders: dict[str, Encoder] = {}
-    peers: dict[str, Any] = {}
+    """Measure and print, profile by profile; yields each one's rows.
+
+    Args:
+        subject: the model.
+        texts: file or folder of prose; None takes Python's own documentation.
+        profiles: keys of `PROFILES`.
+        repetitions: of each variant, in turn.
+        has_peers: also what else is installed.
+        workers: packs that ours runs at the same time, a variant each.
+    """
+    embedders: dict[str, OwnProcess] = {}
     ceilings: dict[str, Ceiling] = {}
-    for name in ("bfloat16", "float32"):
-        if name == "bfloat16" and Encoder.load(model).dtype != torch.bfloat16:
+    for dtype in ("bfloat16", "float32"):
+        if dtype == "bfloat16" and not has_hardware_bf16(torch.device("cpu")):
             continue  # no hardware for it
         for count in workers:
-            encoder = Encoder.load(model, dtype=name)
-            encoder.workers = count
-            encoders[f"flashvec {name}" + (f", {count} workers" if count > 1 else "")] = encoder
-        ceilings[name] = Ceiling(encoder)
+            name = f"{OURS} {dtype}" + (f", {count} workers" if count > 1 else "")
+            embedders[name] = subject.process(name, dtype, count)
+        counter = Encoder.load(subject.model, dtype=dtype, max_length=subject.max_length)
+        ceilings[dtype] = Ceiling(counter)
     if has_peers:
-        peers, failed, missing = open_peers(model, next(iter(ceilings)), gguf)
-        for name, why in failed.items():
-            print(f"{name}: {why}", flush=True)
-            yield [{"model": Path(model).name, "benchmark": "embed", "variant": name, "profile": None, "failed": why}]
-        for package in dict.fromkeys(missing):
+        dtype = next(iter(ceilings))
+        peers = subject.peers(dtype)
+        embedders |= {name: subject.process(name, dtype) for name, p in peers.items() if is_installed(p.package)}
+        for package in dict.fromkeys(p.package for p in peers.values() if not is_installed(p.package)):
             print(f"{package} is not installed (make peers)", flush=True)
-    drawn = Texts.for_encoder(texts, encoder)
+    drawn = Texts.for_encoder(texts, counter)
 
     print("  ".join(f"{k:>9}" if k != "variant" else f"{k:44}" for k in SHOWN))
-    for profile in profiles:
-        rows = bench_profile(profile, drawn, encoders, peers, ceilings, repetitions)
-        yield [{"model": Path(model).name, **row} for row in rows]
-    for peer in peers.values():
-        if hasattr(peer, "close"):
-            peer.close()
+    try:
+        for profile in profiles:
+            rows = bench_profile(profile, drawn, counter, embedders, ceilings, repetitions)
+            yield [{"model": Path(subject.model).name, **row} for row in rows]
+    finally:
+        for process in embedders.values():
+            process.close()
 
 
 if __name__ == "__main__":

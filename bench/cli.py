@@ -27,11 +27,12 @@ def bench(
     Example: `flashvec bench ./smollm2-encoder --profile`
     """
     from flashvec.bench.bench_embed import PROFILES, Texts, run
+    from flashvec.bench.variants import Subject
 
     if lengths not in PROFILES:
         raise ValueError(f"--lengths is {lengths!r}; known are {', '.join(PROFILES)}")
     if not profile:
-        for _ in run(model, texts, [lengths], repetitions, has_peers=peers):
+        for _ in run(Subject(model), texts, [lengths], repetitions, has_peers=peers):
             pass
         return
     from flashvec.bench.embed_profile import profile as profiled

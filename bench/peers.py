@@ -26,10 +26,16 @@ BUDGET = 1024  # padded tokens per OpenVINO batch: where it is fastest
 
 
 class HuggingFace:
-    """transformers' own model: sorted by length, padded to the batch, mean pooled in fp32."""
+    """transformers' own model: sorted by length, padded to the batch, mean pooled in fp32.
 
-    def __init__(self, model: str, dtype: torch.dtype) -> None:
-        checkpoint = open_checkpoint(resolve(model), Overrides())
+    Args:
+        model: folder or GGUF file.
+        dtype: of weights and products.
+        max_length: tokens of a text, the rest is cut; so of every class here.
+    """
+
+    def __init__(self, model: str, dtype: torch.dtype, max_length: int) -> None:
+        checkpoint = open_checkpoint(resolve(model), Overrides(max_length=max_length))
         self.spec = checkpoint.spec
         self.tokenizer = checkpoint.tokenizer
         self.module = hugging_face_model(checkpoint, resolve(model), dtype)
@@ -55,10 +61,10 @@ class HuggingFace:
 class OpenVINO(HuggingFace):
     """The same model and pooling converted to OpenVINO, in batches of at most `BUDGET` padded tokens."""
 
-    def __init__(self, model: str, dtype: str) -> None:
+    def __init__(self, model: str, dtype: str, max_length: int) -> None:
         import openvino
 
-        super().__init__(model, torch.float32)
+        super().__init__(model, torch.float32, max_length)
         pooled = _Pooled(self.module).eval()
         example = {
             "input_ids": torch.ones(2, 8, dtype=torch.int64),
@@ -81,10 +87,10 @@ class OnnxRuntime(HuggingFace):
         int8: weights of products as 8-bit integers, inputs quantised as they come (`quantize_dynamic`).
     """
 
-    def __init__(self, model: str, *, int8: bool = False) -> None:
+    def __init__(self, model: str, max_length: int, *, int8: bool = False) -> None:
         import onnxruntime
 
-        super().__init__(model, torch.float32)
+        super().__init__(model, torch.float32, max_length)
         module: Any = self.module
         module.set_attn_implementation("eager")  # sdpa's masks do not trace with a length that changes
         with tempfile.TemporaryDirectory() as folder:
@@ -148,78 +154,60 @@ class _Pooled(torch.nn.Module):
 class SentenceTransformers:
     """sentence-transformers as installed: its defaults, fp32, batches of 32."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, max_length: int) -> None:
         from sentence_transformers import SentenceTransformer
 
         self.model = SentenceTransformer(folder, device="cpu", local_files_only=True)
+        self.model.max_seq_length = max_length
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         return self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
 
 
-class Peers(NamedTuple):
-    """Those that can be timed here, and why others cannot."""
+class Way(NamedTuple):
+    """The package that a peer needs, and how it is opened."""
 
-    running: dict[str, Any]
-    failed: dict[str, str]
-    missing: list[str]  # packages that are not installed: `make peers`
-
-
-Ways = dict[str, tuple[str, Callable[[], Any]]]
+    package: str
+    open: Callable[[], Any]
 
 
-def ways(model: str, dtype: str, gguf: Path | None = None) -> Ways:
-    """Every peer of a model: the package that it needs, and how it is opened.
+def ways(model: str, dtype: str, gguf: Path | None = None, max_length: int | None = None) -> dict[str, Way]:
+    """Every peer of a model.
 
     Args:
         model: folder or GGUF file.
         dtype: "float32" or "bfloat16", for those that have a choice.
         gguf: the same model's file for llama.cpp; default `model` where it is one.
+        max_length: tokens of a text; default the model's.
     """
-    found: Ways = {
-        f"hugging face {dtype}, sorted": ("transformers", lambda: HuggingFace(model, getattr(torch, dtype))),
-        f"openvino {dtype}, sorted": ("openvino", lambda: OpenVINO(model, dtype)),
-        "onnx runtime float32, sorted": ("onnxruntime", lambda: OnnxRuntime(model)),
-        "onnx runtime int8, sorted": ("onnxruntime", lambda: OnnxRuntime(model, int8=True)),
+    length = lambda: model_max_length(model) if max_length is None else max_length  # noqa: E731 (asked when opened)
+    found = {
+        f"hugging face {dtype}, sorted": Way(
+            "transformers", lambda: HuggingFace(model, getattr(torch, dtype), length())
+        ),
+        f"openvino {dtype}, sorted": Way("openvino", lambda: OpenVINO(model, dtype, length())),
+        "onnx runtime float32, sorted": Way("onnxruntime", lambda: OnnxRuntime(model, length())),
+        "onnx runtime int8, sorted": Way("onnxruntime", lambda: OnnxRuntime(model, length(), int8=True)),
     }
     if (Path(model) / "modules.json").is_file():  # a folder that others open
         name = "sentence-transformers float32, as installed"
-        found[name] = ("sentence_transformers", lambda: SentenceTransformers(model))
-        found["llm2vec float32, as installed"] = (LLM2VEC, lambda: Llm2Vec(Path(model), max_length(model)))
+        found[name] = Way("sentence_transformers", lambda: SentenceTransformers(model, length()))
+        found["llm2vec float32, as installed"] = Way(LLM2VEC, lambda: Llm2Vec(Path(model), length()))
     file = gguf or (Path(model) if Path(model).suffix == ".gguf" else None)
     if file is not None:
         name = f"llama.cpp, {file.stem.rpartition('.')[2]} weights"
-        found[name] = ("llama_cpp", lambda: LlamaCpp(file, max_length(model)))
+        found[name] = Way("llama_cpp", lambda: LlamaCpp(file, length()))
     return found
 
 
-def max_length(model: str) -> int:
+def model_max_length(model: str) -> int:
     """Tokens of a text that the model's spec allows."""
     return open_checkpoint(resolve(model), Overrides()).spec.max_length
 
 
-def installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     """Whether a peer's package is there: in this environment, the reference's in its own."""
     return peers_llm2vec.PYTHON.exists() if package == LLM2VEC else importlib.util.find_spec(package) is not None
-
-
-def open_peers(model: str, dtype: str, gguf: Path | None = None) -> Peers:
-    """All peers of a model, the ones that fail by the reason they give. Arguments as `ways` has them."""
-    found = Peers({}, {}, [])
-    for name, (package, make) in ways(model, dtype, gguf).items():
-        if not installed(package):
-            found.missing.append(package)
-            continue
-        try:
-            found.running[name] = make()
-        except Exception as error:  # whatever another library fails with is a result, not the end of the benchmark
-            found.failed[name] = reason(error)
-    return found
-
-
-def reason(error: Exception) -> str:
-    """One line of what another library failed with."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _pad(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,10 +87,13 @@ def rerun(rows: Sequence[Row], model: str, texts: Path | None, repetitions: int)
         ValueError: nothing of what is claimed can be measured here.
     """
     from flashvec.bench.bench_embed import run
+    from flashvec.bench.variants import Subject
 
     claimed = claims_of(rows)
     compared = {claim.profile for claim in claimed if claim.other != CEILING}
-    measured = [row for done in run(model, texts, sorted(compared), repetitions, has_peers=True) for row in done]
+    measured = [
+        row for done in run(Subject(model), texts, sorted(compared), repetitions, has_peers=True) for row in done
+    ]
     found = outcomes([claim for claim in claimed if claim.profile in compared], measured)
     print("\n".join(lines(found)))
     if not any(outcome.here is not None for outcome in found):

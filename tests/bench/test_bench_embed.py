@@ -1,6 +1,5 @@
 """The benchmarks' own code: inputs, ceiling, peers, and the refusal to time a model that is another."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -8,9 +7,10 @@ import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
-from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, peers, peers_llm2vec, report, timing
+from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, peers, report, timing
 from flashvec.bench.bench_embed import PROFILES, Ceiling, Texts, bench_profile
 from flashvec.bench.peers import HuggingFace, SentenceTransformers
+from flashvec.bench.variants import Subject
 from flashvec.runtime.encoder import Encoder
 
 
@@ -38,8 +38,8 @@ def test_texts_are_new_each_time_and_of_the_wanted_length():
 
 def test_peers_give_the_same_vectors(folder):
     ours = Encoder.load(folder, dtype="float32").embed(list(TEXTS))
-    np.testing.assert_allclose(HuggingFace(str(folder), torch.float32).embed(TEXTS), ours, atol=1e-5)
-    np.testing.assert_allclose(SentenceTransformers(str(folder)).embed(TEXTS), ours, atol=1e-5)
+    np.testing.assert_allclose(HuggingFace(str(folder), torch.float32, 512).embed(TEXTS), ours, atol=1e-5)
+    np.testing.assert_allclose(SentenceTransformers(str(folder), 512).embed(TEXTS), ours, atol=1e-5)
 
 
 def test_rows_of_a_profile(folder, monkeypatch):
@@ -47,9 +47,9 @@ def test_rows_of_a_profile(folder, monkeypatch):
     monkeypatch.setattr(bench_embed, "WARM_UP_TOKENS", 50)
     monkeypatch.setattr(bench_embed, "CEILING_TOKENS", 4096)
     enc = Encoder.load(folder, dtype="float32")
-    encoders, ceilings = {"flashvec float32": enc}, {"float32": Ceiling(enc)}
-    theirs = {"hugging face float32": HuggingFace(str(folder), torch.float32)}
-    rows = bench_profile("queries", Texts(None, 3.0), encoders, theirs, ceilings, 2)
+    ceilings = {"float32": Ceiling(enc)}
+    both = {"flashvec float32": enc, "hugging face float32": HuggingFace(str(folder), torch.float32, 512)}
+    rows = bench_profile("queries", Texts(None, 3.0), enc, both, ceilings, 2)
     assert [row["variant"] for row in rows] == ["flashvec float32", "hugging face float32"]
     assert all(row["tokens_per_s"] > 0 and row["ceiling_tokens_per_s"] > 0 for row in rows)
     table = report.embed_table([{**r, "model": "m", "cores": 2, "threads": 2, "cpu": "c", "instructions": "i",
@@ -61,33 +61,45 @@ def test_rows_of_a_profile(folder, monkeypatch):
             return -enc.embed(texts)
 
     class Broken:
-        def embed(self, texts):
-            raise RuntimeError("no such\n operator")
+        """Fails at a call: the first compares vectors, the second is timed."""
 
-    others = {"other float32": Other(), "broken": Broken()}
-    rows = bench_profile("queries", Texts(None, 3.0), encoders, others, ceilings, 1)
+        def __init__(self, call):
+            self.left = call
+
+        def embed(self, texts):
+            self.left -= 1
+            if self.left <= 0:
+                raise RuntimeError("no such\n operator")
+            return enc.embed(texts)
+
+    embedders = {"flashvec float32": enc, "other float32": Other(), "broken": Broken(1), "breaks later": Broken(2)}
+    rows = bench_profile("queries", Texts(None, 3.0), enc, embedders, ceilings, 2)
     assert [(row["variant"], row.get("failed", "ran")[:28]) for row in rows] == [
-        ("other float32", "ValueError: median cosine -1"),
-        ("broken", "RuntimeError: no such operat"),
         ("flashvec float32", "ran"),
+        ("other float32", "median cosine -1.0000 to fla"),
+        ("broken", "RuntimeError: no such operat"),
+        ("breaks later", "RuntimeError: no such operat"),
     ]
     with pytest.raises(RuntimeError, match="no such"):
-        bench_profile("queries", Texts(None, 3.0), {"flashvec float32": enc, "ours": Broken()}, {}, ceilings, 1)
+        bench_profile("queries", Texts(None, 3.0), enc, {"flashvec": enc, "flashvec 2": Broken(1)}, ceilings, 1)
 
 
-def test_peers_that_fail_or_are_missing_are_named(folder, tmp_path, monkeypatch, capsys):
+def test_each_variant_runs_in_its_own_process_and_those_that_cannot_are_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_embed, "TOKENS_PER_RUN", 200)
     monkeypatch.setattr(bench_embed, "WARM_UP_TOKENS", 50)
     monkeypatch.setattr(bench_embed, "CEILING_TOKENS", 4096)
-    installed = importlib.util.find_spec
-    hidden = ("openvino", "onnxruntime")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else installed(name))
-    monkeypatch.setattr(peers_llm2vec, "PYTHON", tmp_path / "none")
-    monkeypatch.setattr(peers, "SentenceTransformers", lambda model: 1 / 0)
-    done = list(bench_embed.run(str(folder), None, ["queries"], 1, has_peers=True))
+    (tmp_path / "sentence_transformers.py").write_text("1 / 0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(
+        bench_embed, "is_installed", lambda package: package in ("transformers", "sentence_transformers")
+    )
+    done = list(bench_embed.run(Subject(str(folder)), None, ["queries"], 1, has_peers=True))
+    rows = {row["variant"]: row for row in done[0]}
     name = "sentence-transformers float32, as installed"
-    assert [(row["variant"], row["failed"]) for row in done[0]] == [(name, "ZeroDivisionError: division by zero")]
-    assert [row["variant"].split()[0] for row in done[1]][-1] == "hugging" and len(done) == 2
+    assert rows[name]["failed"] == "ZeroDivisionError: division by zero"
+    others = [row for row in done[0] if row["variant"] != name]
+    assert others[0]["variant"].startswith("flashvec") and others[-1]["variant"].startswith("hugging face")
+    assert all(row["tokens_per_s"] > 0 and 50 < row["peak_mib"] < 8000 for row in others)
     out = capsys.readouterr().out
     assert "openvino is not installed (make peers)" in out and out.count("onnxruntime is not installed") == 1
     assert "llm2vec is not installed (make peers)" in out
@@ -99,8 +111,8 @@ def test_peers_that_fail_or_are_missing_are_named(folder, tmp_path, monkeypatch,
 def test_onnx_runtime_gives_the_same_vectors(folder):
     pytest.importorskip("onnxruntime", reason="comes with make peers")
     ours = Encoder.load(folder, dtype="float32").embed(list(TEXTS))
-    np.testing.assert_allclose(peers.OnnxRuntime(str(folder)).embed(TEXTS), ours, atol=1e-5)
-    assert np.median((peers.OnnxRuntime(str(folder), int8=True).embed(TEXTS) * ours).sum(1)) > 0.9
+    np.testing.assert_allclose(peers.OnnxRuntime(str(folder), 512).embed(TEXTS), ours, atol=1e-5)
+    assert np.median((peers.OnnxRuntime(str(folder), 512, int8=True).embed(TEXTS) * ours).sum(1)) > 0.9
 
 
 def test_fidelity_rows(folder, tmp_path, monkeypatch):

@@ -6,9 +6,12 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
-from flashvec.bench import bench_start, llm2vec_worker, peers, peers_llama_cpp, peers_llm2vec
+from flashvec.bench import bench_start, embed_worker, own_process, peers, peers_llama_cpp, peers_llm2vec
+from flashvec.bench.own_process import ProcessEndedError
+from flashvec.bench.variants import OURS, Subject
 from flashvec.runtime.checkpoint.export import convert
 from flashvec.runtime.encoder import Encoder
 
@@ -45,7 +48,7 @@ def reference(tmp_path, monkeypatch):
     (tmp_path / "llm2vec.py").write_text(REFERENCE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(peers_llm2vec, "PYTHON", sys.executable)
-    assert peers_llm2vec.WORKER.name == f"{llm2vec_worker.__name__.rpartition('.')[2]}.py"
+    assert peers_llm2vec.WORKER.name == f"{embed_worker.__name__.rpartition('.')[2]}.py"
 
 
 def test_vectors_of_another_process(folder, reference):
@@ -55,9 +58,42 @@ def test_vectors_of_another_process(folder, reference):
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_array_equal(peer.embed(TEXTS), expected)
     np.testing.assert_array_equal(peer.embed(TEXTS[:1]), expected[:1])  # it waits for more
-    with pytest.raises(ValueError, match="llm2vec's process ended: RuntimeError: no such text"):
+    with pytest.raises(ProcessEndedError, match=r"^RuntimeError: no such text$"):
         peer.embed(["crash"])
+    np.testing.assert_array_equal(peer.embed(TEXTS[:1]), expected[:1])  # by another process
     peer.close()
+
+
+WORKER = """
+import json, sys, time
+settings = json.loads(sys.argv[1])
+for line in sys.stdin:
+    texts = json.loads(line)
+    if "sleep" in texts:
+        time.sleep(60)
+    if "die" in texts:
+        print("last", file=sys.stderr, flush=True)
+        __import__("os").kill(__import__("os").getpid(), 9)
+    sys.stdout.write(json.dumps({"shape": [len(texts), 1], "peak_mib": settings["threads"]}) + "\\n")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(b"\\0\\0\\0\\x40" * len(texts))
+    sys.stdout.flush()
+"""
+
+
+def test_a_process_that_dies_or_takes_too_long(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    process = own_process.OwnProcess("x", [sys.executable, tmp_path / "worker.py"], {}, longest_call_s=5)
+    assert process.embed(["a", "b"]).tolist() == [[1.0], [1.0]] and process.peak_mib == torch.get_num_threads()
+    with pytest.raises(ProcessEndedError, match="its process ended with status -9"):
+        process.embed(["die"])
+    process.longest_call_s = 0.5
+    with pytest.raises(ProcessEndedError, match="1 texts took more than 0 s"):
+        process.embed(["sleep"])
+    process.longest_call_s = 5
+    assert process.embed(["a"]).tolist() == [[1.0]]
+    process.close()
+    process.close()
 
 
 def test_a_folder_for_older_readers(folder, tmp_path):
@@ -124,20 +160,20 @@ def test_which_peers_a_model_has(folder, tmp_path):
     assert "llama.cpp, Q4_1 weights" in peers.ways("some.Q4_1.gguf", "float32")
 
 
-def test_starting_ours(folder, capsys):
-    seconds, peak = bench_start.measure_once(bench_start.OURS, str(folder), "float32", None)
+def test_starting_ours(folder):
+    seconds, peak = bench_start.measure_once(OURS, Subject(str(folder)), "float32")
     assert 0.1 < seconds < 120 and 50 < peak < 8000
-    with pytest.raises(ValueError, match="KeyError"):
-        bench_start.measure_once("nobody", str(folder), "float32", None)
+    with pytest.raises(ProcessEndedError, match="KeyError: 'nobody'"):
+        bench_start.measure_once("nobody", Subject(str(folder)), "float32")
 
 
 def test_rows_of_starting(folder, monkeypatch):
-    def once(name, model, dtype, gguf):
+    def once(name, subject, dtype):
         if name.startswith("sentence"):
-            raise ValueError("it broke")
+            raise ProcessEndedError("it broke")
         return 2.0, 100
 
     monkeypatch.setattr(bench_start, "measure_once", once)
-    rows = {row["variant"]: row for row in bench_start.measure(str(folder), "float32", None, 2)}
+    rows = {row["variant"]: row for row in bench_start.measure(Subject(str(folder)), "float32", 2)}
     assert rows["flashvec"]["seconds"] == 2.0 and rows["flashvec"]["peak_mib"] == 100
     assert rows["sentence-transformers float32, as installed"]["failed"] == "it broke"

@@ -41,7 +41,7 @@ def test_what_readme_shows_is_measured_again(monkeypatch, capsys):
     claimed = readme_rows()
     asked = []
 
-    def run(model, texts, profiles, repetitions, *, has_peers):
+    def run(subject, texts, profiles, repetitions, *, has_peers):
         asked.extend(profiles)
         yield from ([each for each in claimed if each["profile"] == profile] for profile in profiles)
 
