@@ -6,7 +6,8 @@
 Untrained: bidirectional mean pooling, causal mean pooling, and the strongest reading known of an untrained decoder,
 the last token's state under a one-word prompt (Jiang et al. 2023), two layers before the end. Trained: bidirectional
 mean pooling without a prompt, at the model's full depth and cut. Retrieval also by BM25 (Robertson; Lucene's form, with
-English stop words and stems). Spearman of cosines x 100, nDCG@10 x 100.
+English stop words and stems). Beside them, other encoders (`--beside`), run by transformers. Words by linear probes on
+their vectors, three seeds. Spearman of cosines, nDCG@10, accuracy and entities' F1, all x 100.
 """
 
 import argparse
@@ -30,7 +31,10 @@ from flashvec.training.retrieval import (
     read_collection,
     retrieval_score,
 )
+from flashvec.training.word_files import read_tagged
+from flashvec.training.words import probe_words
 
+TASKS = ("pos", "ner", "chunk")
 ONE_WORD = 'This sentence : "{text}" means in one word:"'
 LAYERS_BEFORE_END = 2
 TRAINED = "trained"
@@ -42,6 +46,23 @@ class Reading(NamedTuple):
     variant: str
     load: dict[str, Any]  # what `Encoder.load` is told
     instruction: str | None = None
+    beside: Path | None = None  # another model, that transformers runs
+
+    def open(self, model: str) -> Any:
+        if self.beside is None:
+            return Encoder.load(model, **self.load)
+        from flashvec.training.hf_encoder import HfEncoder
+
+        return HfEncoder(str(self.beside))
+
+
+class WordTask(NamedTuple):
+    """Words to tag: which tags, the sentences that a probe sees, those that it is judged on."""
+
+    task: str
+    train: Path
+    dev: Path
+    max_sentences: int | None = None  # of each file
 
 
 def readings(
@@ -68,14 +89,26 @@ def readings(
             yield Reading(f"{name}, bidirectional, mean{at}", {"adapters": adapters, "layers": layers})
 
 
-def measure(reading: Reading, model: str, sts: list[Path], retrieval: list[Path]) -> Iterator[dict[str, Any]]:
-    """A row for each file."""
-    encoder = Encoder.load(model, **reading.load)
+def measure(
+    reading: Reading, model: str, sts: list[Path], retrieval: list[Path], words: list[WordTask], shift: int = 0
+) -> Iterator[dict[str, Any]]:
+    """A row for each file.
+
+    Args:
+        reading: of it.
+        model: folder or GGUF file.
+        sts: files of scored pairs.
+        retrieval: judged collections.
+        words: to tag; read without a prompt, so not by a reading that has one.
+        shift: places to the left that a token's state is read at, for models of MNTP alone.
+    """
+    encoder = reading.open(model)
 
     def embed(texts: Any) -> Any:
         return encoder.embed(list(texts), instruction=reading.instruction)
 
-    about = {"benchmark": "quality", "model": Path(model).name, "variant": reading.variant, "dtype": str(encoder.dtype)}
+    dtype = getattr(encoder, "dtype", torch.float32)
+    about = {"benchmark": "quality", "model": Path(model).name, "variant": reading.variant, "dtype": str(dtype)}
     for file in sts:
         start = time.perf_counter()
         found = sts_score(embed, read_scored_pairs(file))
@@ -85,6 +118,14 @@ def measure(reading: Reading, model: str, sts: list[Path], retrieval: list[Path]
         start = time.perf_counter()
         scores = retrieval_score(embed, embed, read_collection(file))
         yield {**about, "data": file.stem, **_retrieval(scores), "seconds": round(time.perf_counter() - start, 1)}
+    for task in words if reading.instruction is None else []:
+        start = time.perf_counter()
+        train, dev = (read_tagged(path, task.task, max_sentences=task.max_sentences) for path in task[1:3])
+        found = probe_words(lambda w: encoder.embed_words(w, shift=shift), train, dev, has_entities=task.task != "pos")
+        key, name = ("accuracy", "accuracy") if task.task == "pos" else ("f1", "F1")
+        yield {**about, "data": f"{task.dev.stem} {task.task}", "score": found[key], "deviation": found[f"{key}_std"],
+               "measure": name, "words": found["words"], "sentences": len(train), "shift": shift,
+               "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
 
 
 def measure_bm25(model: str, dtype: torch.dtype, retrieval: list[Path]) -> Iterator[dict[str, Any]]:
@@ -132,12 +173,23 @@ def main() -> None:
     parser.add_argument(
         "--retrieval", type=Path, action="append", default=[], help="judged collection; may be repeated"
     )
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="folder of another encoder")
+    parser.add_argument(
+        "--words", nargs=3, action="append", default=[], metavar=("TASK", "TRAIN", "DEV"),
+        help="pos, ner or chunk, and two files of tagged words; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--max-sentences", type=int, help="of --words, of each file")
+    parser.add_argument(
+        "--shift", action="store_true", help="of --words: an adapter's states are read one place to the left"
+    )
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     options = parser.parse_args()
-    if not (options.sts or options.retrieval):
-        parser.error("name what to measure on: --sts FILE or --retrieval FILE")
-    if options.trained_only and not options.adapter:
-        parser.error("--trained-only needs --adapter")
+    if not (options.sts or options.retrieval or options.words):
+        parser.error("name what to measure on: --sts FILE, --retrieval FILE or --words TASK TRAIN DEV")
+    if options.trained_only and not (options.adapter or options.beside):
+        parser.error("--trained-only needs --adapter or --beside")
+    if odd := [task for task, _, _ in options.words if task not in TASKS]:
+        parser.error(f"--words {odd[0]}: known are {', '.join(TASKS)}")
     try:
         run(options)
     except ValueError as error:  # a model or a file: says what and where
@@ -150,7 +202,14 @@ def run(options: argparse.Namespace) -> None:
     untrained = not options.trained_only
     num_layers = base.spec.decoder.num_layers
     found = readings(num_layers, tuple(options.adapter), options.depths, untrained=untrained, name=options.name)
-    rows = chain.from_iterable(measure(each, options.model, options.sts, options.retrieval) for each in found)
+    beside = [Reading(folder.resolve().name, {}, beside=folder) for folder in options.beside]
+    words = [WordTask(task, Path(train), Path(dev), options.max_sentences) for task, train, dev in options.words]
+    rows = chain.from_iterable(
+        measure(
+            each, options.model, options.sts, options.retrieval, words, int(options.shift and "adapters" in each.load)
+        )
+        for each in chain(found, beside)
+    )
     for row in chain(measure_bm25(options.model, base.dtype, options.retrieval if untrained else []), rows):
         shown = f"{row['variant']:56} {row['data']:14} {row['measure']} {row['score']:6.2f}"
         print(f"{shown}  {row['seconds']} s", flush=True)

@@ -208,8 +208,10 @@ def gpu_embed_table(rows: list[Row]) -> list[str]:
 
 
 def _stage(variant: str) -> int:
-    """Where a reading stands in the table: what needs no training, what led to the model, the model."""
-    return 0 if variant.startswith(("untrained", "BM25")) else 1 + variant.startswith("trained")
+    """Where a reading stands in the table: what needs no training, what led to the model, the model, others."""
+    if variant.startswith(("untrained", "BM25")):
+        return 0
+    return 1 + variant.startswith("trained") if ", " in variant else 3  # the last: another model, by its own name
 
 
 def quality_table(rows: list[Row]) -> list[str]:

@@ -80,6 +80,28 @@ def test_bm25_finds_words_by_their_stems_and_rows_carry_their_name(tmp_path, mon
         bench_quality.main()
 
 
+def test_words_and_another_encoder(tmp_path, monkeypatch, capsys):
+    run_training(config_for("mntp", tmp_path, loop={"steps": 1}))
+    tagged = tmp_path / "tagged.conll"
+    tagged.write_text("\n".join("the\tDET\nriver\tNOUN\nfroze\tVERB\n" for _ in range(6)) + "\n")
+    monkeypatch.setattr(bench_quality, "append_rows", lambda rows: kept.extend(rows))
+    kept: list[dict] = []
+    arguments = ["x", "--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "out"), "--name", "MNTP"]
+    arguments += ["--beside", str(tmp_path / "base"), "--words", "pos", str(tagged), str(tagged)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--max-sentences", "4", "--shift"])
+    bench_quality.main()
+    names = ["untrained, bidirectional, mean", "untrained, causal, mean", "MNTP, bidirectional, mean", "base"]
+    assert [row["variant"] for row in kept] == names  # the reading with a prompt has no words
+    assert [row["shift"] for row in kept] == [0, 0, 1, 0]  # only the adapter's states lie one place to the left
+    assert all((row["data"], row["measure"], row["sentences"]) == ("tagged pos", "accuracy", 4) for row in kept)
+    assert all(0 <= row["score"] <= 100 and row["deviation"] >= 0 and row["words"] == 12 for row in kept)
+    assert capsys.readouterr().out.count("accuracy") == 4
+    monkeypatch.setattr("sys.argv", ["x", "--model", "m", "--words", "tags", "a", "b"])
+    with pytest.raises(SystemExit, match="2"):
+        bench_quality.main()
+    assert "--words tags: known are pos, ner, chunk" in capsys.readouterr().err
+
+
 def test_a_table_has_a_column_for_each_set():
     machine = {"cpu": "c", "instructions": "i", "cores": 2, "threads": 2, "torch": "t", "commit": "a", "date": "d"}
     about = {"benchmark": "quality", "model": "m", "dtype": "torch.float32", **machine}
@@ -88,6 +110,8 @@ def test_a_table_has_a_column_for_each_set():
         {**about, "variant": "trained", "data": "sts", "measure": "Spearman", "score": 70.0},
         {**about, "variant": "trained", "data": "cisi", "measure": "nDCG@10", "score": 31.25},
         {**about, "variant": "trained", "data": "sts", "measure": "Spearman", "score": 76.04},
+        {**about, "variant": "all-MiniLM", "data": "sts", "measure": "Spearman", "score": 86.7},
+        {**about, "variant": "trained, cut", "data": "sts", "measure": "Spearman", "score": 70.0},
     ]
     lines = report.quality_table(rows)
     assert lines[0] == "| | sts (Spearman) | cisi (nDCG@10) |"
