@@ -177,6 +177,7 @@ def bench_profile(
                 "benchmark": "embed",
                 "variant": name,
                 "profile": profile,
+                "max_length": counter.spec.max_length,
                 "mean_tokens": round(sum(num_tokens) / sum(map(len, inputs)), 1),
                 "tokens_per_s": round(median(rates)),
                 "texts_per_s": round(median(len(t) / s for t, s in zip(inputs, seconds[name], strict=True)), 1),

@@ -51,7 +51,7 @@ def svg_of(draw: Callable[[Any], None], width: float, height: float) -> str:
 
 def embed_plot(figure: Any) -> None:
     """Tokens per second by length profile, a bar a variant; of the machine whose rows are newest."""
-    group = newest_embed_rows()
+    group = [row for row in newest_embed_rows() if "failed" not in row]
     newest = {(row["profile"], row["variant"]): row for row in group}
     variants = list(dict.fromkeys(row["variant"] for row in newest.values()))
     profiles = [p for p in PROFILE_ORDER if any(profile == p for profile, _ in newest)]

@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +61,41 @@ def where(rows: list[Row]) -> str:
 def embed_table(rows: list[Row]) -> list[str]:
     """Tokens per second by length profile, with the share of the ceiling; a table for each model and machine."""
     lines: list[str] = []
-    failed = {(row["variant"], row["failed"]): row for row in rows if "failed" in row}
-    for group in comparable([row for row in rows if "failed" not in row], "model"):
+    for group in comparable(rows, "model"):
         newest = {(row["profile"], row["variant"]): row for row in group}
-        variants = list(dict.fromkeys(row["variant"] for row in newest.values()))
-        profiles = [p for p in PROFILE_ORDER if any(profile == p for profile, _ in newest)]
-        header = [f"{p} ({next(r['mean_tokens'] for (q, _), r in newest.items() if q == p):.0f})" for p in profiles]
-        lines += ["| tokens/s (share of ceiling) | " + " | ".join(header) + " |", "|---" * (len(profiles) + 1) + "|"]
-        for variant in variants:
-            cells = [newest.get((p, variant)) for p in profiles]
-            shown = [f"{c['tokens_per_s']:,} ({c['share_of_ceiling']:.0%})" if c else "" for c in cells]
-            lines.append(f"| {variant} | " + " | ".join(shown) + " |")
-        repetitions = " or ".join(str(n) for n in sorted({row["repetitions"] for row in newest.values()}))
+        timed = {place: row for place, row in newest.items() if "failed" not in row}
+        shown = lambda row: f"{row['tokens_per_s']:,} ({row['share_of_ceiling']:.0%})"  # noqa: E731
+        lines += [*_by_profile("tokens/s (share of ceiling)", timed, shown), ""]
+        repetitions = " or ".join(str(n) for n in sorted({row["repetitions"] for row in timed.values()}))
         last = (
-            f"{group[-1]['model']} on {where(list(newest.values()))}; medians of {repetitions} interleaved repetitions."
+            f"{group[-1]['model']} on {where(list(timed.values()))}; medians of {repetitions} interleaved repetitions."
         )
-        lines += ["", *last.splitlines(), ""]
-        same = [row for row in failed.values() if all(row[key] == group[-1][key] for key in (*MACHINE, "model"))]
-        lines += [line for row in same for line in (f"Did not run: {row['variant']} ({row['failed']}).", "")]
+        lines += [*last.splitlines(), ""]
+        for (profile, variant), row in newest.items():
+            if "failed" in row:
+                lines += [f"Did not run: {variant}{f', {profile}' if profile else ''} ({row['failed']}).", ""]
     return lines[:-1]
+
+
+def embed_memory_table(rows: list[Row]) -> list[str]:
+    """Peak memory by length profile, of each model and machine whose newest rows have it."""
+    lines: list[str] = []
+    for group in comparable([row for row in rows if "peak_mib" in row], "model"):
+        newest = {(row["profile"], row["variant"]): row for row in group}
+        lines += [*_by_profile("MiB at most", newest, lambda row: f"{row['peak_mib']:,}"), ""]
+        lines += [*f"{group[-1]['model']} on {where(list(newest.values()))}.".splitlines(), ""]
+    return lines[:-1]
+
+
+def _by_profile(title: str, newest: dict[tuple[str, str], Row], shown: Callable[[Row], str]) -> list[str]:
+    """A row for each variant, a column for each profile with the mean tokens of its texts."""
+    profiles = [p for p in PROFILE_ORDER if any(profile == p for profile, _ in newest)]
+    header = [f"{p} ({next(r['mean_tokens'] for (q, _), r in newest.items() if q == p):.0f})" for p in profiles]
+    lines = [f"| {title} | " + " | ".join(header) + " |", "|---" * (len(profiles) + 1) + "|"]
+    for variant in dict.fromkeys(variant for _, variant in newest):
+        cells = [newest.get((profile, variant)) for profile in profiles]
+        lines.append(f"| {variant} | " + " | ".join(shown(cell) if cell else "" for cell in cells) + " |")
+    return lines
 
 
 def start_table(rows: list[Row]) -> list[str]:
@@ -97,9 +114,8 @@ def start_table(rows: list[Row]) -> list[str]:
 
 
 def newest_embed_rows() -> list[Row]:
-    """Of the machine and model measured last, the newest row of each variant and profile."""
-    found = comparable([row for row in read_rows("embed") if "failed" not in row], "model")
-    group = max(found, key=lambda rows: max(row["date"] for row in rows))
+    """Of the machine and model measured last, the newest row of each variant and profile; failures among them."""
+    group = max(comparable(read_rows("embed"), "model"), key=lambda rows: max(row["date"] for row in rows))
     return list({(row["profile"], row["variant"]): row for row in group}.values())
 
 
@@ -109,10 +125,8 @@ def readme_rows() -> list[Row]:
 
 
 def newest_embed_table(rows: list[Row]) -> list[str]:
-    """`embed_table` of what README shows, with what did not run there."""
-    shown = readme_rows()
-    keys = ("model", *MACHINE)
-    return embed_table(shown + [row for row in rows if "failed" in row and all(row[k] == shown[0][k] for k in keys)])
+    """`embed_table` of what README shows."""
+    return embed_table(readme_rows())
 
 
 def verify_table(rows: list[Row]) -> list[str]:
@@ -233,6 +247,7 @@ def quality_table(rows: list[Row]) -> list[str]:
 TABLES = {
     "embed": embed_table,
     "embed newest": newest_embed_table,
+    "embed memory": embed_memory_table,
     "verify": verify_table,
     "gpu attention": gpu_attention_table,
     "gpu embed": gpu_embed_table,

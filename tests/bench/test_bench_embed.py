@@ -105,7 +105,7 @@ def test_each_variant_runs_in_its_own_process_and_those_that_cannot_are_named(fo
     assert "llm2vec is not installed (make peers)" in out
     machine = {"cores": 2, "threads": 2, "cpu": "c", "instructions": "i", "torch": "t", "commit": "x", "date": "d"}
     lines = report.embed_table([{**row, **machine} for rows in done for row in rows])
-    assert lines[-1] == f"Did not run: {name} (ZeroDivisionError: division by zero)."
+    assert lines[-1] == f"Did not run: {name}, queries (ZeroDivisionError: division by zero)."
 
 
 def test_onnx_runtime_gives_the_same_vectors(folder):

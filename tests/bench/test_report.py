@@ -66,6 +66,20 @@ def test_a_new_torch_starts_the_machines_table_anew(make, row):
     assert any("torch 2.14," in line for line in lines) and any("torch 2.13," in line for line in lines)
 
 
+def test_a_failure_stands_until_the_variant_runs_again_there():
+    failed = embed_row(variant="peer", failed="more than 5 s", profile="pages")
+    rows = [embed_row(variant="peer", profile="pages"), embed_row(variant="peer"), failed]
+    lines = report.embed_table(rows)
+    assert "| peer | 1,000 (50%) |" in lines and lines[-1] == "Did not run: peer, pages (more than 5 s)."
+    lines = report.embed_table([*rows, embed_row(variant="peer", profile="pages", tokens_per_s=3)])
+    assert "| peer | 1,000 (50%) | 3 (50%) |" in lines and "Did not run" not in "\n".join(lines)
+
+
+def test_peak_memory_of_rows_that_have_it():
+    lines = report.embed_memory_table([embed_row(), embed_row(peak_mib=2345), embed_row(variant="b", peak_mib=1)])
+    assert "| ours | 2,345 |" in lines and "| b | 1 |" in lines and lines[-2].startswith("m on 2 cores")
+
+
 def test_starting_is_shown_quickest_first():
     rows = [embed_row(dtype="float32", variant=name, seconds=s, peak_mib=1200) for name, s in (("a", 9.0), ("b", 2.0))]
     lines = report.start_table([*rows, embed_row(dtype="float32", variant="c", failed="it broke")])
