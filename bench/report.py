@@ -266,7 +266,7 @@ def render(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         start, name, end = match.groups()
-        rows = read_rows(name.removesuffix(" newest"))
+        rows = read_rows(name.removesuffix(" newest").removesuffix(" memory"))
         lines = TABLES[name](rows) if rows else ["No rows yet."]
         return start + "\n".join(lines) + "\n" + end
 
