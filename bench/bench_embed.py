@@ -14,6 +14,7 @@ llama.cpp takes the model's GGUF file, sentence-transformers and the reference a
 import argparse
 import random
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ from flashvec.bench.timing import append_rows, interleave, spread
 from flashvec.bench.variants import OURS, Subject
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime.encoder import Encoder
+from flashvec.runtime.progress import Progress
 
 PROFILES = {  # mean tokens of a text: what it stands for
     "queries": 12,
@@ -157,7 +159,11 @@ def bench_profile(
     truth_name = next(iter(embedders))
     truth = embedders[truth_name].embed(warm)
     timed = {name: _Timed(name, embedder, inputs) for name, embedder in embedders.items()}
-    cosines = {name: each.compare(warm, truth, truth_name) for name, each in timed.items()}
+    cosines: dict[str, float] = {}
+    with Progress(len(timed), sys.stderr.isatty(), f"comparing vectors of {profile}", "programs") as progress:
+        for name, each in timed.items():
+            cosines[name] = each.compare(warm, truth, truth_name)
+            progress.advance(1, 0)
     variants: dict[str, Callable[[int], Any]] = {name: each.run for name, each in timed.items() if not each.failed}
     for kind, bare in ceilings.items():
         variants |= {f"{kind}: {form}": run for form, run in bare.forms.items()}
