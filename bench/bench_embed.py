@@ -259,11 +259,15 @@ def main() -> None:
         options.profiles, options.repetitions = ["passages"], 3
     subject = Subject(options.model, options.gguf, options.max_length, options.longest_call)
     has_peers = not options.no_peers
-    for rows in run(
+    done = run(
         subject, options.texts, options.profiles, options.repetitions, has_peers=has_peers, workers=options.workers
-    ):
-        if not options.dry:
-            append_rows(rows)
+    )
+    try:
+        for rows in done:
+            if not options.dry:
+                append_rows(rows)
+    except (ValueError, OSError) as error:  # the model's files, or the texts: says what and where
+        sys.exit(f"bench_embed: {error}")
 
 
 def run(

@@ -142,3 +142,9 @@ def test_measured_row_counts_are_entered_beside_other_machines(tmp_path, monkeyp
     found = json.loads(table.read_text())["disagree"]
     assert found == {"elsewhere": {"float32": {"8x8": [16]}}, "here": {"bfloat16": {"64x8": [32], "1024x8": [48]}}}
     assert list(found["here"]["bfloat16"]) == ["64x8", "1024x8"]
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--model", str(tmp_path / "none"), "--quick"])
+    with pytest.raises(SystemExit, match=r"bench_embed: .*none: no such file or folder"):
+        bench_embed.main()
