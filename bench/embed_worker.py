@@ -24,6 +24,8 @@ def main() -> None:
     """Until the input ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print where they like; the pipe is for vectors
+    with suppress(OSError):  # where memory runs out, the largest of these ends, and no other program
+        Path("/proc/self/oom_score_adj").write_text("1000")
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
     embed = (_llm2vec if settings["variant"] == "llm2vec" else _of_this_project)(settings)
