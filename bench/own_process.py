@@ -16,14 +16,13 @@ LONGEST_CALL_S = 600.0  # what takes longer is not waited for
 
 
 class ProcessEndedError(Exception):
-    """Says whose process, and its last word."""
+    """Says how, or the process's last word."""
 
 
 class OwnProcess:
     """A process of `bench/embed_worker.py`, started by the first call, and by the next one where it has ended.
 
     Args:
-        name: for messages.
         command: an interpreter and how it starts the worker.
         settings: for the worker: variant, model, and what that needs.
         longest_call_s: seconds to wait for one call's vectors.
@@ -32,9 +31,9 @@ class OwnProcess:
     peak_mib = 0.0  # resident memory at most during the last call; of the first one, since the start
 
     def __init__(
-        self, name: str, command: Sequence[str | Path], settings: dict[str, Any], longest_call_s: float = LONGEST_CALL_S
+        self, command: Sequence[str | Path], settings: dict[str, Any], longest_call_s: float = LONGEST_CALL_S
     ) -> None:
-        self.name, self.longest_call_s = name, longest_call_s
+        self.longest_call_s = longest_call_s
         self.command, self.settings = list(command), settings
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 (no pipe: one that nobody reads fills up; closed with it)
         self.process: subprocess.Popen[bytes] | None = None

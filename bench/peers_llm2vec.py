@@ -23,7 +23,7 @@ class Llm2Vec(OwnProcess):
         self.older = tempfile.TemporaryDirectory()
         write_for_older(folder, Path(self.older.name))
         settings = {"variant": "llm2vec", "model": self.older.name, "max_length": max_length}
-        super().__init__("llm2vec", [PYTHON, WORKER], settings, longest_call_s)
+        super().__init__([PYTHON, WORKER], settings, longest_call_s)
 
 
 def write_for_older(folder: Path, into: Path) -> None:

@@ -54,4 +54,4 @@ class Subject:
             "workers": workers,
         }
         command = [sys.executable, "-m", "flashvec.bench.embed_worker"]
-        return OwnProcess(variant, command, settings, self.longest_call_s)
+        return OwnProcess(command, settings, self.longest_call_s)

@@ -83,7 +83,7 @@ for line in sys.stdin:
 
 def test_a_process_that_dies_or_takes_too_long(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    process = own_process.OwnProcess("x", [sys.executable, tmp_path / "worker.py"], {}, longest_call_s=5)
+    process = own_process.OwnProcess([sys.executable, tmp_path / "worker.py"], {}, longest_call_s=5)
     assert process.embed(["a", "b"]).tolist() == [[1.0], [1.0]] and process.peak_mib == torch.get_num_threads()
     with pytest.raises(ProcessEndedError, match="its process ended with status -9"):
         process.embed(["die"])
