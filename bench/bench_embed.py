@@ -6,13 +6,13 @@ Every variant has a process of its own; they take turns on the same texts, new o
 peers go from a list of str to a numpy array, tokenisation included. The ceiling is what the matrix library gives for
 the model's bare products: the best of 1,024, 2,048 and 4,096 rows, on two threads or on two single-threaded workers.
 Vectors are compared before any time is taken: a peer whose vectors are others, or that fails, is a row that says so.
-Peak memory is of resident pages during the timed calls, mapped weights included. OpenVINO,
+Peak memory is of resident pages during the timed calls, mapped weights included. Long texts are long work for those
+that pad, and take their memory: `--longest-call` and `--memory` say how much is waited for and given. OpenVINO,
 ONNX Runtime, llama.cpp and the reference implementation come with `make peers` (then run it with peers/bin/python);
 llama.cpp takes the model's GGUF file, sentence-transformers and the reference a folder that `flashvec convert` wrote.
 """
 
 import argparse
-import random
 import re
 import sys
 import threading
@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flashvec.bench.own_process import LONGEST_CALL_S, OwnProcess, ProcessEndedError
+from flashvec.bench.lengths import PROFILES, Texts
+from flashvec.bench.own_process import LONGEST_CALL_S, MEMORY_GIB, OwnProcess, ProcessEndedError
 from flashvec.bench.peers import is_installed
 from flashvec.bench.timing import append_rows, interleave, spread
 from flashvec.bench.variants import OURS, Subject
@@ -34,64 +35,12 @@ from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.progress import Progress
 
-PROFILES = {  # mean tokens of a text: what it stands for
-    "queries": 12,
-    "sentences": 25,
-    "passages": 87,
-    "pages": 400,
-    "long tail": 0,
-}
 CEILING_ROWS = (1024, 2048, 4096)
 CEILING_TOKENS = 16_384  # tokens' worth of one layer's products in a measurement
 TOKENS_PER_RUN = 3000
 LONG_TAIL_TOKENS_PER_RUN = 12_000  # enough for a few long ones
-LONGEST_TEXT = 8000  # tokens, of a long tail
 WARM_UP_TOKENS = 2000
 SAME_MODEL = 0.9  # median cosine below which a peer runs another model, not the same one less exactly
-
-
-class Texts:
-    """Texts of a wanted length, never the same twice, cut from running prose at word boundaries."""
-
-    def __init__(self, path: Path | None, tokens_per_word: float) -> None:
-        if path is None:
-            from pydoc_data.topics import topics
-
-            prose = "\n\n".join(topics.values())
-        else:
-            files = sorted(path.glob("*")) if path.is_dir() else [path]
-            prose = "\n\n".join(f.read_text(encoding="utf-8", errors="replace") for f in files)
-        prose = re.sub(r"<[^>\n]*>", " ", prose)
-        self.words = prose.split()
-        self.tokens_per_word = tokens_per_word
-
-    @classmethod
-    def for_encoder(cls, path: Path | None, encoder: Encoder) -> "Texts":
-        """Texts whose lengths are counted in this encoder's tokens."""
-        sample = cls(path, 1.0).draw("passages", 2000, -2)
-        return cls(path, float(encoder.count_tokens(sample).sum() / sum(len(text.split()) for text in sample)))
-
-    def draw(self, profile: str, num_tokens: int, seed: int) -> list[str]:
-        """Texts of a profile, about `num_tokens` in all; lengths spread log-normally around the mean."""
-        rng = random.Random(f"{profile} {seed}")
-        texts, total = [], 0.0
-        while total < num_tokens:
-            mean = PROFILES[profile]
-            length = rng.lognormvariate(0, 0.4) * mean if mean else min(rng.paretovariate(0.9) * 20, LONGEST_TEXT)
-            words = max(1, round(length / self.tokens_per_word))
-            texts.append(self._cut(words, rng))
-            total += words * self.tokens_per_word
-        return texts
-
-    def of_length(self, num_tokens: int, count: int, seed: int) -> list[str]:
-        """Texts of about `num_tokens` each."""
-        rng = random.Random(f"{num_tokens} {count} {seed}")
-        words = max(1, round(num_tokens / self.tokens_per_word))
-        return [self._cut(words, rng) for _ in range(count)]
-
-    def _cut(self, words: int, rng: random.Random) -> str:
-        start = rng.randrange(max(1, len(self.words) - words))
-        return " ".join(self.words[start : start + words])
 
 
 class Ceiling:
@@ -249,6 +198,10 @@ def main() -> None:
     parser.add_argument(
         "--longest-call", type=float, default=LONGEST_CALL_S, help="seconds; a peer that takes longer has no number"
     )
+    parser.add_argument(
+        "--memory", type=float, default=MEMORY_GIB, metavar="GIB", help="that each program may take; default a third"
+    )
+    parser.add_argument("--only", default="", help="peers whose names this regular expression finds")
     parser.add_argument("--workers", type=int, nargs="*", default=[1], help="packs at the same time")
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")
     parser.add_argument("--dry", action="store_true", help="keep no rows")
@@ -257,15 +210,22 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     if options.quick:
         options.profiles, options.repetitions = ["passages"], 3
-    subject = Subject(options.model, options.gguf, options.max_length, options.longest_call)
-    has_peers = not options.no_peers
+    subject = Subject(options.model, options.gguf, options.max_length, options.longest_call, options.memory)
     done = run(
-        subject, options.texts, options.profiles, options.repetitions, has_peers=has_peers, workers=options.workers
+        subject,
+        options.texts,
+        options.profiles,
+        options.repetitions,
+        has_peers=not options.no_peers,
+        only=options.only,
+        workers=options.workers,
     )
     try:
         for rows in done:
             if not options.dry:
                 append_rows(rows)
+    except re.error as error:
+        sys.exit(f"bench_embed: --only {options.only!r}: {error}")
     except (ValueError, OSError) as error:  # the model's files, or the texts: says what and where
         sys.exit(f"bench_embed: {error}")
 
@@ -277,6 +237,7 @@ def run(
     repetitions: int,
     *,
     has_peers: bool,
+    only: str = "",
     workers: Sequence[int] = (1,),
 ) -> Iterator[list[dict[str, Any]]]:
     """Measure and print, profile by profile; yields each one's rows.
@@ -287,6 +248,7 @@ def run(
         profiles: keys of `PROFILES`.
         repetitions: of each variant, in turn.
         has_peers: also what else is installed.
+        only: a regular expression that a peer's name must hold.
         workers: packs that ours runs at the same time, a variant each.
     """
     embedders: dict[str, OwnProcess] = {}
@@ -301,7 +263,7 @@ def run(
         ceilings[dtype] = Ceiling(counter)
     if has_peers:
         dtype = next(iter(ceilings))
-        peers = subject.peers(dtype)
+        peers = {name: peer for name, peer in subject.peers(dtype).items() if re.search(only, name)}
         embedders |= {name: subject.process(name, dtype) for name, p in peers.items() if is_installed(p.package)}
         for package in dict.fromkeys(p.package for p in peers.values() if not is_installed(p.package)):
             print(f"{package} is not installed (make peers)", flush=True)

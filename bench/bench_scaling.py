@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from flashvec.bench.bench_embed import Texts
 from flashvec.bench.gpu_models import CONFIGS, random_model
+from flashvec.bench.lengths import Texts
 from flashvec.bench.timing import append_rows, interleave, spread
 from flashvec.runtime.encoder import Encoder, TruncationWarning
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flashvec.bench.bench_embed import Texts
+from flashvec.bench.lengths import Texts
 from flashvec.bench.own_process import ProcessEndedError
 from flashvec.bench.peers import is_installed
 from flashvec.bench.timing import append_rows

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from flashvec.bench.bench_embed import Texts
 from flashvec.bench.gpu_train import ALPHA, RANK, TEMPERATURE, Peft
+from flashvec.bench.lengths import Texts
 from flashvec.bench.timing import append_rows, interleave, spread
 from flashvec.kernels.info_nce import info_nce
 from flashvec.runtime.batches import TokenRows

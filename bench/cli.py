@@ -26,7 +26,8 @@ def bench(
 
     Example: `flashvec bench ./smollm2-encoder --profile`
     """
-    from flashvec.bench.bench_embed import PROFILES, Texts, run
+    from flashvec.bench.bench_embed import run
+    from flashvec.bench.lengths import PROFILES, Texts
     from flashvec.bench.variants import Subject
 
     if lengths not in PROFILES:

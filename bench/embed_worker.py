@@ -8,9 +8,11 @@ each with a line of JSON, the vectors' shape and the most memory meanwhile, and 
 "llm2vec" it runs in the reference's own environment, which knows nothing of this project.
 """
 
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,14 +21,15 @@ from typing import Any
 
 import torch
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
 
 def main() -> None:
     """Until the input ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print where they like; the pipe is for vectors
-    with suppress(OSError):  # where memory runs out, the largest of these ends, and no other program
-        Path("/proc/self/oom_score_adj").write_text("1000")
     settings = json.loads(sys.argv[1])
+    _be_modest(settings["memory_gib"])
     torch.set_num_threads(settings["threads"])
     embed = (_llm2vec if settings["variant"] == "llm2vec" else _of_this_project)(settings)
     for line in sys.stdin:
@@ -35,6 +38,17 @@ def main() -> None:
         answers.write(json.dumps(header).encode() + b"\n" + vectors.numpy().tobytes())
         answers.flush()
         _forget_peak()
+
+
+def _be_modest(memory_gib: float) -> None:
+    """Takes no more memory than that, is the first to end where the machine has none left, and ends with its parent."""
+    with suppress(OSError):  # proc(5), Linux alone
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    most = int(memory_gib * 2**30)
+    with suppress(ValueError, OSError):  # a lower limit than this is there already
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _of_this_project(settings: dict[str, Any]) -> Callable[[Sequence[str]], Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 LONGEST_CALL_S = 600.0  # what takes longer is not waited for
+MEMORY_GIB = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 3 / 2**30  # several of them wait, full, for one
 
 
 class ProcessEndedError(Exception):
@@ -26,14 +27,19 @@ class OwnProcess:
         command: an interpreter and how it starts the worker.
         settings: for the worker: variant, model, and what that needs.
         longest_call_s: seconds to wait for one call's vectors.
+        memory_gib: memory that it may take, mapped files aside; beyond it, it fails as where there is none left.
     """
 
     peak_mib = 0.0  # resident memory at most during the last call; of the first one, since the start
 
     def __init__(
-        self, command: Sequence[str | Path], settings: dict[str, Any], longest_call_s: float = LONGEST_CALL_S
+        self,
+        command: Sequence[str | Path],
+        settings: dict[str, Any],
+        longest_call_s: float = LONGEST_CALL_S,
+        memory_gib: float = MEMORY_GIB,
     ) -> None:
-        self.longest_call_s = longest_call_s
+        self.longest_call_s, self.memory_gib = longest_call_s, memory_gib
         self.command, self.settings = list(command), settings
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 (no pipe: one that nobody reads fills up; closed with it)
         self.process: subprocess.Popen[bytes] | None = None
@@ -68,7 +74,7 @@ class OwnProcess:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        settings = {"threads": torch.get_num_threads(), **self.settings}
+        settings = {"threads": torch.get_num_threads(), "memory_gib": self.memory_gib, **self.settings}
         self.said.truncate(0)
         return subprocess.Popen(
             [*self.command, json.dumps(settings)],

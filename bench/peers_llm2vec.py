@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from flashvec.bench.own_process import LONGEST_CALL_S, OwnProcess
+from flashvec.bench.own_process import OwnProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / "peers" / "llm2vec" / "bin" / "python"  # `make peers`
@@ -19,11 +19,11 @@ class Llm2Vec(OwnProcess):
         max_length: tokens of a text.
     """
 
-    def __init__(self, folder: Path, max_length: int, longest_call_s: float = LONGEST_CALL_S) -> None:
+    def __init__(self, folder: Path, max_length: int) -> None:
         self.older = tempfile.TemporaryDirectory()
         write_for_older(folder, Path(self.older.name))
         settings = {"variant": "llm2vec", "model": self.older.name, "max_length": max_length}
-        super().__init__([PYTHON, WORKER], settings, longest_call_s)
+        super().__init__([PYTHON, WORKER], settings)
 
 
 def write_for_older(folder: Path, into: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashvec.bench.own_process import LONGEST_CALL_S, OwnProcess
+from flashvec.bench.own_process import LONGEST_CALL_S, MEMORY_GIB, OwnProcess
 from flashvec.bench.peers import LLM2VEC, Way, ways
 
 OURS = "flashvec"
@@ -22,12 +22,14 @@ class Subject:
         gguf: the same model's file for llama.cpp.
         max_length: tokens of a text; None takes the model's.
         longest_call_s: seconds after which a call's vectors are not waited for.
+        memory_gib: memory that each of them may take.
     """
 
     model: str
     gguf: Path | None = None
     max_length: int | None = None
     longest_call_s: float = LONGEST_CALL_S
+    memory_gib: float = MEMORY_GIB
 
     def peers(self, dtype: str) -> dict[str, Way]:
         """Each peer's name, and what it needs; dtype "float32" or "bfloat16" for those that have a choice."""
@@ -43,7 +45,7 @@ class Subject:
         """
         if variant in (peers := self.peers(dtype)) and peers[variant].package == LLM2VEC:
             process: OwnProcess = peers[variant].open()
-            process.longest_call_s = self.longest_call_s
+            process.longest_call_s, process.memory_gib = self.longest_call_s, self.memory_gib
             return process
         settings = {
             "variant": variant,
@@ -54,4 +56,4 @@ class Subject:
             "workers": workers,
         }
         command = [sys.executable, "-m", "flashvec.bench.embed_worker"]
-        return OwnProcess(command, settings, self.longest_call_s)
+        return OwnProcess(command, settings, self.longest_call_s, self.memory_gib)

@@ -1,6 +1,11 @@
 """The benchmarks' own code: inputs, ceiling, peers, and the refusal to time a model that is another."""
 
 import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +13,9 @@ import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
 from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, peers, report, timing
-from flashvec.bench.bench_embed import PROFILES, Ceiling, Texts, bench_profile
+from flashvec.bench.bench_embed import Ceiling, bench_profile
+from flashvec.bench.lengths import PROFILES, Texts
+from flashvec.bench.own_process import ProcessEndedError
 from flashvec.bench.peers import HuggingFace, SentenceTransformers
 from flashvec.bench.variants import Subject
 from flashvec.runtime.encoder import Encoder
@@ -147,4 +154,53 @@ def test_measured_row_counts_are_entered_beside_other_machines(tmp_path, monkeyp
 def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "--model", str(tmp_path / "none"), "--quick"])
     with pytest.raises(SystemExit, match=r"bench_embed: .*none: no such file or folder"):
+        bench_embed.main()
+
+
+def test_a_program_gets_no_more_memory_than_allowed(folder):
+    process = Subject(str(folder), memory_gib=0.5).process("flashvec float32", "float32")
+    try:
+        assert process.embed(["short"]).shape[0] == 1
+        assert process.process is not None
+        limits = Path(f"/proc/{process.process.pid}/limits").read_text()
+        assert re.search(r"Max data size +536870912 ", limits)
+    finally:
+        process.close()
+    starved = Subject(str(folder), memory_gib=0.05).process("flashvec float32", "float32")
+    with pytest.raises(ProcessEndedError, match="memory"):
+        starved.embed(["short"])
+
+
+def test_a_program_ends_with_the_one_that_started_it(folder, tmp_path):
+    script = f"""
+from flashvec.bench.variants import Subject
+process = Subject({str(folder)!r}).process("flashvec float32", "float32")
+process.embed(["short"])
+print(process.process.pid, flush=True)
+process.embed(["long " * 400] * 20000)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("it still runs")
+
+
+def test_peers_are_chosen_by_name(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_embed, "bench_profile", lambda *arguments: asked.extend(arguments[3]) or [])
+    monkeypatch.setattr(bench_embed, "is_installed", lambda package: True)
+    list(bench_embed.run(Subject(str(folder)), None, ["queries"], 1, has_peers=True, only="onnx.*32|llm2"))
+    assert [name for name in asked if not name.startswith("flashvec")] == [
+        "onnx runtime float32, sorted",
+        "llm2vec float32, as installed",
+    ]
+    monkeypatch.setattr("sys.argv", ["x", "--model", str(folder), "--only", "("])
+    with pytest.raises(SystemExit, match=r"--only '\('"):
         bench_embed.main()

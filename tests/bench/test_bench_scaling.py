@@ -2,7 +2,7 @@ import pytest
 from tiny_models import tiny_checkpoint
 
 from flashvec.bench import bench_scaling, plots
-from flashvec.bench.bench_embed import Texts
+from flashvec.bench.lengths import Texts
 from flashvec.runtime.encoder import Encoder
 
 TINY_SHAPES = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
