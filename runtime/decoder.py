@@ -222,7 +222,7 @@ class Decoder:
         batch = Batch(schedule, rows, causal, tables, query_scale_T, training)
         h_TD, y_TD, post_norm_D = self._embed(ids_T, schedule), None, None
         found: list[Stream] = []
-        for index, layer in enumerate(self.layers):
+        for index, layer in zip(range(max(depths)), self.layers, strict=False):  # range first: none beyond is made
             turn = Turn(index, layer, training.lora[index] if training.lora else LayerLora())
             last = queries if index == len(self.layers) - 1 else None
             if training.recompute and torch.is_grad_enabled():

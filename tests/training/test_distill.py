@@ -219,6 +219,19 @@ def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
     assert all(x.grad is not None for x in model.trainable.parameters().values())
 
 
+def test_layers_after_the_last_depth_neither_run_nor_learn(tmp_path, monkeypatch):
+    objective = objective_for(tmp_path, depths=[1])
+    ran = []
+    layer = objective.model.decoder._layer
+    monkeypatch.setattr(
+        objective.model.decoder, "_layer", lambda turn, *rest: ran.append(turn.number) or layer(turn, *rest)
+    )
+    objective.step(0)
+    assert set(ran) == {0}
+    grads = {name: x.grad for name, x in objective.model.trainable.parameters().items()}
+    assert {name for name, grad in grads.items() if grad is None} == {name for name in grads if ".1." in name}
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
