@@ -27,7 +27,9 @@ def serve(
     batch_tokens: Annotated[int, typer.Option(help="Tokens that are embedded together.", min=1)] = 8192,
     max_inputs: Annotated[int, typer.Option(help="Texts of one request.", min=1)] = 2048,
     max_body_mb: Annotated[int, typer.Option(help="Megabytes of one request.", min=1)] = 16,
+    max_requests: Annotated[int, typer.Option(help="Requests at the same time; more get 429.", min=1)] = 256,
     max_waiting_tokens: Annotated[int, typer.Option(help="Beyond these, requests get 429.", min=1)] = 1 << 20,
+    max_seconds: Annotated[int, typer.Option(help="For an answer, and for those still owed at the end.", min=1)] = 300,
 ) -> None:
     """Serve vectors over HTTP as OpenAI's /v1/embeddings does; also /health and /metrics.
 
@@ -35,11 +37,10 @@ def serve(
 
     Example: `flashvec serve ./smollm2-encoder --port 8000`
     """
-    import uvicorn
-
     from flashvec.runtime.encoder import Encoder, TruncationWarning
-    from flashvec.runtime.serve.app import create_app  # first: names what is to be installed
+    from flashvec.runtime.serve.app import create_app  # names what is to be installed
     from flashvec.runtime.serve.body import Limits
+    from flashvec.runtime.serve.listen import listen
     from flashvec.runtime.texts import TextWarning
 
     key = os.environ.get(KEY) or None
@@ -51,7 +52,13 @@ def serve(
         model, adapters=adapter or (), layers=layers, dtype=dtype, device=device, max_length=max_length
     )
     called = name or os.path.basename(os.path.normpath(model))
-    limits = Limits(inputs=max_inputs, body_bytes=max_body_mb << 20, waiting_tokens=max_waiting_tokens)
+    limits = Limits(
+        inputs=max_inputs,
+        body_bytes=max_body_mb << 20,
+        requests=max_requests,
+        waiting_tokens=max_waiting_tokens,
+        answer_s=max_seconds,
+    )
     app = create_app(
         encoder,
         name=called,
@@ -61,5 +68,4 @@ def serve(
         instruction=instruction,
         truncate=truncate,
     )
-    typer.echo(f"{called} at http://{host}:{port}/v1/embeddings", err=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30, server_header=False)
+    listen(app, host, port, called, max_seconds)

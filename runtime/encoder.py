@@ -301,10 +301,17 @@ class Encoder(PartVectors, SentenceTransformerNames):
         low, high = vectors.min(0), vectors.max(0)
         self.spec = replace(self.spec, int8_ranges=(tuple(low.tolist()), tuple(high.tolist())))
 
-    def count_tokens(self, texts: str | Iterable[str]) -> Any:
-        """Tokens of each text as it would be embedded without instruction, special tokens included, uncut: int [n]."""
+    def count_tokens(
+        self, texts: str | Iterable[str], *, instruction: Instruction = None, prompt_name: str | None = None
+    ) -> Any:
+        """Tokens of each text as `embed` would read it, instruction and special tokens included, uncut: int [n].
+
+        Args:
+            texts, instruction, prompt_name: as in `embed`.
+        """
         rows, single = as_texts(texts)
-        prepared = prepare.prepare(replace(self.spec, compat=None), rows, None, self.tokenizer)
+        instructions = self._instructions(instruction, prompt_name, len(rows))
+        prepared = prepare.prepare(replace(self.spec, compat=None), rows, instructions, self.tokenizer)
         counts = self.tokenizer.count(prepared.strings, special=True)
         return int(counts[0]) if single else counts
 

@@ -52,7 +52,7 @@ def estimate_job(
     runner: Any = ShardRunner.load({**(load or {}), "model": str(model), "device": device})
     encoder = runner.encoder
     limit = settings.max_length or encoder.spec.max_length
-    counts = encoder.count_tokens(texts)
+    counts = encoder.count_tokens(texts, instruction=settings.instruction, prompt_name=settings.prompt_name)
     step = max(1, len(texts) // TIMED_TEXTS)
     runner.speed(texts[::step][:4], plan.settings)  # the first call is slower
     timed = runner.speed(texts[::step][:TIMED_TEXTS], plan.settings)

@@ -19,6 +19,7 @@ try:
     from fastapi.responses import JSONResponse
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from starlette.exceptions import HTTPException as StarletteHTTPException
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise ImportError(f"the server needs {error.name}: pip install 'flashvec[serve]'") from None
 
@@ -84,8 +85,13 @@ def create_app(
         return vectors
 
     batcher = Batcher(
-        embed, batch_tokens=batch_tokens, max_waiting_tokens=bounds.waiting_tokens, on_round=metrics.on_round
+        embed,
+        batch_tokens=batch_tokens,
+        max_waiting_tokens=bounds.waiting_tokens,
+        max_waiting_s=bounds.answer_s,
+        on_round=metrics.on_round,
     )
+    requests = 0  # that are read or wait for their answer
     metrics.waiting.set_function(lambda: batcher.waiting_tokens)
 
     @asynccontextmanager
@@ -124,9 +130,13 @@ def create_app(
 
     @app.post("/v1/embeddings")
     async def _embeddings(request: Request) -> Response:
+        nonlocal requests
         started = time.perf_counter()
+        requests += 1
         try:
             response = await answer(request)
+        except ClientDisconnect:  # before its body was here
+            response = Response(status_code=GONE)
         except Refused as error:
             response = error.response()
         except Busy as error:
@@ -135,19 +145,23 @@ def create_app(
         except Exception:
             logger.exception("a request failed")
             response = Refused(500, "the server could not embed this request; its log says why").response()
+        finally:
+            requests -= 1
         metrics.requests.labels(response.status_code).inc()
         metrics.seconds.observe(time.perf_counter() - started)
         return response
 
     async def answer(request: Request) -> Response:
         authorise(request)
+        if requests > bounds.requests:  # before its body takes memory
+            raise Busy(batcher.retry_after())
         wanted = await read(request, bounds)
         if wanted.model != name:
             raise Refused(404, f"this server has no such model, only {name}", param="model", code="model_not_found")
         size, longest = encoder.spec.embedding_size, encoder.spec.max_length
         if wanted.dimensions is not None and wanted.dimensions > size:
             raise Refused(400, f"dimensions is {wanted.dimensions}, the model has {size}", param="dimensions")
-        counts = np.asarray(await asyncio.to_thread(encoder.count_tokens, wanted.texts))
+        counts = np.asarray(await asyncio.to_thread(encoder.count_tokens, wanted.texts, instruction=instruction))
         if not truncate and (counts > longest).any():
             i = int(np.argmax(counts > longest))
             message = f"input[{i}] has {counts[i]} tokens, at most {longest} fit (the server was not told to cut texts)"

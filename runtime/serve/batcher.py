@@ -5,6 +5,7 @@ one round, not by all of its own. One thread embeds, so the event loop stays fre
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ class Batcher:
         embed: vectors [n, d] of texts, cut to some dimensions where that is not None; called in one thread of its own.
         batch_tokens: of one round, and at least one text.
         max_waiting_tokens: beyond which a request is turned away; a single one is taken whatever its size.
+        max_waiting_s: likewise, by how fast the last rounds were.
         on_round: told after each round.
     """
 
@@ -60,10 +62,12 @@ class Batcher:
         *,
         batch_tokens: int,
         max_waiting_tokens: int,
+        max_waiting_s: float = math.inf,
         on_round: Callable[[Round], None] = lambda done: None,
     ) -> None:
         self.embed, self.on_round = embed, on_round
-        self.batch_tokens, self.max_waiting_tokens = batch_tokens, max_waiting_tokens
+        self.batch_tokens = batch_tokens
+        self.max_waiting_tokens, self.max_waiting_s = max_waiting_tokens, max_waiting_s
         self.waiting: deque[_Request] = deque()
         self.waiting_tokens = 0
         self.tokens_per_s = 0.0  # smoothed
@@ -79,8 +83,10 @@ class Batcher:
             Exception: whatever embedding these texts raised; other requests are not touched by it.
         """
         tokens = int(counts.sum())
-        if self.waiting and self.waiting_tokens + tokens > self.max_waiting_tokens:
-            raise Busy(self._retry_after())
+        too_many = self.waiting_tokens + tokens > self.max_waiting_tokens
+        too_long = self.waiting_tokens + tokens > self.tokens_per_s * self.max_waiting_s > 0
+        if self.waiting and (too_many or too_long):
+            raise Busy(self.retry_after())
         if self.task is None:
             self.task = asyncio.create_task(self._run())
         request = _Request(texts, counts, dimensions, asyncio.get_running_loop().create_future())
@@ -99,7 +105,8 @@ class Batcher:
         self.waiting.clear()
         self.thread.shutdown()
 
-    def _retry_after(self) -> int:
+    def retry_after(self) -> int:
+        """Seconds, 1 to 60, after which some of what waits will have gone."""
         excess = self.waiting_tokens if self.tokens_per_s == 0 else self.waiting_tokens / self.tokens_per_s
         return int(np.clip(excess, 1, 60))
 

@@ -21,13 +21,16 @@ class Limits:
     Args:
         inputs: texts of a request (OpenAI's own limit).
         body_bytes: of a request's JSON.
-        waiting_tokens: of all requests that wait; more are turned away with 429.
+        requests: read or waiting at the same time; more are turned away with 429 before their bodies are read.
+        waiting_tokens: of all requests that wait; more are turned away with 429, and so are those that would wait
+            longer than `answer_s` at the speed of the last rounds.
         body_s: in which a body must have arrived.
         answer_s: in which its vectors must be there.
     """
 
     inputs: int = 2048
     body_bytes: int = 16 << 20
+    requests: int = 256
     waiting_tokens: int = 1 << 20
     body_s: float = 30.0
     answer_s: float = 300.0

@@ -271,6 +271,9 @@ def test_count_tokens(enc, folder):
     want = [len(ids) for ids in AutoTokenizer.from_pretrained(folder)(list(TEXTS)).input_ids]
     assert enc.count_tokens(list(TEXTS)).tolist() == want
     assert enc.count_tokens(TEXTS[0]) == want[0]
+    wrapped = [f"Say {text} now" for text in TEXTS]
+    counted = enc.count_tokens(list(TEXTS), instruction="Say {text} now")
+    assert counted.tolist() == enc.count_tokens(wrapped).tolist()
 
 
 def test_one_warning_for_all_that_were_cut(enc):

@@ -115,3 +115,17 @@ def test_what_nobody_waits_for_is_not_embedded():
 
     _, model = run(scenario)
     assert model.rounds == [["1", "1", "1"], ["3"]]
+
+
+def test_what_would_wait_too_long_is_turned_away_once_the_speed_is_known():
+    async def scenario(batcher):
+        first = asyncio.create_task(ask(batcher, *map(str, range(60))))  # 600 tokens, no speed known: taken
+        await asyncio.sleep(0)
+        batcher.tokens_per_s = 100.0
+        with pytest.raises(Busy):
+            await ask(batcher, *map(str, range(50)))
+        small = await ask(batcher, "1")
+        return await first, small
+
+    (large, small), _ = run(scenario, max_waiting_s=10.0)
+    assert len(large) == 60 and len(small) == 1

@@ -1,24 +1,36 @@
 """`flashvec serve` passes on what it is told, and warns of a door left open."""
 
 import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from tiny_models import tiny_adapter, tiny_checkpoint
 from typer.testing import CliRunner
 
 from flashvec import Encoder
 from flashvec.runtime import cli_serve
 from flashvec.runtime.cli import app
+from flashvec.runtime.serve import listen
 
 
 @pytest.fixture
 def served(monkeypatch):
-    """What uvicorn would have been given."""
+    """What would have been listened with."""
     seen = {}
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: seen.update(app=app, **options))
+
+    def listening(app, host, port, name, end_s):
+        seen.update(app=app, host=host, port=port, end_s=end_s)
+
+    monkeypatch.setattr(listen, "listen", listening)
     return seen
 
 
@@ -26,11 +38,12 @@ def served(monkeypatch):
 def test_options_reach_the_server(tmp_path, served, monkeypatch):
     tiny_adapter(tiny_checkpoint(tmp_path / "tiny", "llama"), tmp_path / "adapter")
     monkeypatch.setenv(cli_serve.KEY, "secret")
-    options = ["--host", "0.0.0.0", "--port", "9", "--max-inputs", "3"]
+    options = ["--host", "0.0.0.0", "--port", "9", "--max-inputs", "3", "--max-seconds", "7"]
     options += ["--adapter", str(tmp_path / "adapter"), "--layers", "1"]
     done = CliRunner().invoke(app, ["serve", str(tmp_path / "tiny"), *options])
     assert done.exit_code == 0, done.output
-    assert served["host"] == "0.0.0.0" and served["port"] == 9 and "open to other machines" not in done.output
+    assert served["host"] == "0.0.0.0" and served["port"] == 9 and served["end_s"] == 7
+    assert "open to other machines" not in done.output
     transport = httpx.ASGITransport(served["app"])
 
     async def ask(headers, texts):
@@ -51,3 +64,72 @@ def test_an_open_door_is_named(tmp_path, served, monkeypatch):
     monkeypatch.delenv(cli_serve.KEY, raising=False)
     done = CliRunner().invoke(app, ["serve", str(tmp_path / "tiny"), "--host", "0.0.0.0"])
     assert done.exit_code == 0 and f"no key is asked for: set {cli_serve.KEY}" in done.output
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The real command, and what it says where it listens."""
+    tiny_checkpoint(tmp_path / "tiny", "llama")
+    started = []
+
+    def start(*options):
+        words = [sys.executable, "-m", "flashvec.runtime.cli", "serve", str(tmp_path / "tiny"), "--port", "0", *options]
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {cli_serve.KEY: ""})
+        started.append(process)
+        listens = next(line for line in process.stderr if "/v1/embeddings" in line)
+        url = listens.split(" at ")[1].split("/v1")[0]
+        while True:  # it says so before it answers
+            try:
+                httpx.get(f"{url}/health")
+                return process, url
+            except httpx.TransportError:
+                time.sleep(0.02)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_ends_it_once_what_it_accepted_is_answered(command):
+    process, url = command("--truncate")
+    answers = []
+    body = {"model": "tiny", "input": ["some words to read " * 20] * 2000}
+    ask = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/embeddings", json=body, timeout=60)))
+    ask.start()
+    while "flashvec_round_seconds_count 0.0" in httpx.get(f"{url}/metrics").text:  # until the first round is done
+        time.sleep(0.01)
+    assert not answers, "the request was answered before anybody asked it to end"
+    process.send_signal(signal.SIGTERM)
+    ask.join()
+    assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 2000
+    process.wait(30)
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_an_address_that_is_taken_is_named(tmp_path):
+    tiny_checkpoint(tmp_path / "tiny", "llama")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-m", "flashvec.runtime.cli", "serve", str(tmp_path / "tiny"), "--port", port],
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 1 and f"cannot listen on 127.0.0.1 port {port}: Address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_part_is_named_with_the_extra(tmp_path):
+    tiny_checkpoint(tmp_path / "tiny", "llama")
+    for package in ("uvicorn", "fastapi"):
+        (tmp_path / f"{package}.py").write_text(f"raise ImportError('No module named {package}', name='{package}')")
+        done = subprocess.run(
+            [sys.executable, "-m", "flashvec.runtime.cli", "serve", str(tmp_path / "tiny")],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},
+        )
+        (tmp_path / f"{package}.py").unlink()
+        assert done.returncode == 1 and f"the server needs {package}: pip install 'flashvec[serve]'" in done.stderr

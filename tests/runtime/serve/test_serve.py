@@ -17,6 +17,7 @@ from tiny_models import TEXTS, tiny_checkpoint
 from flashvec import Encoder
 from flashvec.runtime.serve.app import create_app
 from flashvec.runtime.serve.body import Limits
+from flashvec.runtime.serve.listen import bound_socket
 
 KEY = "a key"
 
@@ -31,8 +32,8 @@ def enc(tmp_path_factory):
 class Server:
     """An app behind a real socket."""
 
-    def __init__(self, app):
-        self.socket = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, app, listening=None):
+        self.socket = listening or bound_socket("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
@@ -100,6 +101,27 @@ def test_openai_client_gets_its_own_errors(server):
         client.embeddings.create(model="gpt", input="x")
 
 
+def figures(server, *names):
+    """Values of metrics."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return [float(next(line for line in lines if line.startswith(f"{name} ")).split()[1]) for name in names]
+
+
+@pytest.mark.parametrize("words", ["Instruct: find it Query: ", 'Say of "{text}" in one word:'])
+def test_an_instruction_counts_as_the_text_does(enc, words):
+    text = "word " * 4
+    alone, wrapped = enc.count_tokens(text), enc.count_tokens(text, instruction=words)
+    assert alone + 5 < wrapped < 64
+    longer = "word " * 20
+    assert enc.count_tokens(longer) <= 64 < enc.count_tokens(longer, instruction=words)
+    with Server(create_app(enc, name="tiny", instruction=words)) as server:
+        fits = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": text})
+        refused_body = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": longer})
+    assert np.array_equal(np.float32(fits.json()["data"][0]["embedding"]), enc.embed(text, instruction=words))
+    assert fits.json()["usage"]["prompt_tokens"] == wrapped
+    assert "at most 64 fit" in refused(refused_body, 400)
+
+
 # --- load ---------------------------------------------------------------------------------------------------
 
 
@@ -113,8 +135,12 @@ def test_two_hundred_at_once_are_neither_lost_nor_mixed(server, enc):
             asked = [client.post("/v1/embeddings", json={"model": "tiny", "input": own}) for own in texts]
             return await asyncio.gather(*asked)
 
+    rounds = "flashvec_round_requests_sum", "flashvec_round_requests_count"
+    before = figures(server, *rounds)
     answers = asyncio.run(all_of_them())
     assert [answer.status_code for answer in answers] == [200] * 200
+    pieces, count = (now - then for now, then in zip(figures(server, *rounds), before, strict=True))
+    assert pieces >= 200 and count < 100, "they were not embedded together"
     for own, answer in zip(texts, answers, strict=True):
         got = np.float32([item["embedding"] for item in answer.json()["data"]])
         assert np.array_equal(got, enc.embed(own))
@@ -138,6 +164,37 @@ def test_too_much_is_turned_away_with_a_time(enc):
     assert int(turned_away.headers["Retry-After"]) >= 1 and "try again" in refused(turned_away, 429)
 
 
+def test_an_answer_that_takes_too_long_is_given_up(enc, monkeypatch):
+    embed = type(enc).embed
+
+    def slow(*arguments, **settings):
+        time.sleep(1.0)
+        return embed(*arguments, **settings)
+
+    monkeypatch.setattr(type(enc), "embed", slow)
+    with Server(create_app(enc, name="tiny", limits=Limits(answer_s=0.2))) as server:
+        answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": "x"})
+    assert "no answer within 0.2 s" in refused(answer, 503)
+
+
+def test_too_many_at_once_are_turned_away_unread(enc):
+    with Server(create_app(enc, name="tiny", limits=Limits(requests=2, body_s=5.0))) as server:
+        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"
+        held = [socket.create_connection(server.socket.getsockname()) for _ in range(2)]
+        for connection in held:
+            connection.sendall(head)  # the body is still to come
+        while len(server.server.server_state.tasks) < 2:
+            time.sleep(0.005)
+        body = {"model": "tiny", "input": "x"}
+        turned_away = httpx.post(f"{server.url}/v1/embeddings", json=body)
+        assert "try again" in refused(turned_away, 429) and "Retry-After" in turned_away.headers
+        for connection in held:
+            connection.close()
+        while server.server.server_state.tasks:
+            time.sleep(0.005)
+        assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 200
+
+
 # --- hostile bodies -----------------------------------------------------------------------------------------
 
 BODIES = {
@@ -155,6 +212,9 @@ BODIES = {
     "too long a text": (json.dumps({"model": "tiny", "input": "word " * 500}).encode(), 400, "at most 64 fit"),
     "dimensions 0": (b'{"model": "tiny", "input": "x", "dimensions": 0}', 400, "dimensions"),
     "too many dimensions": (b'{"model": "tiny", "input": "x", "dimensions": 33}', 400, "the model has 32"),
+    "dimensions as a word": (b'{"model": "tiny", "input": "x", "dimensions": "8"}', 400, "dimensions"),
+    "dimensions as a truth": (b'{"model": "tiny", "input": "x", "dimensions": true}', 400, "dimensions"),
+    "a number as model": (b'{"model": 3, "input": "x"}', 400, "model"),
     "another encoding": (b'{"model": "tiny", "input": "x", "encoding_format": "hex"}', 400, "encoding_format"),
 }
 
@@ -196,6 +256,39 @@ def test_a_client_that_hangs_up_harms_nobody(server, client):
             head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
             gone.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
     assert client.post("/v1/embeddings", json={"model": "tiny", "input": "x"}).status_code == 200
+
+
+def test_hanging_up_within_a_body_is_no_failure_of_the_server(enc, caplog):
+    with Server(create_app(enc, name="tiny")) as server:
+        with socket.create_connection(server.socket.getsockname()) as gone:
+            gone.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+            while not server.server.server_state.tasks:
+                time.sleep(0.005)
+        while server.server.server_state.tasks:
+            time.sleep(0.005)
+        answered = httpx.get(f"{server.url}/metrics").text
+    assert 'flashvec_requests_total{status="499"} 1.0' in answered and 'status="500"' not in answered
+    assert not caplog.records
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone ends connections that are not read")
+def test_a_client_that_never_reads_is_dropped(enc):
+    listening = bound_socket("127.0.0.1", 0, unread_s=0.5)
+    with Server(create_app(enc, name="tiny"), listening) as server:
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(listening.getsockname())
+            body = json.dumps({"model": "tiny", "input": ["x"] * 2048}).encode()
+            head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            deaf.sendall(head.encode() + body)
+            while not figures(server, "flashvec_texts_total")[0] or server.server.server_state.tasks:
+                time.sleep(0.01)
+            assert server.server.server_state.connections, "the answer is on its way"
+            until = time.monotonic() + 30
+            while server.server.server_state.connections and time.monotonic() < until:
+                time.sleep(0.05)
+            assert not server.server.server_state.connections
+        assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_other_paths_and_methods(client):
