@@ -58,8 +58,9 @@ class Encoder(PartVectors, SentenceTransformerNames):
         self.heads = list(heads)
         self.num_tokens_run = 0  # since loading: a job reads its rate off it
         self.workers = 1  # packs at the same time, one thread each (see `Engine.run`); more was slower where measured
-        # A text whose vector overflows is run again in fp32; only half precision on a GPU is known to need it.
-        self.retry_non_finite = decoder.device.type == "cuda" and decoder.dtype != torch.float32
+        # A text whose vector overflows is run again in fp32: float16 ends at 65,504, below some models' states.
+        narrow = decoder.dtype == torch.float16
+        self.retry_non_finite = narrow or (decoder.device.type == "cuda" and decoder.dtype != torch.float32)
 
     @classmethod
     def load(
@@ -82,7 +83,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
         Args:
             model: a Hugging Face decoder folder, an LLM2Vec or PEFT adapter folder, a sentence-transformers folder, a
-                GGUF file, a folder written by `save`, or a hub id of one of these. Weights are read from safetensors
+                GGUF file, a folder written by `save`, or a hub id of such a folder. Weights are read from safetensors
                 or GGUF only; no code from a model is ever run.
             revision: branch, tag or commit of a hub id.
             adapters: PEFT adapters to merge, in this order.
@@ -256,7 +257,9 @@ class Encoder(PartVectors, SentenceTransformerNames):
             raise ValueError(f"output is {output!r}, known are 'numpy' and 'torch'")
         if output == "torch" and precision not in ("float32", "float16"):
             raise ValueError(f"output='torch' gives float32 or float16, precision is {precision!r}")
-        quantize(np.zeros((0, dim), np.float32), precision, self.spec.int8_ranges)  # refuse before working
+        empty = quantize(np.zeros((0, dim), np.float32), precision, self.spec.int8_ranges)  # refuse before working
+        if out is not None:
+            _check_out(out, (len(rows), *empty.shape[1:]), empty.dtype, output)
         instructions = self._instructions(instruction, prompt_name, len(rows))
         vectors = self._embed_rows(rows, instructions, run, normalize, truncate_dim, output == "torch")
         if output == "torch":
@@ -264,8 +267,6 @@ class Encoder(PartVectors, SentenceTransformerNames):
         else:
             result = quantize(vectors.numpy(), precision, self.spec.int8_ranges)
         if out is not None:
-            if output == "torch" or out.shape != result.shape:
-                raise ValueError(f"out has shape {out.shape}, the vectors are {tuple(result.shape)} (output='numpy')")
             out[...] = result
             result = out
         return result[0] if single else result
@@ -410,6 +411,13 @@ class Encoder(PartVectors, SentenceTransformerNames):
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
         return batch_tokens or engine.default_budget(self.device)
+
+
+def _check_out(out: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, output: str) -> None:
+    if output == "torch" or out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, the vectors are {shape} (output='numpy')")
+    if not np.can_cast(dtype, out.dtype, "same_kind"):
+        raise ValueError(f"out has dtype {out.dtype}, the vectors are {dtype}: it would not hold their values")
 
 
 def _checked(spec: ModelSpec, layers: int | None) -> ModelSpec:

@@ -78,10 +78,11 @@ class PartVectors:
             One fp32 [words, D] array per list; a word without a token (cut off by `max_length`, or moved out of the
             text by `shift`) has a zero row.
         """
-        lists = [list(w) for w in words]
+        given = list(words)
+        lists = [list(w) for w in given]
         spans = []
         for row, word_list in enumerate(lists):
-            if isinstance(words, str) or not all(isinstance(w, str) for w in word_list):
+            if isinstance(given[row], str) or not all(isinstance(w, str) for w in word_list):
                 raise TypeError(f"words[{row}] must be a list of str, as in [['A', 'text'], ['Another', 'one']]")
             stops = np.cumsum([len(w) + 1 for w in word_list], dtype=np.int64) - 1
             spans.append([(int(s) - len(w), int(s)) for s, w in zip(stops, word_list, strict=True)])

@@ -125,7 +125,7 @@ def finish(
         x_SD = head(x_SD)
     wanted = spec.normalize if normalize is None else normalize
     dim = truncate_dim or spec.truncate_dim
-    if spec.layout == "sentence-transformers" and spec.normalize and dim:
+    if spec.layout == "sentence-transformers" and spec.normalize and dim and normalize is not False:
         x_SD = F.normalize(x_SD, dim=-1)
         wanted = bool(normalize)
     if dim:

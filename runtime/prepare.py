@@ -10,12 +10,12 @@ cut. They are told apart by `ModelSpec.span`:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from flashvec.runtime.spec import ModelSpec
-from flashvec.runtime.tokenize import Tokenizer, Tokens
+from flashvec.runtime.tokenize import Joined, Tokenizer, Tokens
 
 SEPARATOR = "!@#$%^&*()"  # the reference joins instruction and text with it; here only `compat` knows it
 PLACEHOLDER = "{text}"
@@ -99,36 +99,94 @@ def tokenise(
     """Tokenise; where a row is too long, its text is cut and what follows the text stays.
 
     A prompt's end often decides the vector (last-token pooling reads it), so truncation never takes it.
+
+    Raises:
+        ValueError: what stands around a text leaves no room for it.
     """
-    tokens = tokenizer.encode(prepared.strings, max_length, offsets=offsets, split_special=split_special)
-    too_long = [i for i in np.flatnonzero(tokens.truncated) if prepared.after[i]]
-    if not too_long:
-        return tokens
     strings = prepared.strings
-    for i in too_long:
-        strings[i] = _cut_to_fit(tokenizer, prepared, int(i), max_length, split_special)
-    truncated = tokens.truncated
-    tokens = tokenizer.encode(strings, max_length, offsets=offsets, split_special=split_special)
-    return Tokens(tokens.ids, tokens.lengths, truncated | tokens.truncated, tokens.offsets, tokens.special)
+    odd = [i for i, text in enumerate(prepared.texts) if tokenizer.special_places(text)] if split_special else []
+    for i in odd:
+        strings[i] = ""
+    tokens = tokenizer.encode(strings, max_length, offsets=offsets)
+    too_long = [int(i) for i in np.flatnonzero(tokens.truncated)]
+    _check_room(tokenizer, prepared, too_long, max_length)
+    if any(prepared.after[i] for i in too_long):
+        for i in too_long:
+            strings[i] = _cut_to_fit(tokenizer, prepared, i, max_length) if prepared.after[i] else strings[i]
+        truncated = tokens.truncated
+        tokens = tokenizer.encode(strings, max_length, offsets=offsets)
+        tokens = replace(tokens, truncated=truncated | tokens.truncated)
+    return _with_split_rows(tokens, odd, tokenizer, prepared, max_length, offsets) if odd else tokens
 
 
-def _cut_to_fit(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: int, split_special: bool) -> str:
+def _check_room(tokenizer: Tokenizer, prepared: Prepared, rows: Sequence[int], max_length: int) -> None:
+    for before, after in dict.fromkeys((prepared.before[i], prepared.after[i]) for i in rows):
+        fixed = int(tokenizer.count([before + after], special=True)[0]) if before or after else 0
+        if fixed >= max_length:
+            raise ValueError(
+                f"the instruction alone has {fixed} tokens, max_length is {max_length}: nothing is left of the text"
+            )
+
+
+def _cut_to_fit(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: int) -> str:
     """The longest `before + text[:cut] + after` found that holds at most `max_length` tokens."""
     before, text, after = prepared.before[row], prepared.texts[row], prepared.after[row]
     room = max_length - int(tokenizer.count([after])[0])
-    fixed = int(tokenizer.count([before + after], special=True)[0])
-    if fixed >= max_length:
-        raise ValueError(
-            f"the instruction alone has {fixed} tokens, max_length is {max_length}: nothing is left of the text"
-        )
     while True:
-        head = tokenizer.encode([before + text], room, offsets=True, split_special=split_special)
+        head = tokenizer.encode([before + text], room, offsets=True)
         assert head.offsets is not None
         cut = max(int(head.offsets[:, 1].max()) - len(before), 0)
         string = before + text[:cut] + after
         if cut == 0 or int(tokenizer.count([string], special=True)[0]) <= max_length:
             return string
         room -= 1
+
+
+def _with_split_rows(
+    tokens: Tokens, rows: Sequence[int], tokenizer: Tokenizer, prepared: Prepared, max_length: int, offsets: bool
+) -> Tokens:
+    """`tokens` with the rows whose texts hold special tokens' strings, which are plain characters in them.
+
+    Those of the template and of the instruction remain what they are: a row is tokenised in three parts, and the
+    middle one, between the last special token before the text and the first one after it, has none.
+    """
+    made = [_split_row(tokenizer, prepared, row, max_length) for row in rows]
+    split = tokenizer.encode_joined([row for row, _ in made], max_length, offsets=offsets)
+    at = {row: place for place, row in enumerate(rows)}
+    lengths, truncated = tokens.lengths.copy(), tokens.truncated.copy()
+    lengths[list(rows)] = split.lengths
+    truncated[list(rows)] = split.truncated | [was_cut for _, was_cut in made]
+
+    def merged(normal: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+        if normal is None or other is None:
+            return None
+        own = np.split(normal, np.cumsum(tokens.lengths)[:-1])
+        new = np.split(other, np.cumsum(split.lengths)[:-1])
+        return np.concatenate([new[at[i]] if i in at else part for i, part in enumerate(own)])
+
+    ids = merged(tokens.ids, split.ids)
+    assert ids is not None
+    return Tokens(ids, lengths, truncated, merged(tokens.offsets, split.offsets), merged(tokens.special, split.special))
+
+
+def _split_row(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: int) -> tuple[Joined, bool]:
+    """The row's tokens, its text cut where something follows it that has to stay; and whether it was."""
+    before, text, after = prepared.before[row], prepared.texts[row], prepared.after[row]
+    head = max((stop for _, stop in tokenizer.special_places(before)), default=0)
+    tail = min((start for start, _ in tokenizer.special_places(after)), default=len(after))
+    room = max_length - len(tokenizer.prefix_ids) - len(tokenizer.suffix_ids)
+    was_cut = False
+    while True:
+        middle = before[head:] + text + after[:tail]
+        found = tokenizer.join([(before[:head], False), (middle, True), (after[tail:], False)])
+        excess = len(found) - room
+        if excess > 0:
+            _check_room(tokenizer, prepared, [row], max_length)
+        if excess <= 0 or not after or not text:
+            return found, was_cut
+        inside = [first for first, _ in found.offsets if len(before) < first < len(before) + len(text)]
+        text = text[: inside[-excess] - len(before)] if len(inside) >= excess else ""
+        was_cut = True
 
 
 def pooled_spans(

@@ -163,6 +163,28 @@ class Tokenizer:
             rows += [self._row(encoding, room, offsets) for encoding in encodings]
         return _join(rows, offsets)
 
+    def encode_joined(self, rows: Sequence["Joined"], max_length: int, *, offsets: bool = False) -> Tokens:
+        """As `encode`, of rows that `join` made."""
+        room = max_length - len(self.prefix_ids) - len(self.suffix_ids)
+        return _join([self._row(row, room, offsets) for row in rows], offsets)
+
+    def join(self, parts: Sequence[tuple[str, bool]]) -> "Joined":
+        """Tokens of strings side by side; with True, special tokens written out in that string are plain characters."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for string, split_special in parts:
+            backend = self._splitting_backend if split_special else self.backend
+            encoding = backend.encode(string, add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(start + first, start + stop) for first, stop in encoding.offsets]
+            start += len(string)
+        return Joined(ids, offsets)
+
+    def special_places(self, text: str) -> list[tuple[int, int]]:
+        """Where special tokens are written out in a text: first character and one past the last of each."""
+        return [match.span() for match in self._special_strings.finditer(text)]
+
     def count(self, texts: Sequence[str], *, special: bool = False) -> np.ndarray:
         """Tokens of each text, uncut: int64 [n]; with `special`, those that `encode` adds are counted too."""
         counts = np.zeros(len(texts), dtype=np.int64)
@@ -190,6 +212,11 @@ class Tokenizer:
         backend = _copy(self.backend)
         backend.encode_special_tokens = True
         return backend
+
+    @cached_property
+    def _special_strings(self) -> re.Pattern[str]:
+        added = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
 
     @cached_property
     def _boundary(self) -> re.Pattern[str] | None:
@@ -233,7 +260,7 @@ class Tokenizer:
             for i, encoding in zip(short, longer, strict=True):
                 encodings[i] = encoding
 
-    def _row(self, encoding: Encoding, room: int, offsets: bool) -> "_Row":
+    def _row(self, encoding: "Encoding | Joined", room: int, offsets: bool) -> "_Row":
         text_ids, truncated = encoding.ids[:room], len(encoding) > room
         before, after = self.prefix_ids, self.suffix_ids
         if not (text_ids or before or after):
@@ -248,6 +275,17 @@ class Tokenizer:
         if text_ids:
             spans[text] = encoding.offsets[:room]
         return _Row(ids, truncated, spans, special)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tokens of strings that were tokenised apart, and the characters of the whole that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class _Row(NamedTuple):

@@ -163,12 +163,16 @@ def test_torch_output(enc):
         enc.embed("x", output="jax")
 
 
-def test_writes_into_an_array_or_memmap(enc, tmp_path):
+def test_writes_into_an_array_or_memmap(enc, tmp_path, monkeypatch):
     out = np.lib.format.open_memmap(tmp_path / "v.npy", "w+", np.float32, (len(TEXTS), 32))
     assert enc.embed(list(TEXTS), out=out) is out
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), enc.embed(list(TEXTS)))
     with pytest.raises(ValueError, match=r"out has shape \(2, 2\)"):
         enc.embed("x", out=np.zeros((2, 2)))
+    monkeypatch.setattr(enc, "_embed_rows", lambda *rest: pytest.fail("it worked before it looked"))
+    for wrong in (np.zeros((len(TEXTS), 31), np.float32), np.zeros((len(TEXTS), 32), np.int32)):
+        with pytest.raises(ValueError, match="out has"):
+            enc.embed(list(TEXTS), out=wrong)
 
 
 def test_precisions(folder):
@@ -228,6 +232,8 @@ def test_words(enc):
     np.testing.assert_allclose(got[0][1], tokens.vectors[flour].mean(0), atol=1e-6)
     with pytest.raises(TypeError, match=r"words\[0\] must be a list of str"):
         enc.embed_words("cat")
+    with pytest.raises(TypeError, match=r"words\[0\] must be a list of str"):
+        enc.embed_words(["Mix", "flour"])
 
 
 @pytest.mark.parametrize("bos", [True, False])

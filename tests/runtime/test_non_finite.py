@@ -114,3 +114,4 @@ def test_truncation_is_counted_once(enc):
 def test_off_where_it_is_not_needed(folder):
     for dtype in ("float32", "bfloat16"):
         assert not Encoder.load(folder, dtype=dtype).retry_non_finite
+    assert Encoder.load(folder, dtype="float16").retry_non_finite

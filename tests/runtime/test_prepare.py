@@ -96,3 +96,51 @@ def test_a_token_belongs_to_a_span_if_it_covers_one_of_its_characters():
     assert char_span_to_tokens(offsets, special, 6, 8) == (2, 4)
     assert char_span_to_tokens(offsets, special, 5, 5) == (0, 0)
     assert char_span_to_tokens(offsets, special, 9, 12) == (0, 0)
+
+
+def split_tokens(tokenizer, text, instruction, max_length=64):
+    prepared = prepare(SPEC, [text], [instruction], tokenizer)
+    return tokenise(tokenizer, prepared, max_length, offsets=True, split_special=True), prepared.strings[0]
+
+
+def test_special_tokens_of_an_instruction_stay_where_those_of_a_text_are_split(tokenizer):
+    tokens, string = split_tokens(tokenizer, "a </s> b", "<s>Say {text} now</s> end")
+    pieces = [tokenizer.backend.id_to_token(int(i)) for i in tokens.ids]
+    assert pieces[:2] == ["<s>", "<s>"] and pieces.count("</s>") == 1
+    assert joined(pieces[1:]) == string == "<s>Say a </s> b now</s> end"
+    plain, _ = split_tokens(tokenizer, "a </s> b", "Say {text} now")  # nothing special around it: as a whole
+    own = tokenizer.encode(["Say a </s> b now"], 64, split_special=True)
+    assert plain.ids.tolist() == own.ids.tolist()
+    text_pieces = [string[a:b] for a, b in tokens.offsets[~tokens.special]]
+    assert "".join(text_pieces).replace(" ", "") == string.replace(" ", "")
+
+
+def test_rows_that_are_split_stand_in_their_places(tokenizer):
+    texts = ["the cat", "a </s> b", "", "a dog </s>", "x"]
+    spec = replace(SPEC)
+    prepared = prepare(spec, texts, ["<s>Say {text}</s>"] * 5, tokenizer)
+    together = tokenise(tokenizer, prepared, 64, offsets=True, split_special=True)
+    starts = np.cumsum(together.lengths) - together.lengths
+    for row, text in enumerate(texts):
+        alone, _ = split_tokens(tokenizer, text, "<s>Say {text}</s>")
+        own = slice(starts[row], starts[row] + together.lengths[row])
+        np.testing.assert_array_equal(together.ids[own], alone.ids)
+        np.testing.assert_array_equal(together.offsets[own], alone.offsets)
+        np.testing.assert_array_equal(together.special[own], alone.special)
+
+
+@pytest.mark.parametrize("room", range(12, 30))
+def test_a_split_text_is_cut_and_what_follows_it_stays(tokenizer, room):
+    text = "the </s> cat " * 8
+    tokens, _ = split_tokens(tokenizer, text, "<s>Say {text} now</s>", max_length=room)
+    pieces = [tokenizer.backend.id_to_token(int(i)) for i in tokens.ids]
+    assert room - 2 <= len(pieces) <= room and tokens.truncated[0]
+    assert pieces[-1] == "</s>" and pieces.count("</s>") == 1 and joined(pieces).endswith(" now</s>")
+    assert joined(pieces[1:]).removeprefix("<s>Say ").removesuffix(" now</s>").strip() in text
+
+
+@pytest.mark.parametrize("text", ["the cat " * 30, "the </s> cat " * 30])
+def test_an_instruction_that_leaves_no_room_is_refused_with_and_without_an_end(tokenizer, text):
+    for instruction in ("Say it again and again: ", "Say it again and again: {text} end"):
+        with pytest.raises(ValueError, match="the instruction alone has .* nothing is left of the text"):
+            split_tokens(tokenizer, text, instruction, max_length=6)

@@ -126,6 +126,14 @@ def test_truncated_vectors_are_not_normalised_again(normalize, tmp_path):
     assert difference(tmp_path, model, truncate_dim=5, normalize_embeddings=True) < TOLERANCE
 
 
+def test_a_cut_vector_told_not_to_be_normalised_is_the_first_part_of_one_that_is_not(tmp_path):
+    build(tmp_path, modules=[Normalize()], is_causal=False)
+    encoder = Encoder.load(tmp_path / "model", dtype="float32")
+    whole = encoder.embed(list(TEXTS), normalize=False)
+    assert np.abs(np.linalg.norm(whole, axis=1) - 1).max() > 0.01
+    np.testing.assert_array_equal(encoder.embed(list(TEXTS), normalize=False, truncate_dim=5), whole[:, :5])
+
+
 def test_long_texts_are_cut_where_the_library_cuts(tmp_path):
     model = build(tmp_path, eos=True, is_causal=False)
     edit(tmp_path / "model" / "sentence_bert_config.json", max_seq_length=10)
