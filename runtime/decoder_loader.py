@@ -88,13 +88,20 @@ class DecoderLoader:
         merged = torch.empty(sum(rows), *tail, dtype=dtype or self.dtype, device=self.device)
         for name, part in zip(names, merged.split(rows), strict=True):
             if name not in self.unread:
-                raise CheckpointError(f"tensor {name} is missing; the checkpoint is incomplete or of another family")
+                raise CheckpointError(
+                    f"{self.source.place(name)}: tensor {name} is missing; the checkpoint is incomplete (fetch it "
+                    "again), or config.json is another family's"
+                )
             if self.source.shape(name) != tuple(part.shape):
                 raise CheckpointError(
-                    f"tensor {name} has shape {self.source.shape(name)}, config.json asks for {tuple(part.shape)}"
+                    f"{self.source.place(name)}: tensor {name} has shape {self.source.shape(name)}, config.json asks "
+                    f"for {tuple(part.shape)}; they do not belong together"
                 )
             part.copy_(self.source.read(name))
             self.unread.discard(name)
             if part.numel() and not all(torch.isfinite(x) for x in torch.aminmax(part)):
-                raise CheckpointError(f"tensor {name} holds NaN or infinity (as {part.dtype}); the file is damaged")
+                raise CheckpointError(
+                    f"{self.source.place(name)}: tensor {name} holds NaN or infinity (as {part.dtype}); the file is "
+                    "damaged: fetch or train it again"
+                )
         return merged

@@ -100,6 +100,9 @@ class ModuleSource:
     def names(self) -> frozenset[str]:
         return frozenset(self.tensors)
 
+    def place(self, name: str) -> str:
+        return "memory"
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
 

@@ -70,6 +70,10 @@ class GGUFSource:
         """Every tensor this source can give."""
         return frozenset(self._stored)
 
+    def place(self, name: str) -> str:
+        """The file, for messages."""
+        return str(self._file.path)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without reading the data.
 

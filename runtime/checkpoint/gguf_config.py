@@ -325,6 +325,8 @@ def _encoder_facts(facts: _Facts, architecture: Architecture) -> dict[str, Any]:
     if architecture.causal is not None:
         causal = architecture.causal
     pooling = facts.whole("pooling_type", 0, limit=4, lowest=0)
+    if causal is None and pooling in POOLING:
+        causal = True  # an encoder that does not say: llama.cpp runs it so, and leaves the key out when it writes one
     found: dict[str, Any] = {
         "_gguf_causal": causal,
         "_gguf_pooling": POOLING.get(pooling),

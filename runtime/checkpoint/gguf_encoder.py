@@ -25,6 +25,10 @@ class DecoderPart:
         """Every tensor of the decoder."""
         return self.source.names() - self.heads
 
+    def place(self, name: str) -> str:
+        """The file, for messages."""
+        return self.source.place(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without reading the data."""
         return self.source.shape(name)

@@ -91,6 +91,10 @@ class AdapterSource:
         """Shape without reading the data."""
         return self.base.shape(name)
 
+    def place(self, name: str) -> str:
+        """The file of the base, and the adapter's where it has a part in the tensor, for messages."""
+        return self.base.place(name) + (f" with {self.where}" if name in self._updates else "")
+
     def read(self, name: str) -> Tensor:
         """The merged tensor, fp32; one that the adapter leaves alone as the base gives it."""
         update = self._updates.get(name)
@@ -99,12 +103,24 @@ class AdapterSource:
         if update.whole:
             return self.weights.read(update.whole)
         a, b = self.weights.read(update.a).float(), self.weights.read(update.b).float()
-        delta = b @ a
-        merged = self.base.read(name).float() + (delta.T if update.transposed else delta) * update.scale
+        if update.transposed:
+            a, b = b.T, a.T
+        merged = self._own(name).addmm_(b, a, alpha=update.scale)
         if update.magnitude:
             magnitude = self.weights.read(update.magnitude).float()
             merged *= (magnitude / torch.linalg.norm(merged, dim=1))[:, None]
         return merged
+
+    def _own(self, name: str) -> Tensor:
+        """The base's tensor in fp32, in memory that may be written into; a second copy only of what is mapped."""
+        read = self.base.read(name)
+        is_new = read.dtype != torch.float32 or (isinstance(self.base, AdapterSource) and self.base.makes(name))
+        return read.float() if is_new else read.clone()
+
+    def makes(self, name: str) -> bool:
+        """Whether `read` makes a tensor of its own, which nothing else holds."""
+        update = self._updates.get(name)
+        return update is not None and not update.whole
 
     def close(self) -> None:
         """Release every mapped file, the base's too."""

@@ -84,6 +84,12 @@ class SafetensorsSource:
         """Every tensor this source can give."""
         return frozenset(self._where)
 
+    def place(self, name: str) -> str:
+        """The file that a tensor is read from, for messages; the folder of one that is missing."""
+        if name in self._where:
+            return str(self._files[self._where[name][1]])
+        return str(next(iter(self._files.values())).parent)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without reading the data.
 

@@ -24,6 +24,10 @@ class TensorSource(Protocol):
         """Shape without reading the data."""
         ...
 
+    def place(self, name: str) -> str:
+        """The file that a tensor is read from, for messages; where it should be, if it is missing."""
+        ...
+
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU: fp32, bf16 or fp16, possibly a view of a read-only mapped file.
 

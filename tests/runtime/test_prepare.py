@@ -142,5 +142,5 @@ def test_a_split_text_is_cut_and_what_follows_it_stays(tokenizer, room):
 @pytest.mark.parametrize("text", ["the cat " * 30, "the </s> cat " * 30])
 def test_an_instruction_that_leaves_no_room_is_refused_with_and_without_an_end(tokenizer, text):
     for instruction in ("Say it again and again: ", "Say it again and again: {text} end"):
-        with pytest.raises(ValueError, match="the instruction alone has .* nothing is left of the text"):
+        with pytest.raises(ValueError, match=r"the instruction alone has .* nothing is left of the text"):
             split_tokens(tokenizer, text, instruction, max_length=6)
