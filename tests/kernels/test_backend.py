@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import torch
+from tiny_models import tiny_checkpoint
 
 from flashvec.kernels import backend
 
@@ -23,10 +24,32 @@ for _ in range(2):
 print(tuple(out.shape))
 """
 
+EVERY_MODULE = (
+    WITHOUT_TRITON.split("import torch")[0]
+    + """
+import importlib, pathlib, flashvec
+root = pathlib.Path(flashvec.__file__).parent
+for part in ("kernels", "runtime", "training"):
+    for file in sorted((root / part).resolve().rglob("*.py")):
+        inner = file.relative_to((root / part).resolve()).with_suffix("").parts
+        if "ray" not in inner[-1] and inner[-1] != "__init__" and inner != ("mteb_encoder",):
+            importlib.import_module(".".join(["flashvec", part, *inner]))
+vectors = flashvec.Encoder.load(sys.argv[1], dtype="float32").embed(["The cat sleeps.", "Prices rose."])
+print(vectors.shape, (vectors ** 2).sum(1).round(4).tolist())
+"""
+)
+
 
 def test_runs_without_triton_with_one_notice():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(4, 2, 8)"
+    assert done.stderr.count("triton is not installed") == 1
+
+
+def test_every_module_imports_and_an_encoder_embeds_without_triton(tmp_path):
+    tiny_checkpoint(tmp_path, "llama")
+    done = subprocess.run([sys.executable, "-c", EVERY_MODULE, tmp_path], capture_output=True, text=True)
+    assert done.stdout.strip() == "(2, 32) [1.0, 1.0]", done.stderr
     assert done.stderr.count("triton is not installed") == 1
 
 

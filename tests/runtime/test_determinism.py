@@ -27,13 +27,14 @@ VARIANTS = {
     "causal last": {"attention": "causal", "pooling": ("last",)},
     "window": {"window": 20},
     "softcap": {"softcap": 5.0},
+    "biases": {"has_biases": True},
 }
 
 
 NUM_LAYERS = 1 if SOAK else 2
 
 
-def decoder(dtype, window=None, softcap=None, num_layers=NUM_LAYERS):
+def decoder(dtype, window=None, softcap=None, num_layers=NUM_LAYERS, has_biases=False):
     D, F, H, G, K, V = 576, 1536, 9, 3, 64, 1000
     spec = DecoderSpec(
         "llama", V, D, F, num_layers, H, G, K, 8192, 1e-5,
@@ -44,10 +45,14 @@ def decoder(dtype, window=None, softcap=None, num_layers=NUM_LAYERS):
     def draw(*shape):
         return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
 
+    def bias(size):
+        return draw(size, 1)[:, 0] if has_biases else None
+
     ones = torch.ones(D)
+    qkv_rows = (H + 2 * G) * K
     layers = [
-        Layer(ones, draw((H + 2 * G) * K, D), None, None, None, draw(D, H * K), None, None,
-              ones, draw(2 * F, D), None, draw(D, F), None, None)
+        Layer(ones, draw(qkv_rows, D), bias(qkv_rows), None, None, draw(D, H * K), bias(D), None,
+              ones, draw(2 * F, D), bias(2 * F), draw(D, F), bias(D), None)
         for _ in range(num_layers)
     ]  # fmt: skip
     return Decoder(spec, draw(V, D), layers, ones)

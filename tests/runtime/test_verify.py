@@ -3,8 +3,10 @@ import json
 import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
+from typer.testing import CliRunner
 
 from flashvec.runtime import verify
+from flashvec.runtime.cli import app
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.verify import read_texts, report_rows, verify_model
 
@@ -31,7 +33,7 @@ def test_compares_bf16_with_hugging_faces_bf16(folder):
     assert len(table) == 3 and all(len(row) == len(table[0]) for row in table)
 
 
-def test_fails_when_the_forward_is_wrong(folder, monkeypatch):
+def test_fails_when_the_forward_is_wrong(folder, monkeypatch, tmp_path):
     run = Decoder.run
 
     def wrong(self, ids, schedule, plan, causal, **selected):
@@ -41,6 +43,10 @@ def test_fails_when_the_forward_is_wrong(folder, monkeypatch):
     report = verify_model(folder, TEXTS, dtype="float32")
     assert "largest difference" in report["failures"][0]
     assert verify_model(folder, TEXTS, dtype="bfloat16")["failures"]
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(text for text in TEXTS if text.strip()))
+    done = CliRunner().invoke(app, ["verify", str(folder), str(texts), "--dtype", "float32"])
+    assert done.exit_code == 1 and "largest difference" in done.output and "passed" not in done.output
 
 
 def test_counts_what_is_not_finite():
