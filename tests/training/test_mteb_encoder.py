@@ -1,21 +1,16 @@
 import json
+from dataclasses import replace
 
+import mteb.mocks as mocks
 import numpy as np
 import pytest
 import torch
+from mteb.types import PromptType
 from tiny_models import TEXTS, tiny_checkpoint
 
 from flashvec.runtime.encoder import Encoder
 from flashvec.training.data import DataError
-
-mteb = pytest.importorskip("mteb", reason="needs mteb: pip install 'flashvec[mteb]'")
-mocks = pytest.importorskip("mteb.mocks", reason="needs an mteb that has offline tasks (2.26)")
-
-from dataclasses import replace  # noqa: E402
-
-from mteb.types import PromptType  # noqa: E402
-
-from flashvec.training.mteb_encoder import MtebEncoder, evaluate_mteb, find_tasks, read_instructions  # noqa: E402
+from flashvec.training.mteb_encoder import MtebEncoder, evaluate_mteb, find_tasks, read_instructions
 
 TASKS = ("MockSTSTask", "MockRetrievalTask", "MockClassificationTask", "MockPairClassificationTask")
 
