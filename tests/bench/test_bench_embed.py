@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
-from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, peers, report, timing
+from flashvec.bench import bench_embed, bench_fidelity, embed_tables, measure_row_counts, peers, report, timing
 from flashvec.bench.bench_embed import Ceiling, bench_profile
 from flashvec.bench.lengths import PROFILES, Texts
 from flashvec.bench.own_process import ProcessEndedError
@@ -59,7 +59,7 @@ def test_rows_of_a_profile(folder, monkeypatch):
     rows = bench_profile("queries", Texts(None, 3.0), enc, both, ceilings, 2)
     assert [row["variant"] for row in rows] == ["flashvec float32", "hugging face float32"]
     assert all(row["tokens_per_s"] > 0 and row["ceiling_tokens_per_s"] > 0 for row in rows)
-    table = report.embed_table([{**r, "model": "m", "cores": 2, "threads": 2, "cpu": "c", "instructions": "i",
+    table = embed_tables.embed_table([{**r, "model": "m", "cores": 2, "threads": 2, "cpu": "c", "instructions": "i",
                                  "torch": "t", "commit": "x", "date": "d"} for r in rows])  # fmt: skip
     assert table[0].startswith("| tokens/s") and "flashvec float32" in table[2]
 
@@ -111,7 +111,7 @@ def test_each_variant_runs_in_its_own_process_and_those_that_cannot_are_named(fo
     assert "openvino is not installed (make peers)" in out and out.count("onnxruntime is not installed") == 1
     assert "llm2vec is not installed (make peers)" in out
     machine = {"cores": 2, "threads": 2, "cpu": "c", "instructions": "i", "torch": "t", "commit": "x", "date": "d"}
-    lines = report.embed_table([{**row, **machine} for rows in done for row in rows])
+    lines = embed_tables.embed_table([{**row, **machine} for rows in done for row in rows])
     assert lines[-1] == f"Did not run: {name}, queries (ZeroDivisionError: division by zero)."
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from flashvec.bench import bench_embed, rerun
-from flashvec.bench.report import readme_rows
+from flashvec.bench.embed_tables import readme_rows
 from flashvec.bench.rerun import CEILING, Claim, claims_of, lines, outcomes
 
 
