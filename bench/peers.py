@@ -207,7 +207,7 @@ def model_max_length(model: str) -> int:
 
 def is_installed(package: str) -> bool:
     """Whether a peer's package is there: in this environment, the reference's in its own."""
-    return peers_llm2vec.PYTHON.exists() if package == LLM2VEC else importlib.util.find_spec(package) is not None
+    return peers_llm2vec.is_installed() if package == LLM2VEC else importlib.util.find_spec(package) is not None
 
 
 def _pad(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
