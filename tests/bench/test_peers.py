@@ -152,6 +152,23 @@ def test_llama_cpp_gets_texts_by_length_and_looks_both_ways(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peers_as_installed_give_the_models_vectors_in_the_order_of_the_texts(folder, dtype, monkeypatch):
+    ways = {name: way for name, way in peers.ways(str(folder), dtype).items() if name.endswith("as installed")}
+    ours = Encoder.load(folder, dtype="float32").embed(list(TEXTS))
+    for name in ("hugging face float32, as installed", f"sentence-transformers {dtype}, as installed"):
+        peer = ways[name].open()
+        exact = 1e-5 if "float32" in name else 0.05
+        np.testing.assert_allclose(peer.embed(TEXTS), ours, atol=exact)
+        assert (np.abs(peer.embed(TEXTS) - ours).max() > 1e-5) == ("bfloat16" in name)
+    padded = []
+    peer = ways["hugging face float32, as installed"].open()
+    monkeypatch.setattr(peers, "BATCH_SIZE", 2)
+    monkeypatch.setattr(peers, "_pad", lambda rows, pad=peers._pad: padded.extend(map(len, rows)) or pad(rows))
+    peer.embed(TEXTS)
+    assert padded == [len(row) for row in peer._tokenise(TEXTS)]
+
+
 def test_which_peers_a_model_has(folder, tmp_path):
     names = list(peers.ways(str(folder), "float32", tmp_path / "small.Q8_0.gguf"))
     assert names[-3:] == [
@@ -160,6 +177,16 @@ def test_which_peers_a_model_has(folder, tmp_path):
         "llama.cpp, Q8_0 weights",
     ]
     assert not any("llama.cpp" in name for name in peers.ways(str(folder), "float32"))
+    theirs = [name for name in names if "sentence" in name or "hugging" in name]
+    assert [name for name in theirs if "as installed" in name] == [
+        "hugging face float32, as installed",
+        "sentence-transformers float32, as installed",
+    ]
+    assert set(peers.ways(str(folder), "bfloat16")) >= {
+        "hugging face float32, as installed",
+        "sentence-transformers float32, as installed",
+        "sentence-transformers bfloat16, as installed",
+    }
     assert "llama.cpp, Q4_1 weights" in peers.ways("some.Q4_1.gguf", "float32")
 
 
