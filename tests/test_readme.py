@@ -6,7 +6,6 @@ from pathlib import Path
 from tiny_models import tiny_checkpoint
 
 from flashvec.bench import report
-from flashvec.bench.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,7 +45,5 @@ def test_figures_are_those_of_the_rows():
     assert shown == set(report.TABLES)
 
 
-def test_rows_are_complete():
-    for benchmark in report.TABLES:
-        for row in read_rows(benchmark):
-            assert {"commit", "cpu", "torch", "date", "variant"} <= set(row)
+def test_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 150
