@@ -196,10 +196,14 @@ def ways(model: str, dtype: str, gguf: Path | None = None, max_length: int | Non
         "onnx runtime int8, sorted": Way("onnxruntime", lambda: OnnxRuntime(model, length(), int8=True)),
     }
     if (Path(model) / "modules.json").is_file():  # a folder that others open
-        for kind in dict.fromkeys(("float32", dtype)):
-            found[f"sentence-transformers {kind}, as installed"] = Way(
-                "sentence_transformers", lambda kind=kind: SentenceTransformers(model, length(), getattr(torch, kind))
-            )
+
+        def sentence_transformers(kind: str) -> Way:
+            return Way("sentence_transformers", lambda: SentenceTransformers(model, length(), getattr(torch, kind)))
+
+        found |= {
+            f"sentence-transformers {kind}, as installed": sentence_transformers(kind)
+            for kind in dict.fromkeys(("float32", dtype))
+        }
         found["llm2vec float32, as installed"] = Way(LLM2VEC, lambda: Llm2Vec(Path(model), length()))
     file = gguf or (Path(model) if Path(model).suffix == ".gguf" else None)
     if file is not None:
