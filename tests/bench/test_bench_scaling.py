@@ -42,6 +42,7 @@ def test_rows_and_their_plot(small, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x", "--model", str(small), "--shapes", "tiny", "--repetitions", "2"])
     bench_scaling.main()
     assert {row["sweep"] for row in kept} == set(plots.SWEEPS) and len(kept) == 7
+    assert len({row["run"] for row in kept}) == 1
     assert all(row["tokens_per_s"] > 0 and row["ms_per_call"] > 0 and row["repetitions"] == 2 for row in kept)
     assert capsys.readouterr().out.count("tokens/s") == 7
     machine = {"cpu": "c", "instructions": "i", "cores": 2, "threads": 2, "torch": "t", "commit": "a", "date": "d"}
