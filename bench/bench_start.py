@@ -9,6 +9,7 @@ by a script that imports nothing else.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -17,7 +18,8 @@ from typing import Any
 from flashvec.bench.lengths import Texts
 from flashvec.bench.own_process import ProcessEndedError
 from flashvec.bench.peers import is_installed
-from flashvec.bench.timing import append_rows
+from flashvec.bench.rows import NOT_INSTALLED
+from flashvec.bench.timing import append_rows, run_name
 from flashvec.bench.variants import OURS, Subject
 
 PASSAGE_TOKENS = 3000
@@ -41,20 +43,28 @@ def measure_once(name: str, subject: Subject, dtype: str) -> tuple[float, int]:
 
 
 def measure(subject: Subject, dtype: str, repetitions: int) -> list[dict[str, Any]]:
-    """A row for ours and for each peer that is installed."""
-    names = [OURS, *(name for name, peer in subject.peers(dtype).items() if is_installed(peer.package))]
+    """A row for ours and for each peer, one that fails or is not installed among them.
+
+    Raises:
+        ProcessEndedError: ours fails; says why.
+    """
+    peers = subject.peers(dtype)
+    names = [OURS, *peers]
     found: dict[str, list[tuple[float, int]]] = {}
-    failed: dict[str, str] = {}
+    failed = {name: NOT_INSTALLED for name, peer in peers.items() if not is_installed(peer.package)}
+    run = run_name()
     for _ in range(repetitions):
         for name in (n for n in names if n not in failed):
             try:
                 found.setdefault(name, []).append(measure_once(name, subject, dtype))
             except ProcessEndedError as error:
+                if name == OURS:
+                    raise
                 failed[name] = str(error)
     rows: list[dict[str, Any]] = []
     for name in names:
         row: dict[str, Any] = {
-            "benchmark": "start", "model": Path(subject.model).name, "dtype": dtype, "variant": name
+            "benchmark": "start", "model": Path(subject.model).name, "run": run, "dtype": dtype, "variant": name
         }  # fmt: skip
         if name in failed:
             rows.append({**row, "failed": failed[name]})
@@ -74,7 +84,10 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     options = parser.parse_args()
-    rows = measure(Subject(options.model, options.gguf), options.dtype, options.repetitions)
+    try:
+        rows = measure(Subject(options.model, options.gguf), options.dtype, options.repetitions)
+    except ProcessEndedError as error:  # of ours: the model's files, or the dtype
+        sys.exit(f"bench_start: {error}")
     for row in rows:
         shown = row.get("failed") or f"{row['seconds']:7.2f} s to the first vector  {row['peak_mib']:6,} MiB at most"
         print(f"{row['variant']:44} {shown}")

@@ -1,8 +1,11 @@
 """A LoRA training step on the CPU: ours against transformers with PEFT on the same batches, and the bare products.
 
 Both views of each text, rank 16 on every product, a contrastive loss, forward and backward, no optimiser. PEFT runs as
-training scripts do: padded to the longest text, torch's own attention, adapters in fp32. Losses are compared before
-time is taken. The ceiling is the products alone at four FLOPs a weight and token: forward, and each input's gradient.
+training scripts do: padded to the longest text, torch's own attention, adapters in fp32; and in sentence-transformers'
+cached loss, called as its trainer calls it (which itself needs package datasets), forward twice and backward once.
+Losses are compared before time is taken. A step's memory is what it takes at most beyond what stood before it: the
+weights of all sides. The ceiling is the products alone at four FLOPs a weight and token: forward, and each input's
+gradient.
 
     OMP_NUM_THREADS=1 python -m flashvec.bench.bench_train --model smollm2-encoder --keep
 
@@ -10,8 +13,11 @@ With one thread the clock is that thread's processor time, which a busy machine 
 """
 
 import argparse
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from flashvec.bench.embed_worker import forget_peak, peak_mib
 from flashvec.bench.gpu_train import ALPHA, RANK, TEMPERATURE, Peft
 from flashvec.bench.lengths import Texts
 from flashvec.bench.timing import append_rows, interleave, spread
@@ -33,6 +40,7 @@ from flashvec.training.model import LoraTrainable, Model, load_model
 
 TEXTS_PER_STEP = 32  # two views of each
 SAME_LOSS = 1e-3  # relative difference above which two sides do not compute the same thing
+CACHED = "sentence-transformers cached loss + PEFT"
 RATES = {"flashvec": (0.0, 0.0), "flashvec, dropout 0.1 and 0.05": (0.1, 0.05)}
 
 
@@ -55,6 +63,32 @@ class Ours:
         vectors = torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(packs)))]
         queries, documents = (x.contiguous() for x in vectors.chunk(2))
         loss = info_nce(queries, documents, torch.arange(len(queries)), TEMPERATURE).mean()
+        loss.backward()
+        return loss.item()
+
+
+class Cached:
+    """sentence-transformers' `CachedMultipleNegativesRankingLoss` over the same adapters, in its mini-batches of 32."""
+
+    def __init__(self, folder: Path, peft: Peft) -> None:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+        model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        model[0].model = peft.model  # type: ignore[union-attr]
+        self.loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+        self.updates = list(peft.updates.values())
+
+    def step(self, texts: Sequence[np.ndarray]) -> float:
+        half = len(texts) // 2
+        features = []
+        for views in (texts[:half], texts[half:]):
+            ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(text) for text in views], batch_first=True)
+            mask = torch.arange(ids.shape[1]) < torch.tensor([[len(text)] for text in views])
+            features.append({"input_ids": ids, "attention_mask": mask.long()})
+        for x in self.updates:
+            x.grad = None
+        loss = self.loss(features, torch.empty(0))
         loss.backward()
         return loss.item()
 
@@ -95,9 +129,10 @@ def bench(folder: Path, profile: str, repetitions: int) -> list[dict[str, Any]]:
     module = transformers.AutoModel.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation="sdpa"
     )
+    module.config.use_cache = False
     peft = Peft(module)
     model = load(folder, peft)
-    sides: dict[str, Any] = {"transformers + PEFT, sdpa padded": peft}
+    sides: dict[str, Any] = {"transformers + PEFT, sdpa padded": peft, CACHED: Cached(folder, peft)}
     sides |= {name: Ours(model, *rates) for name, rates in RATES.items()}
     texts = Texts(None, 1.4)
     batches = []
@@ -108,10 +143,11 @@ def bench(folder: Path, profile: str, repetitions: int) -> list[dict[str, Any]]:
         batches.append(ids * 2)
     losses = {name: torch.as_tensor(side.step(batches[-1])).item() for name, side in sides.items()}
     first = next(iter(losses.values()))
-    if abs(losses["flashvec"] - first) > SAME_LOSS * abs(first):
+    if any(abs(losses[name] - first) > SAME_LOSS * abs(first) for name in ("flashvec", CACHED)):
         raise SystemExit(f"losses differ: {losses}")
     sides["bare products"] = Products(model)
     sides["bare products"].step(batches[-1])
+    memory = {name: memory_of(partial(side.step, batches[-1])) for name, side in sides.items()}
     runs: dict[str, Callable[[int], Any]] = {name: partial(_step, side, batches) for name, side in sides.items()}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds = interleave(runs, repetitions, clock)
@@ -125,6 +161,7 @@ def bench(folder: Path, profile: str, repetitions: int) -> list[dict[str, Any]]:
             "tokens_per_s": round(rates[name], 1),
             "of_ceiling": round(rates[name] / rates["bare products"], 3),
             "over_peft": round(median(b / a for a, b in zip(found, next(iter(seconds.values())), strict=True)), 3),
+            "step_mib": memory[name],
             "tokens": counts[0],
             "spread": spread(found),
             "clock": clock.__name__,
@@ -132,6 +169,17 @@ def bench(folder: Path, profile: str, repetitions: int) -> list[dict[str, Any]]:
         }
         for name, found in seconds.items()
     ]
+
+
+def memory_of(step: Callable[[], Any]) -> int:
+    """MiB of resident memory that a step takes at most, beyond what is resident before it."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc's: without it, memory that was freed before would not count
+        ctypes.CDLL(None).malloc_trim(0)
+    forget_peak()
+    before = peak_mib()
+    step()
+    return round(peak_mib() - before)
 
 
 def _step(side: Any, batches: Sequence[Any], repetition: int) -> None:
@@ -149,8 +197,8 @@ def main() -> None:
         rows = bench(options.model, profile, options.repetitions)
         for row in rows:
             print(
-                f"{row['profile']:10} {row['variant']:34} {row['tokens_per_s']:8,.0f} tokens/s {row['spread']:>5} "
-                f"{row['of_ceiling']:6.0%} of the products  {row['over_peft']:.2f} x PEFT",
+                f"{row['profile']:10} {row['variant']:40} {row['tokens_per_s']:8,.0f} tokens/s {row['spread']:>5} "
+                f"{row['of_ceiling']:6.0%} of the products  {row['over_peft']:.2f} x PEFT  {row['step_mib']:6,} MiB",
                 flush=True,
             )
         if options.keep:

@@ -34,10 +34,10 @@ def main() -> None:
     embed = (_llm2vec if settings["variant"] == "llm2vec" else _of_this_project)(settings)
     for line in sys.stdin:
         vectors = torch.as_tensor(embed(json.loads(line))).float().contiguous()
-        header = {"shape": list(vectors.shape), "peak_mib": _peak_mib()}
+        header = {"shape": list(vectors.shape), "peak_mib": peak_mib()}
         answers.write(json.dumps(header).encode() + b"\n" + vectors.numpy().tobytes())
         answers.flush()
-        _forget_peak()
+        forget_peak()
 
 
 def _be_modest(memory_gib: float) -> None:
@@ -77,12 +77,13 @@ def _llm2vec(settings: dict[str, Any]) -> Callable[[Sequence[str]], Any]:
     return lambda texts: model.encode(texts, device="cpu", show_progress_bar=False, convert_to_numpy=True)
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
+    """From here on `peak_mib` counts anew, from what is resident now."""
     with suppress(OSError):  # elsewhere, peaks are since the start
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak falls to what is resident now
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
     """The most resident memory, of this program alone (`ru_maxrss` begins with that of whoever started it)."""
     try:
         status = Path("/proc/self/status").read_text()

@@ -26,15 +26,17 @@ BUDGET = 1024  # padded tokens per OpenVINO batch: where it is fastest
 
 
 class HuggingFace:
-    """transformers' own model: sorted by length, padded to the batch, mean pooled in fp32.
+    """transformers' own model: padded to the batch, mean pooled in fp32.
 
     Args:
         model: folder or GGUF file.
         dtype: of weights and products.
         max_length: tokens of a text, the rest is cut; so of every class here.
+        by_length: batches of texts of about the same length; otherwise in the order they come.
     """
 
-    def __init__(self, model: str, dtype: torch.dtype, max_length: int) -> None:
+    def __init__(self, model: str, dtype: torch.dtype, max_length: int, *, by_length: bool = True) -> None:
+        self.by_length = by_length
         checkpoint = open_checkpoint(resolve(model), Overrides(max_length=max_length))
         self.spec = checkpoint.spec
         self.tokenizer = checkpoint.tokenizer
@@ -42,7 +44,7 @@ class HuggingFace:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         ids = self._tokenise(texts)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i])) if self.by_length else list(range(len(ids)))
         batches = [order[at : at + BATCH_SIZE] for at in range(0, len(order), BATCH_SIZE)]
         vectors = np.zeros((len(ids), self.spec.decoder.hidden_size), np.float32)
         for rows in batches:
@@ -152,12 +154,13 @@ class _Pooled(torch.nn.Module):
 
 
 class SentenceTransformers:
-    """sentence-transformers as installed: its defaults, fp32, batches of 32."""
+    """sentence-transformers as installed: its defaults, batches of 32 sorted by length; in a dtype."""
 
-    def __init__(self, folder: str, max_length: int) -> None:
+    def __init__(self, folder: str, max_length: int, dtype: torch.dtype = torch.float32) -> None:
         from sentence_transformers import SentenceTransformer
 
-        self.model = SentenceTransformer(folder, device="cpu", local_files_only=True)
+        own: Any = {"dtype": dtype}
+        self.model = SentenceTransformer(folder, device="cpu", local_files_only=True, model_kwargs=own)
         self.model.max_seq_length = max_length
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -185,13 +188,22 @@ def ways(model: str, dtype: str, gguf: Path | None = None, max_length: int | Non
         f"hugging face {dtype}, sorted": Way(
             "transformers", lambda: HuggingFace(model, getattr(torch, dtype), length())
         ),
+        "hugging face float32, as installed": Way(
+            "transformers", lambda: HuggingFace(model, torch.float32, length(), by_length=False)
+        ),
         f"openvino {dtype}, sorted": Way("openvino", lambda: OpenVINO(model, dtype, length())),
         "onnx runtime float32, sorted": Way("onnxruntime", lambda: OnnxRuntime(model, length())),
         "onnx runtime int8, sorted": Way("onnxruntime", lambda: OnnxRuntime(model, length(), int8=True)),
     }
     if (Path(model) / "modules.json").is_file():  # a folder that others open
-        name = "sentence-transformers float32, as installed"
-        found[name] = Way("sentence_transformers", lambda: SentenceTransformers(model, length()))
+
+        def sentence_transformers(kind: str) -> Way:
+            return Way("sentence_transformers", lambda: SentenceTransformers(model, length(), getattr(torch, kind)))
+
+        found |= {
+            f"sentence-transformers {kind}, as installed": sentence_transformers(kind)
+            for kind in dict.fromkeys(("float32", dtype))
+        }
         found["llm2vec float32, as installed"] = Way(LLM2VEC, lambda: Llm2Vec(Path(model), length()))
     file = gguf or (Path(model) if Path(model).suffix == ".gguf" else None)
     if file is not None:
@@ -207,7 +219,7 @@ def model_max_length(model: str) -> int:
 
 def is_installed(package: str) -> bool:
     """Whether a peer's package is there: in this environment, the reference's in its own."""
-    return peers_llm2vec.PYTHON.exists() if package == LLM2VEC else importlib.util.find_spec(package) is not None
+    return peers_llm2vec.is_installed() if package == LLM2VEC else importlib.util.find_spec(package) is not None
 
 
 def _pad(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

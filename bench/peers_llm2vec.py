@@ -26,6 +26,11 @@ class Llm2Vec(OwnProcess):
         super().__init__([PYTHON, WORKER], settings)
 
 
+def is_installed() -> bool:
+    """Whether the package is in its environment, which may be there without it."""
+    return any(PYTHON.parents[1].glob("lib/python*/site-packages/llm2vec"))
+
+
 def write_for_older(folder: Path, into: Path) -> None:
     """The model as transformers 4.44 reads it: rotary base beside its new place, merges as strings, weights by link."""
     config = json.loads((folder / "config.json").read_text())

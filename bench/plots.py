@@ -8,15 +8,9 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flashvec.bench.report import (
-    GPU_LENGTHS,
-    PROFILE_ORDER,
-    ROOT,
-    comparable,
-    gpu_attention_rows,
-    newest_embed_rows,
-    read_rows,
-)
+from flashvec.bench.embed_tables import column_name, column_of, newest_embed_rows
+from flashvec.bench.report import GPU_LENGTHS, ROOT, gpu_attention_rows
+from flashvec.bench.rows import comparable, read_rows, runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,16 +45,16 @@ def svg_of(draw: Callable[[Any], None], width: float, height: float) -> str:
 
 def embed_plot(figure: Any) -> None:
     """Tokens per second by length profile, a bar a variant; of the machine whose rows are newest."""
-    group = [row for row in newest_embed_rows() if "failed" not in row]
-    newest = {(row["profile"], row["variant"]): row for row in group}
-    variants = list(dict.fromkeys(row["variant"] for row in newest.values()))
-    profiles = [p for p in PROFILE_ORDER if any(profile == p for profile, _ in newest)]
+    group = [row for row in newest_embed_rows(read_rows("embed")) if "failed" not in row]
+    rates = {(column_of(row), row["variant"]): row["tokens_per_s"] for row in group}
+    variants = list(dict.fromkeys(row["variant"] for row in group))
+    columns = sorted({column for column, _ in rates})
     axes: Axes = figure.subplots()
     for place, variant in enumerate(variants):
-        heights = [newest[p, variant]["tokens_per_s"] if (p, variant) in newest else 0 for p in profiles]
-        left = [i + (place - (len(variants) - 1) / 2) * 0.8 / len(variants) for i in range(len(profiles))]
+        heights = [rates.get((column, variant), 0) for column in columns]
+        left = [i + (place - (len(variants) - 1) / 2) * 0.8 / len(variants) for i in range(len(columns))]
         axes.bar(left, heights, 0.8 / len(variants), label=variant)
-    axes.set_xticks(range(len(profiles)), profiles)
+    axes.set_xticks(range(len(columns)), [column_name(column) for column in columns])
     axes.set_ylabel("tokens/s")
     axes.set_title(
         f"{group[-1]['model']}, {group[-1]['cores']} cores of {group[-1]['cpu']} ({group[-1]['instructions']})"
@@ -88,10 +82,9 @@ def gpu_attention_plot(figure: Any) -> None:
 
 def scaling_plot(figure: Any) -> None:
     """Tokens per second over a text's length, texts in a call, tokens run together, and weights; the newest run."""
-    rows = comparable(read_rows("scaling"), "dtype")[-1]
-    newest = {(row["sweep"], row["model"], row["at"]): row for row in rows}.values()
+    rows = newest_scaling_rows(read_rows("scaling"))
     for axes, (sweep, name) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items(), strict=True):
-        own = sorted((row for row in newest if row["sweep"] == sweep), key=lambda row: row["at"])
+        own = sorted((row for row in rows if row["sweep"] == sweep), key=lambda row: row["at"])
         axes.plot([r["at"] for r in own], [r["tokens_per_s"] for r in own], "o-", color=COLOURS["flashvec"])
         axes.set_xscale("log", base=10 if sweep == "model" else 2)
         axes.set_xlabel(name)
@@ -101,6 +94,15 @@ def scaling_plot(figure: Any) -> None:
     figure.suptitle(
         f"{rows[0]['model']}, {last['dtype'].removeprefix('torch.')}, {last['cores']} cores of {last['cpu']}"
     )
+
+
+def newest_scaling_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the run measured last: its own model's rows, and those of the larger shapes beside it."""
+    found = [run for group in comparable(rows, "dtype") for run in runs(group)]
+    newest = max(reversed(found), key=lambda run: max(row["date"] for row in run))
+    model = next(row["model"] for row in reversed(newest) if row["sweep"] == "length")
+    own = [row for row in newest if row["sweep"] == "model" or row["model"] == model]
+    return list({(row["sweep"], row["model"], row["at"]): row for row in own}.values())
 
 
 def roofline_plot(figure: Any) -> None:

@@ -2,131 +2,42 @@
 
     python -m flashvec.bench.report            # rewrite them
     python -m flashvec.bench.report --check    # exit 1 if a page and the rows disagree
-    python -m flashvec.bench.report --rerun --model smollm2-encoder    # measure README's ratios again, on this machine
+    python -m flashvec.bench.report --rerun --model smollm2-encoder --gguf model.gguf    # measure README's ratios here
 
-Tables stand between `<!-- rows: NAME -->` and `<!-- end -->`. Each holds rows of one machine and one torch only: the
-newest row of each variant, measured with the newest torch on that machine.
+Tables stand between `<!-- rows: NAME -->` and `<!-- end -->`. Each holds rows of one machine and one torch only,
+measured with the newest torch on that machine.
 """
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+from flashvec.bench.embed_tables import embed_memory_table, embed_table, newest_embed_table, readme_rows
 from flashvec.bench.rerun import rerun
+from flashvec.bench.rows import Row, comparable, fullest_run, groups, read_rows, where
 from flashvec.bench.timing import RESULTS
 
 ROOT = RESULTS.parents[1]
 MARKED = re.compile(r"(<!-- rows: ([a-z ]+) -->\n).*?(<!-- end -->)", re.S)
-PROFILE_ORDER = ("queries", "sentences", "passages", "pages", "long tail")
-README_PROFILES = PROFILE_ORDER[:3]
-MACHINE = ("cpu", "instructions", "cores", "threads")
-
-Row = dict[str, Any]
-
-
-def read_rows(benchmark: str) -> list[Row]:
-    """All rows of one benchmark, oldest first."""
-    rows = [json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    return [row for row in rows if row["benchmark"] == benchmark]
-
-
-def groups(rows: list[Row], *keys: str) -> list[list[Row]]:
-    """Rows that agree in `keys`, in the order in which each group first appears."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(found.values())
-
-
-def comparable(rows: list[Row], *keys: str) -> list[list[Row]]:
-    """Rows that may share a table: of one machine, agreeing in `keys`, and of the torch last used there."""
-    return [[row for row in group if row["torch"] == group[-1]["torch"]] for group in groups(rows, *MACHINE, *keys)]
-
-
-def where(rows: list[Row]) -> str:
-    """The machine, the torch, the commits and the newest day of rows that share a table."""
-    last = rows[-1]
-    threads = "" if last["threads"] == last["cores"] else f", {last['threads']} threads"
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return (
-        f"{last['cores']} cores of {last['cpu']} ({last['instructions']}{threads}), torch {last['torch']},\n"
-        f"commits {commits}, {max(row['date'] for row in rows)}"
-    )
-
-
-def embed_table(rows: list[Row]) -> list[str]:
-    """Tokens per second by length profile, with the share of the ceiling; a table for each model and machine."""
-    lines: list[str] = []
-    for group in comparable(rows, "model"):
-        newest = {(row["profile"], row["variant"]): row for row in group}
-        timed = {place: row for place, row in newest.items() if "failed" not in row}
-        shown = lambda row: f"{row['tokens_per_s']:,} ({row['share_of_ceiling']:.0%})"  # noqa: E731
-        lines += [*_by_profile("tokens/s (share of ceiling)", timed, shown), ""]
-        repetitions = " or ".join(str(n) for n in sorted({row["repetitions"] for row in timed.values()}))
-        last = (
-            f"{group[-1]['model']} on {where(list(timed.values()))}; medians of {repetitions} interleaved repetitions."
-        )
-        lines += [*last.splitlines(), ""]
-        for (profile, variant), row in newest.items():
-            if "failed" in row:
-                lines += [f"Did not run: {variant}{f', {profile}' if profile else ''} ({row['failed']}).", ""]
-    return lines[:-1]
-
-
-def embed_memory_table(rows: list[Row]) -> list[str]:
-    """Peak memory by length profile, of each model and machine whose newest rows have it."""
-    lines: list[str] = []
-    for group in comparable([row for row in rows if "peak_mib" in row], "model"):
-        newest = {(row["profile"], row["variant"]): row for row in group}
-        lines += [*_by_profile("MiB at most", newest, lambda row: f"{row['peak_mib']:,}"), ""]
-        lines += [*f"{group[-1]['model']} on {where(list(newest.values()))}.".splitlines(), ""]
-    return lines[:-1]
-
-
-def _by_profile(title: str, newest: dict[tuple[str, str], Row], shown: Callable[[Row], str]) -> list[str]:
-    """A row for each variant, a column for each profile with the mean tokens of its texts."""
-    profiles = [p for p in PROFILE_ORDER if any(profile == p for profile, _ in newest)]
-    header = [f"{p} ({next(r['mean_tokens'] for (q, _), r in newest.items() if q == p):.0f})" for p in profiles]
-    lines = [f"| {title} | " + " | ".join(header) + " |", "|---" * (len(profiles) + 1) + "|"]
-    for variant in dict.fromkeys(variant for _, variant in newest):
-        cells = [newest.get((profile, variant)) for profile in profiles]
-        lines.append(f"| {variant} | " + " | ".join(shown(cell) if cell else "" for cell in cells) + " |")
-    return lines
 
 
 def start_table(rows: list[Row]) -> list[str]:
     """Seconds from a new process to the first vector, and peak memory; a table for each model, dtype and machine."""
     lines: list[str] = []
     for group in comparable(rows, "model", "dtype"):
-        newest = {row["variant"]: row for row in group}
-        timed = sorted((row for row in newest.values() if "failed" not in row), key=lambda row: row["seconds"])
+        shown = fullest_run(group)
+        timed = sorted((row for row in shown if "failed" not in row), key=lambda row: row["seconds"])
+        if not timed:
+            continue
         lines += ["| | seconds to the first vector | MiB at most |", "|---|---|---|"]
         lines += [f"| {row['variant']} | {row['seconds']:.1f} | {row['peak_mib']:,} |" for row in timed]
         last = f"{group[-1]['model']} on {where(timed)}; medians of {timed[-1]['repetitions']} interleaved repetitions."
         lines += ["", *last.splitlines(), ""]
-        failed = [row for row in newest.values() if "failed" in row]
+        failed = [row for row in shown if "failed" in row]
         lines += [line for row in failed for line in (f"Did not run: {row['variant']} ({row['failed']}).", "")]
     return lines[:-1]
-
-
-def newest_embed_rows() -> list[Row]:
-    """Of the machine and model measured last, the newest row of each variant and profile; failures among them."""
-    group = max(comparable(read_rows("embed"), "model"), key=lambda rows: max(row["date"] for row in rows))
-    return list({(row["profile"], row["variant"]): row for row in group}.values())
-
-
-def readme_rows() -> list[Row]:
-    """The rows that README's table of speed shows, and that `--rerun` measures again: of texts up to passages."""
-    return [row for row in newest_embed_rows() if row["profile"] in README_PROFILES]
-
-
-def newest_embed_table(rows: list[Row]) -> list[str]:
-    """`embed_table` of what README shows."""
-    return embed_table(readme_rows())
 
 
 def verify_table(rows: list[Row]) -> list[str]:
@@ -273,6 +184,18 @@ def render(text: str) -> str:
     return MARKED.sub(table, text)
 
 
+def _rerun(options: argparse.Namespace) -> NoReturn:
+    """Exits with 0 where README's ratios hold here, with 1 and a line where that cannot be said."""
+    from flashvec.bench.own_process import ProcessEndedError
+    from flashvec.bench.variants import Subject
+
+    subject = Subject(options.model, options.gguf)
+    try:
+        sys.exit(int(not rerun(readme_rows(), subject, options.texts, options.repetitions)))
+    except (ValueError, OSError, ProcessEndedError) as error:  # the model's files, the texts: says what and where
+        sys.exit(f"report: {error}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page and the rows disagree")
@@ -280,13 +203,14 @@ def main() -> None:
         "--rerun", action="store_true", help="measure README's ratios here; exit 1 if one does not hold"
     )
     parser.add_argument("--model", help="of --rerun: model folder or GGUF file")
+    parser.add_argument("--gguf", type=Path, help="of --rerun: the same model's GGUF file, for llama.cpp")
     parser.add_argument("--texts", type=Path, help="of --rerun: file or folder of prose")
     parser.add_argument("--repetitions", type=int, default=3, help="of --rerun")
     options = parser.parse_args()
     if options.rerun:
         if not options.model:
             parser.error("--rerun needs --model: the folder that `flashvec convert` wrote")
-        sys.exit(int(not rerun(readme_rows(), options.model, options.texts, options.repetitions)))
+        _rerun(options)
     stale = False
     for page in pages():
         text = page.read_text(encoding="utf-8")

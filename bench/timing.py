@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -73,6 +74,11 @@ def machine() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def run_name() -> str:
+    """A name for one run, which all its rows carry: only they were measured in turn."""
+    return secrets.token_hex(4)
 
 
 def device_name() -> str:

@@ -45,7 +45,5 @@ def test_figures_are_those_of_the_rows():
     assert shown == set(report.TABLES)
 
 
-def test_rows_are_complete():
-    for benchmark in report.TABLES:
-        for row in report.read_rows(benchmark):
-            assert {"commit", "cpu", "torch", "date", "variant"} <= set(row)
+def test_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 150

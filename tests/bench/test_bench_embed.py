@@ -12,11 +12,13 @@ import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
-from flashvec.bench import bench_embed, bench_fidelity, measure_row_counts, peers, report, timing
-from flashvec.bench.bench_embed import Ceiling, bench_profile
+from flashvec.bench import bench_embed, bench_fidelity, ceiling, embed_tables, measure_row_counts, peers, report, timing
+from flashvec.bench.bench_embed import bench_profile
+from flashvec.bench.ceiling import Ceiling
 from flashvec.bench.lengths import PROFILES, Texts
 from flashvec.bench.own_process import ProcessEndedError
 from flashvec.bench.peers import HuggingFace, SentenceTransformers
+from flashvec.bench.rows import NOT_INSTALLED
 from flashvec.bench.variants import Subject
 from flashvec.runtime.encoder import Encoder
 
@@ -52,14 +54,14 @@ def test_peers_give_the_same_vectors(folder):
 def test_rows_of_a_profile(folder, monkeypatch):
     monkeypatch.setattr(bench_embed, "TOKENS_PER_RUN", 200)
     monkeypatch.setattr(bench_embed, "WARM_UP_TOKENS", 50)
-    monkeypatch.setattr(bench_embed, "CEILING_TOKENS", 4096)
+    monkeypatch.setattr(ceiling, "CEILING_TOKENS", 4096)
     enc = Encoder.load(folder, dtype="float32")
     ceilings = {"float32": Ceiling(enc)}
     both = {"flashvec float32": enc, "hugging face float32": HuggingFace(str(folder), torch.float32, 512)}
     rows = bench_profile("queries", Texts(None, 3.0), enc, both, ceilings, 2)
     assert [row["variant"] for row in rows] == ["flashvec float32", "hugging face float32"]
     assert all(row["tokens_per_s"] > 0 and row["ceiling_tokens_per_s"] > 0 for row in rows)
-    table = report.embed_table([{**r, "model": "m", "cores": 2, "threads": 2, "cpu": "c", "instructions": "i",
+    table = embed_tables.embed_table([{**r, "model": "m", "cores": 2, "threads": 2, "cpu": "c", "instructions": "i",
                                  "torch": "t", "commit": "x", "date": "d"} for r in rows])  # fmt: skip
     assert table[0].startswith("| tokens/s") and "flashvec float32" in table[2]
 
@@ -94,7 +96,7 @@ def test_rows_of_a_profile(folder, monkeypatch):
 def test_each_variant_runs_in_its_own_process_and_those_that_cannot_are_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_embed, "TOKENS_PER_RUN", 200)
     monkeypatch.setattr(bench_embed, "WARM_UP_TOKENS", 50)
-    monkeypatch.setattr(bench_embed, "CEILING_TOKENS", 4096)
+    monkeypatch.setattr(ceiling, "CEILING_TOKENS", 4096)
     (tmp_path / "sentence_transformers.py").write_text("1 / 0")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(
@@ -104,15 +106,73 @@ def test_each_variant_runs_in_its_own_process_and_those_that_cannot_are_named(fo
     rows = {row["variant"]: row for row in done[0]}
     name = "sentence-transformers float32, as installed"
     assert rows[name]["failed"] == "ZeroDivisionError: division by zero"
-    others = [row for row in done[0] if row["variant"] != name]
+    others = [row for row in done[0] if "failed" not in row]
     assert others[0]["variant"].startswith("flashvec") and others[-1]["variant"].startswith("hugging face")
     assert all(row["tokens_per_s"] > 0 and 50 < row["peak_mib"] < 8000 for row in others)
     out = capsys.readouterr().out
-    assert "openvino is not installed (make peers)" in out and out.count("onnxruntime is not installed") == 1
-    assert "llm2vec is not installed (make peers)" in out
+    missing = [name for name, row in rows.items() if row.get("failed") == NOT_INSTALLED]
+    assert [name.split()[0] for name in missing] == ["openvino", "onnx", "onnx", "llm2vec"]
+    assert all(f"{name}: {NOT_INSTALLED}" in out for name in missing)
+    assert {row["max_length"] for row in done[0]} == {512} and len({row["run"] for row in done[0]}) == 1
     machine = {"cores": 2, "threads": 2, "cpu": "c", "instructions": "i", "torch": "t", "commit": "x", "date": "d"}
-    lines = report.embed_table([{**row, **machine} for rows in done for row in rows])
-    assert lines[-1] == f"Did not run: {name}, queries (ZeroDivisionError: division by zero)."
+    lines = embed_tables.embed_table([{**row, **machine} for rows in done for row in rows])
+    assert f"Did not run: {name}, queries (ZeroDivisionError: division by zero)." in lines
+    assert lines[-1] == f"Did not run: {missing[-1]}, queries ({NOT_INSTALLED})."
+
+
+class Fixed:
+    """Answers with these vectors."""
+
+    def __init__(self, vectors):
+        self.vectors = vectors
+
+    def embed(self, texts):
+        return self.vectors
+
+
+def compared(vectors, truth, name="peer"):
+    timed = bench_embed._Timed(name, Fixed(vectors), [])
+    timed.compare([], truth, "flashvec")
+    return timed
+
+
+def test_vectors_that_are_not_the_models_are_refused():
+    truth = np.eye(8, dtype=np.float32)
+    assert not compared(truth, truth).failed
+    one = truth.copy()
+    one[3] = np.nan
+    assert compared(one, truth).failed == "median cosine nan to flashvec: not the same model"
+    assert compared(truth[:7], truth).failed == "vectors of shape (7, 8), flashvec's are (8, 8)"
+    assert compared(truth[:, :4], truth).failed.startswith("vectors of shape (8, 4)")
+    alike = np.ones((8, 8), np.float32) + 0.5 * truth  # every text's cosines to the others are high, too
+    alike /= np.linalg.norm(alike, axis=1, keepdims=True)
+    mean = np.full((8, 8), 8**-0.5, np.float32)
+    found = compared(mean, alike)
+    assert found.agreement["median_cosine"] > 0.9 and "12% of its vectors lie nearest" in found.failed
+    swapped = truth[[1, 0, 2, 3, 4, 5, 6, 7]]  # two of eight texts have each other's vectors
+    assert not compared(swapped, truth).failed
+    assert compared(swapped, truth).agreement == {"median_cosine": 1.0, "least_cosine": 0.0, "own_nearest": 0.75}
+    assert "62% of its vectors" in compared(truth[[1, 2, 0, 3, 4, 5, 6, 7]], truth).failed
+    with pytest.raises(ValueError, match="flashvec float32: median cosine nan"):
+        compared(one, truth, "flashvec float32")
+
+
+def test_quick_is_of_few_peers_and_half_the_tokens_and_says_how_long_it_took(folder, monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(bench_embed, "run", lambda subject, texts, profiles, repetitions, **settings: asked.update(
+        settings, profiles=profiles, repetitions=repetitions) or [])  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["x", "--model", str(folder), "--quick", "--dry"])
+    bench_embed.main()
+    assert re.search(r"took 0\.\d minutes", capsys.readouterr().out)
+    assert (asked["profiles"], asked["repetitions"], asked["share"]) == (["passages"], 3, 0.5)
+    names = peers.ways(str(folder), "float32", Path("x.Q4_1.gguf"))
+    left_out = {name for name in names if not re.search(asked["only"], name)}
+    assert {"onnx runtime int8, sorted", "llama.cpp, Q4_1 weights"} <= left_out and len(names) - len(left_out) == 5
+    drawn = []
+    monkeypatch.setattr(Texts, "draw", lambda self, profile, tokens, seed: drawn.append((tokens, seed)) or ["a text"])
+    enc = Encoder.load(folder, dtype="float32")
+    bench_profile("queries", Texts(None, 1.0), enc, {"flashvec float32": enc}, {"float32": Ceiling(enc)}, 1, 0.5)
+    assert drawn == [(bench_embed.TOKENS_PER_RUN // 2, 0), (bench_embed.WARM_UP_TOKENS // 2, -1)]
 
 
 def test_onnx_runtime_gives_the_same_vectors(folder):

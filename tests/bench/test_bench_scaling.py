@@ -42,9 +42,10 @@ def test_rows_and_their_plot(small, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x", "--model", str(small), "--shapes", "tiny", "--repetitions", "2"])
     bench_scaling.main()
     assert {row["sweep"] for row in kept} == set(plots.SWEEPS) and len(kept) == 7
+    assert len({row["run"] for row in kept}) == 1
     assert all(row["tokens_per_s"] > 0 and row["ms_per_call"] > 0 and row["repetitions"] == 2 for row in kept)
     assert capsys.readouterr().out.count("tokens/s") == 7
-    machine = {"cpu": "c", "instructions": "i", "cores": 2, "threads": 2, "torch": "t"}
+    machine = {"cpu": "c", "instructions": "i", "cores": 2, "threads": 2, "torch": "t", "commit": "a", "date": "d"}
     monkeypatch.setattr(plots, "read_rows", lambda benchmark: [{**row, **machine} for row in kept])
     drawn = plots.svg_of(plots.scaling_plot, 10, 2.8)
     assert all(name in drawn for name in plots.SWEEPS.values())
@@ -54,3 +55,16 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "--model", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match=r"bench_scaling: .*none: no such file or folder"):
         bench_scaling.main()
+
+
+def test_the_plot_is_of_one_run_and_one_model():
+    machine = {"cpu": "c", "instructions": "i", "cores": 2, "threads": 2, "torch": "t", "dtype": "d", "date": "1"}
+    sweeps = [("length", "m", 1), ("length", "m", 2), ("model", "m", 100), ("model", "larger", 300)]
+    first = [{**machine, "sweep": s, "model": m, "at": at, "commit": "a"} for s, m, at in sweeps]
+    other = [{**row, "model": row["model"].replace("m", "n")} for row in first]
+    for changes in ({"run": "5"}, {"commit": "b"}):  # another model's run, fewer points of it, and the same day
+        later = [{**row, **changes} for row in other[:3]]
+        assert plots.newest_scaling_rows([*first, *later]) == later
+        assert plots.newest_scaling_rows([*[{**row, "date": "2"} for row in first], *later])[0]["model"] == "m"
+    lengths = [row for row in plots.newest_scaling_rows([*first, *other]) if row["sweep"] == "length"]
+    assert lengths == other[:2]

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from tiny_models import TEXTS, tiny_checkpoint
 
 from flashvec.bench import bench_start, embed_worker, own_process, peers, peers_llama_cpp, peers_llm2vec
 from flashvec.bench.own_process import ProcessEndedError
+from flashvec.bench.rows import NOT_INSTALLED
 from flashvec.bench.variants import OURS, Subject
 from flashvec.runtime.checkpoint.export import convert
 from flashvec.runtime.encoder import Encoder
 
+ROOT = Path(__file__).parents[2]
 REFERENCE = """
 import json, pathlib
 import torch
@@ -149,6 +152,23 @@ def test_llama_cpp_gets_texts_by_length_and_looks_both_ways(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peers_as_installed_give_the_models_vectors_in_the_order_of_the_texts(folder, dtype, monkeypatch):
+    ways = {name: way for name, way in peers.ways(str(folder), dtype).items() if name.endswith("as installed")}
+    ours = Encoder.load(folder, dtype="float32").embed(list(TEXTS))
+    for name in ("hugging face float32, as installed", f"sentence-transformers {dtype}, as installed"):
+        peer = ways[name].open()
+        exact = 1e-5 if "float32" in name else 0.05
+        np.testing.assert_allclose(peer.embed(TEXTS), ours, atol=exact)
+        assert (np.abs(peer.embed(TEXTS) - ours).max() > 1e-5) == ("bfloat16" in name)
+    padded = []
+    peer = ways["hugging face float32, as installed"].open()
+    monkeypatch.setattr(peers, "BATCH_SIZE", 2)
+    monkeypatch.setattr(peers, "_pad", lambda rows, pad=peers._pad: padded.extend(map(len, rows)) or pad(rows))
+    peer.embed(TEXTS)
+    assert padded == [len(row) for row in peer._tokenise(TEXTS)]
+
+
 def test_which_peers_a_model_has(folder, tmp_path):
     names = list(peers.ways(str(folder), "float32", tmp_path / "small.Q8_0.gguf"))
     assert names[-3:] == [
@@ -157,6 +177,16 @@ def test_which_peers_a_model_has(folder, tmp_path):
         "llama.cpp, Q8_0 weights",
     ]
     assert not any("llama.cpp" in name for name in peers.ways(str(folder), "float32"))
+    theirs = [name for name in names if "sentence" in name or "hugging" in name]
+    assert [name for name in theirs if "as installed" in name] == [
+        "hugging face float32, as installed",
+        "sentence-transformers float32, as installed",
+    ]
+    assert set(peers.ways(str(folder), "bfloat16")) >= {
+        "hugging face float32, as installed",
+        "sentence-transformers float32, as installed",
+        "sentence-transformers bfloat16, as installed",
+    }
     assert "llama.cpp, Q4_1 weights" in peers.ways("some.Q4_1.gguf", "float32")
 
 
@@ -174,6 +204,33 @@ def test_rows_of_starting(folder, monkeypatch):
         return 2.0, 100
 
     monkeypatch.setattr(bench_start, "measure_once", once)
+    monkeypatch.setattr(bench_start, "is_installed", lambda package: package != "openvino")
     rows = {row["variant"]: row for row in bench_start.measure(Subject(str(folder)), "float32", 2)}
     assert rows["flashvec"]["seconds"] == 2.0 and rows["flashvec"]["peak_mib"] == 100
     assert rows["sentence-transformers float32, as installed"]["failed"] == "it broke"
+    assert rows["openvino float32, sorted"]["failed"] == NOT_INSTALLED
+    assert len({row["run"] for row in rows.values()}) == 1
+
+
+def test_a_start_of_ours_that_fails_is_one_line(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(bench_start, "append_rows", kept.extend)
+    monkeypatch.setattr("sys.argv", ["x", "--model", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"bench_start: .*none: no such file or folder"):
+        bench_start.main()
+    assert not kept
+
+
+def test_an_environment_without_the_reference_has_none(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    monkeypatch.setattr(peers_llm2vec, "PYTHON", tmp_path / "bin" / "python")
+    assert not peers.is_installed(peers.LLM2VEC)
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "llm2vec").mkdir(parents=True)
+    assert peers.is_installed(peers.LLM2VEC)
+
+
+def test_what_does_not_install_leaves_the_other_peers():
+    recipe = (ROOT / "Makefile").read_text().split("\npeers:")[1].split("\n\n")[0].splitlines()[1:]
+    installs = [line for line in recipe if " install " in line]
+    assert len(installs) >= 4 and all(line.startswith("\t-") for line in installs)

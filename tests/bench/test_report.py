@@ -1,8 +1,9 @@
-"""README's tables: made from rows of one machine each, the newest of every variant."""
+"""README's tables: made from rows of one machine each, those of one column from one run."""
 
 import pytest
 
-from flashvec.bench import plots, report
+from flashvec.bench import embed_tables, plots, report
+from flashvec.bench.rows import NOT_INSTALLED, fullest_run
 
 
 def embed_row(**changes):
@@ -27,7 +28,7 @@ def tables(lines):
 
 def test_the_newest_row_of_a_variant_counts():
     rows = [embed_row(tokens_per_s=1), embed_row(tokens_per_s=2, commit="bbb"), embed_row(profile="pages")]
-    lines = report.embed_table(rows)
+    lines = embed_tables.embed_table(rows)
     assert "| ours | 2 (50%) | 1,000 (50%) |" in lines
     assert lines[-1].startswith("commits bbb, aaa, 2026-01-01")
 
@@ -39,13 +40,13 @@ def test_machines_and_models_never_share_a_table(change):
     """A newer row from elsewhere neither replaces a number nor fills a gap."""
     rows = [embed_row(), embed_row(variant="peer", tokens_per_s=77)]
     other = embed_row(tokens_per_s=9999, date="2026-02-02", **change)
-    first, second = tables(report.embed_table([*rows, other]))
+    first, second = tables(embed_tables.embed_table([*rows, other]))
     assert "9,999" not in first and "| ours | 1,000" in first and "| peer | 77" in first
     assert "9,999" in second and "peer" not in second
-    text = "\n".join(report.embed_table([*rows, other]))
+    text = "\n".join(embed_tables.embed_table([*rows, other]))
     assert [line[-10:] for line in text.split("; medians")[:-1]] == ["2026-01-01", "2026-02-02"]
     # rows of the two in turn, as two machines' files read one after the other never are
-    assert tables(report.embed_table([rows[0], other, rows[1]])) == [first, second]
+    assert tables(embed_tables.embed_table([rows[0], other, rows[1]])) == [first, second]
 
 
 @pytest.mark.parametrize("change", [{"cpu": "New"}, {"instructions": "avx2"}, {"cores": 8}])
@@ -56,7 +57,7 @@ def test_fidelity_of_two_machines_stands_apart(change):
     assert sum(line.startswith("On 2 cores of") or line.startswith("On 8 cores of") for line in lines) == 2
 
 
-@pytest.mark.parametrize(("make", "row"), [(report.embed_table, embed_row), (report.verify_table, verify_row)])
+@pytest.mark.parametrize(("make", "row"), [(embed_tables.embed_table, embed_row), (report.verify_table, verify_row)])
 def test_a_new_torch_starts_the_machines_table_anew(make, row):
     """Numbers of two versions are not compared; those of the last one used on that machine stay."""
     lines = make([row(variant="left behind"), row(), row(torch="2.14", variant="new"), row(cpu="Other")])
@@ -69,14 +70,71 @@ def test_a_new_torch_starts_the_machines_table_anew(make, row):
 def test_a_failure_stands_until_the_variant_runs_again_there():
     failed = embed_row(variant="peer", failed="more than 5 s", profile="pages")
     rows = [embed_row(variant="peer", profile="pages"), embed_row(variant="peer"), failed]
-    lines = report.embed_table(rows)
+    lines = embed_tables.embed_table(rows)
     assert "| peer | 1,000 (50%) |" in lines and lines[-1] == "Did not run: peer, pages (more than 5 s)."
-    lines = report.embed_table([*rows, embed_row(variant="peer", profile="pages", tokens_per_s=3)])
+    lines = embed_tables.embed_table([*rows, embed_row(variant="peer", profile="pages", tokens_per_s=3)])
     assert "| peer | 1,000 (50%) | 3 (50%) |" in lines and "Did not run" not in "\n".join(lines)
 
 
+def test_texts_cut_elsewhere_are_another_column():
+    """Ours on texts of up to 8,192 tokens does not stand beside peers that were given 512 of them."""
+    rows = [embed_row(profile="long tail", mean_tokens=97.0, variant=name) for name in ("ours", "peer")]
+    alone = embed_row(
+        profile="long tail", mean_tokens=205.0, tokens_per_s=77, max_length=8192, commit="bbb", peak_mib=9
+    )
+    lines = embed_tables.embed_table([*rows, alone])
+    assert lines[0] == "| tokens/s (share of ceiling) | long tail (97) | long tail to 8,192 (205) |"
+    assert "| ours | 1,000 (50%) | 77 (50%) |" in lines and "| peer | 1,000 (50%) |  |" in lines
+    same = embed_row(profile="long tail", mean_tokens=97.0, max_length=512, tokens_per_s=5, commit="bbb")
+    assert len(tables(embed_tables.embed_table([*rows, same]))[0].splitlines()[0].split("|")) == 4
+    assert embed_tables.embed_memory_table([*rows, alone])[0] == "| MiB at most | long tail to 8,192 (205) |"
+    failed = embed_row(profile="long tail", max_length=8192, commit="bbb", variant="peer", failed="no memory")
+    assert embed_tables.embed_table([*rows, alone, failed])[-1] == "Did not run: peer, long tail to 8,192 (no memory)."
+
+
+@pytest.mark.parametrize("run", [{"commit": "bbb"}, {"date": "2026-02-02"}, {"run": "5"}])
+def test_a_column_is_of_one_run(run):
+    """What did not take turns does not stand side by side: of the runs that tried most, the last counts."""
+    first = [embed_row(variant=name) for name in ("ours", "peer", "another")]
+    alone, few = (
+        [embed_row(variant=name, tokens_per_s=7, **run) for name in names] for names in (["ours"], ["ours", "peer"])
+    )
+    for later in (alone, few):
+        assert embed_tables.embed_table([*first, *later]) == embed_tables.embed_table(first)
+    again = [embed_row(variant=name, tokens_per_s=8, **run) for name in ("ours", "peer", "another")]
+    lines = embed_tables.embed_table([*first, *again])
+    assert sum("| 8 (50%) |" in line for line in lines) == 3 and "1,000" not in "\n".join(lines)
+    crashed = [*again[:2], embed_row(variant="another", failed="it broke", **run)]
+    lines = embed_tables.embed_table([*first, *crashed])
+    assert "| ours | 8 (50%) |" in lines and lines[-1] == "Did not run: another, queries (it broke)."
+
+
+def test_what_is_not_installed_hides_no_earlier_number():
+    rows = [embed_row(variant="ours"), embed_row(variant="peer")]
+    missing = embed_row(variant="peer", run="5", failed=NOT_INSTALLED)
+    later = [embed_row(run="5", tokens_per_s=7), missing]
+    assert embed_tables.embed_table([*rows, *later]) == embed_tables.embed_table(rows)
+    lines = embed_tables.embed_table([*later, {**later[0], "profile": "pages"}, {**missing, "profile": "pages"}])
+    assert lines[-1] == f"Did not run: peer, queries, pages ({NOT_INSTALLED})."
+
+
+def test_readme_shows_usual_cuts_of_the_machine_measured_last(monkeypatch):
+    rows = [embed_row(profile="passages"), embed_row(profile="passages", max_length=8192, date="2026-03-03")]
+    newer = embed_row(cpu="New", date="2026-02-02")
+    monkeypatch.setattr(embed_tables, "read_rows", lambda benchmark: [*rows, newer, embed_row(profile="pages")])
+    assert embed_tables.readme_rows() == [newer]
+
+
+def test_a_group_in_which_nothing_ran_has_no_table():
+    failed = embed_row(model="typo", dtype="float32", variant="ours", failed="no such file")
+    ran = embed_row(dtype="float32", variant="ours", seconds=2.0, peak_mib=1)
+    for rows in ([failed], [failed, ran], [ran, failed]):
+        for table in (report.start_table, embed_tables.embed_table, embed_tables.embed_memory_table):
+            assert "typo" not in "\n".join(table(rows)) and len(tables(table(rows))) == len(rows) - 1
+
+
 def test_peak_memory_of_rows_that_have_it():
-    lines = report.embed_memory_table([embed_row(), embed_row(peak_mib=2345), embed_row(variant="b", peak_mib=1)])
+    lines = embed_tables.embed_memory_table([embed_row(), embed_row(peak_mib=2345), embed_row(variant="b", peak_mib=1)])
     assert "| ours | 2,345 |" in lines and "| b | 1 |" in lines and lines[-2].startswith("m on 2 cores")
 
 
@@ -85,6 +143,8 @@ def test_starting_is_shown_quickest_first():
     lines = report.start_table([*rows, embed_row(dtype="float32", variant="c", failed="it broke")])
     assert lines[2:4] == ["| b | 2.0 | 1,200 |", "| a | 9.0 | 1,200 |"]
     assert lines[-1] == "Did not run: c (it broke)." and any("medians of 5" in line for line in lines)
+    alone = embed_row(dtype="float32", variant="a", seconds=1.0, peak_mib=1, commit="bbb")
+    assert fullest_run([*rows, alone]) == rows
 
 
 def test_an_unmarked_readme_stays_as_it_is():

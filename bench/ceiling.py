@@ -1,0 +1,57 @@
+"""What the matrix library gives for the bare products of a model's layers: the rate that nothing can exceed.
+
+The best of 1,024, 2,048 and 4,096 rows, on all threads or on single-threaded workers.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+from flashvec.runtime.encoder import Encoder
+
+CEILING_ROWS = (1024, 2048, 4096)
+CEILING_TOKENS = 16_384  # tokens' worth of one layer's products in a measurement
+
+
+class Ceiling:
+    """The bare matrix products of a decoder's layers."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        layer = encoder.decoder.layers[0]
+        self.weights = [layer.qkv, layer.out, layer.gate_up, layer.down]
+        self.num_layers = len(encoder.decoder.layers)
+        self.forms: dict[str, Callable[[int], None]] = {}
+        for rows in CEILING_ROWS:
+            inputs = [torch.randn(rows, w.shape[1]).to(w.dtype) for w in self.weights]
+            self.forms[f"{rows} rows, all threads"] = partial(self._layers, inputs)
+            self.forms[f"{rows} rows, a worker a core"] = partial(self._workers, inputs)
+
+    def _layers(self, inputs: Sequence[torch.Tensor], repetition: int) -> None:
+        for _ in range(CEILING_TOKENS // len(inputs[0])):
+            for x, weight in zip(inputs, self.weights, strict=True):
+                F.linear(x, weight)
+
+    def _workers(self, inputs: Sequence[torch.Tensor], repetition: int) -> None:
+        threads = torch.get_num_threads()
+
+        def work() -> None:
+            torch.set_num_threads(1)
+            for _ in range(CEILING_TOKENS // len(inputs[0]) // threads):
+                for x, weight in zip(inputs, self.weights, strict=True):
+                    F.linear(x, weight)
+
+        running = [threading.Thread(target=work) for _ in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        torch.set_num_threads(threads)
+
+    def tokens_per_second(self, seconds: dict[str, list[float]]) -> tuple[float, str]:
+        """The best form's rate for the whole model, and its name."""
+        best = min(self.forms, key=lambda form: median(seconds[form]))
+        return CEILING_TOKENS / median(seconds[best]) / self.num_layers, best
