@@ -1,6 +1,7 @@
 # make demo   a real decoder as a text encoder: download, convert, embed, search (CPU, no account, about 3 minutes)
 # make test   the environment and all tests, one process a core; those of kernels run in Triton's interpreter
 # make docs   the documentation as a site, in site/
+# make bench  how fast that is here, beside what is installed (under 5 minutes)
 # make peers  what the benchmarks compare with, in an environment of its own: peers/bin/python -m flashvec.bench.bench_embed
 # Both create .venv from constraints.txt and reuse it. PYTHON=... picks another interpreter (3.11 or later).
 
@@ -45,8 +46,8 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
-bench: $(VENV)/.dev
-	$(VENV)/bin/python -m flashvec.bench.bench_embed
+bench: demo $(VENV)/.dev
+	$(VENV)/bin/python -m flashvec.bench.bench_embed --model demo-cache/smollm2-135m --quick --dry
 
 # Their packages stand before those of .venv, which they do not touch. What does not install is left out: a row says so.
 # llama.cpp is compiled, which takes minutes and a C++ compiler. The reference implementation needs older packages.
