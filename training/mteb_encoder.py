@@ -23,13 +23,14 @@ from flashvec.training.data import DataError
 try:
     import mteb
     from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
-    from mteb.models.model_meta import ModelMeta
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
     from mteb.types import PromptType
 except ImportError:
     raise ImportError("evaluation on mteb's tasks needs mteb: pip install 'flashvec[mteb]'") from None
 
 MAX_FILE_BYTES = 1 << 26
-MEASURES = ("cosine", "dot")  # that mteb has names for; it asks the encoder in any case
+# What mteb has names for; it asks the encoder in any case.
+MEASURES = {"cosine": ScoringFunction.COSINE, "dot": ScoringFunction.DOT_PRODUCT}
 BLOCK_ROWS = 256
 
 
@@ -118,7 +119,7 @@ def model_meta(encoder: Encoder, name: str, has_instructions: bool = False) -> M
         public_training_code=None,
         public_training_data=None,
         framework=["PyTorch"],
-        similarity_fn_name=spec.similarity if spec.similarity in MEASURES else None,
+        similarity_fn_name=MEASURES.get(spec.similarity),
         use_instructions=has_instructions or bool(spec.prompts) or spec.layout == "llm2vec",
         training_datasets=None,
     )
@@ -165,4 +166,5 @@ def evaluate_mteb(model: MtebEncoder, tasks: Sequence[Any], *, show_progress: bo
     Returns:
         mteb's `ModelResult`: one entry for each task, with `task_name` and `get_score()` from 0 to 1.
     """
-    return mteb.evaluate(model, tasks, cache=None, co2_tracker=False, show_progress_bar=show_progress)
+    runs: Any = model  # its kinds of encoders are told apart by methods; this one's are not spelled as theirs
+    return mteb.evaluate(runs, tasks, cache=None, co2_tracker=False, show_progress_bar=show_progress)
