@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from flashvec.runtime.checkpoint.chain import model_name
 from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE
 from flashvec.runtime.checkpoint.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.tokenize import Tokenizer
+from flashvec.training.files import whole
 from flashvec.training.lora import Lora
 
 POOLING_NAMES = {"mean": "mean", "weighted_mean": "weighted_mean", "last": "last_token", "cls": "bos_token"}
@@ -33,6 +35,9 @@ def write_adapter(
         base_name: the base's id or path, for whoever loads the adapter alone.
         wrapped: which of Hugging Face's classes PEFT will put it on: its keys carry one more `model.` for the class
             with a language-model head. `Encoder.load` takes both.
+
+    Raises:
+        OSError: the disk is full or not writable; names the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -40,7 +45,8 @@ def write_adapter(
     for name, a_RC, b_nR in lora.matrices():
         for letter, x in (("A", a_RC), ("B", b_nR)):
             tensors[f"{PREFIXES[wrapped]}{name}.lora_{letter}.weight"] = x.to("cpu", dtype).contiguous().clone()
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    with whole(folder / WEIGHTS_FILE) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -59,13 +65,34 @@ def write_adapter(
     _write_json(folder / CONFIG_FILE, config)
 
 
-def read_adapter(folder: Path, lora: Lora) -> None:
+def base_part(stated: Any, folder: Path) -> str:
+    """The last part of a base's hub id or path, which both have in common; empty where an adapter names none.
+
+    Args:
+        stated: base_model_name_or_path.
+        folder: the adapter's, from which a path such as ../base is seen.
+    """
+    if not isinstance(stated, str) or not stated:
+        return ""
+    return model_name(folder / stated if stated.startswith(".") else Path(stated)).rpartition("/")[2]
+
+
+def read_adapter(folder: Path, lora: Lora, base: str = "") -> None:
     """Fill `lora` from an adapter folder, either key prefix.
 
+    Args:
+        base: `base_part` of what it shall go on over; empty accepts any.
+
     Raises:
-        CheckpointError: another rank, scaling or set of targets, a tensor that is missing or fits nowhere.
+        CheckpointError: another base, rank, scaling or set of targets, a tensor that is missing or fits nowhere.
     """
     config = read_adapter_config(folder)
+    stated = config.get("base_model_name_or_path")
+    if base and base_part(stated, folder) not in ("", base):
+        raise CheckpointError(
+            f"{folder.name}/{CONFIG_FILE}: base_model_name_or_path is {stated!r}, the run's base is {base!r}; if both "
+            "are one model, set base_name to the former"
+        )
     for key, mine in (("r", lora.config.r), ("lora_alpha", lora.config.alpha), ("use_rslora", lora.config.rslora)):
         if (config.get(key) or 0) != mine:
             ours = "lora." + key.removeprefix("lora_").removeprefix("use_")

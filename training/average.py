@@ -22,8 +22,9 @@ from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE
 from flashvec.runtime.checkpoint.peft import CONFIG_FILE, LORA_KEY, WEIGHTS_FILE, read_adapter_config
 from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
 from flashvec.runtime.checkpoint.source import CheckpointError
-from flashvec.training.adapter import PREFIXES
-from flashvec.training.loop import SEEN_FILE
+from flashvec.training.adapter import PREFIXES, base_part
+from flashvec.training.files import whole
+from flashvec.training.origin import SEEN_FILE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SURROUNDINGS = ("config.json", SETTINGS_FILE, *TOKENIZER_FILES)  # what lets a folder be opened by itself
@@ -44,6 +45,7 @@ def average_adapters(folders: Sequence[Path], output: Path, rank: int | None = N
 
     Raises:
         CheckpointError: adapters that do not fit together, one that is no plain LoRA, an output that is there.
+        OSError: the disk is full or not writable; names the output, which is then not there.
     """
     if len(folders) < 2:
         raise CheckpointError(f"a mean is of two adapters or more; named: {len(folders)}")
@@ -51,6 +53,10 @@ def average_adapters(folders: Sequence[Path], output: Path, rank: int | None = N
         raise CheckpointError(f"{output}: is there already; name a new folder")
     config = _plain_config(folders[0])
     rank = rank or int(config.get("r", 8))
+    stated = {folder: _plain_config(folder).get("base_model_name_or_path") for folder in folders}
+    if len({base_part(base, folder) for folder, base in stated.items()} - {""}) > 1:
+        named = ", ".join(f"{folder.name} of {base}" for folder, base in stated.items())
+        raise CheckpointError(f"the adapters are of different bases ({named}), and only updates of one have a mean")
     updates = [dict(_updates(folder)) for folder in folders]
     for folder, found in zip(folders, updates, strict=True):
         if odd := sorted(found.keys() ^ updates[0].keys()):
@@ -66,7 +72,8 @@ def average_adapters(folders: Sequence[Path], output: Path, rank: int | None = N
         left_out = max(left_out, lost)
         for letter, x in (("A", a), ("B", b / len(folders))):
             tensors[f"{PREFIXES['headless']}{name}.lora_{letter}.weight"] = x.to(torch.bfloat16).contiguous()
-    _write(folders, output, tensors, config | {"r": rank, "lora_alpha": rank, "use_rslora": False})
+    with whole(output) as partial:
+        _write(folders, partial, tensors, config | {"r": rank, "lora_alpha": rank, "use_rslora": False})
     return left_out
 
 

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flashvec.training.files import whole
+
 PREFIX = "checkpoint-"
 STATE_FILE = "state.json"
 TENSOR_FILES = ("parameters.safetensors", "optimizer.safetensors")
@@ -42,13 +44,11 @@ def save_checkpoint(
     """Write one checkpoint and remove all but the last `keep`.
 
     Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are as they were.
+        OSError: the disk is full or not writable; names the checkpoint, earlier checkpoints are as they were.
     """
     target = output / f"{PREFIX}{step:08d}"
-    partial = output / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole(target) as partial:
+        partial.mkdir(parents=True)
         contents = {
             TENSOR_FILES[0]: {name: x.detach().cpu().contiguous().clone() for name, x in parameters.items()},
             TENSOR_FILES[1]: optimizer_tensors(parameters, optimizer),
@@ -60,12 +60,7 @@ def save_checkpoint(
         (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
         for path in partial.iterdir():
             _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        _sync(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    _sync(output)
     for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target

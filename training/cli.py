@@ -256,7 +256,7 @@ def mine(
     share: Annotated[float, typer.Option(help="Of the positive's cosine; closer candidates are left out.")] = 0.95,
     margin: Annotated[float | None, typer.Option(help="Leave out what is closer to the positive's cosine.")] = None,
     skip: Annotated[int, typer.Option(help="Closest candidates to pass over.", min=0)] = 0,
-    instruction: Annotated[str | None, typer.Option(help="Before each query.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Before each query that has none of its own.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find hard negatives: texts close to a query that are not its answer.

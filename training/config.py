@@ -13,12 +13,13 @@ are errors that name the key. The reference's own train_configs are recognised a
 import json
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 MAX_CONFIG_BYTES = 1 << 20
+RATES = "0, or a rate from 1/256 to 255/256: dropout is drawn in steps of 1/256"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 T = TypeVar("T")
@@ -119,6 +120,7 @@ class ContrastiveConfig(TrainConfig):
     margin: float | None = None  # candidates closer than the positive by more than this are left out
     prefixes: tuple[int, ...] = ()  # Matryoshka sizes, ascending
     instruction: str | None = None  # written before queries (or views)
+    e5_instructions: bool = False  # before queries that have none: what LLM2Vec says for their file, by its name
     max_length: int = 128
 
 
@@ -300,17 +302,25 @@ def _check(config: TrainConfig, where: str) -> None:
     rules: list[tuple[str, Any, bool, str]] = [
         ("lora.r", lora.r, 1 <= lora.r <= 128, "1 to 128"),
         ("lora.alpha", lora.alpha, lora.alpha > 0, "a positive number"),
-        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "0 to 1"),
+        ("lora.dropout", lora.dropout, _can_be_drawn(lora.dropout), RATES),
         ("lora.targets", lora.targets, 0 < len(lora.targets) == len(set(lora.targets) & set(PROJECTIONS)), "of "
          + ", ".join(PROJECTIONS)),
         ("optimizer.learning_rate", optimizer.learning_rate, optimizer.learning_rate > 0, "a positive number"),
         ("optimizer.warmup_steps", optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
+        ("optimizer.decay_steps", optimizer.decay_steps, optimizer.decay_steps is None or optimizer.decay_steps > 0,
+         "1 or more, or null"),
         ("optimizer.betas", optimizer.betas, len(optimizer.betas) == 2 and all(0 <= b < 1 for b in optimizer.betas),
          "two numbers from 0 to 1"),
         ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number"),
         ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 or more"),
         ("optimizer.clip", optimizer.clip, optimizer.clip is None or optimizer.clip > 0, "a positive number or null"),
         ("loop.steps", loop.steps, loop.steps > 0, "1 or more"),
+        ("loop.seed", loop.seed, 0 <= loop.seed < 1 << 63, "0 or more"),
+        ("loop.micro_batch_tokens", loop.micro_batch_tokens, loop.micro_batch_tokens is None
+         or loop.micro_batch_tokens > 0, "1 or more, or null"),
+        ("loop.activation_gib", loop.activation_gib, loop.activation_gib is None or loop.activation_gib >= 0,
+         "0 or more, or null"),
+        ("loop.evaluate_every", loop.evaluate_every, loop.evaluate_every >= 0, "0 or more"),
         ("loop.log_every", loop.log_every, loop.log_every > 0, "1 or more"),
         ("loop.save_every", loop.save_every, loop.save_every > 0, "1 or more"),
         ("loop.keep_checkpoints", loop.keep_checkpoints, loop.keep_checkpoints > 0, "1 or more"),
@@ -321,16 +331,25 @@ def _check(config: TrainConfig, where: str) -> None:
          "false: only MNTP and contrastive training of updates (train: lora) run over a base in parts"),
         ("max_length", config.max_length, config.max_length > 1, "2 or more"),
     ]  # fmt: skip
-    for name in ("mask_probability", "attention_dropout", "temperature", "batch_size"):
-        if (value := getattr(config, name, None)) is None:
-            continue
-        least = {"temperature": value > 0, "batch_size": value > 0, "mask_probability": 0 < value <= 1}
-        rules.append((name, value, least.get(name, 0 <= value < 1), "positive, and a rate below 1"))
+    own: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "mask_probability": (lambda value: 0 < value <= 1, "above 0, up to 1"),
+        "attention_dropout": (_can_be_drawn, RATES),
+        "temperature": (lambda value: value > 0, "a positive number"),
+        "batch_size": (lambda value: value > 0, "1 or more"),
+    }
+    for name, (is_within, said) in own.items():
+        if (value := getattr(config, name, None)) is not None:
+            rules.append((name, value, is_within(value), said))
     if isinstance(config, DistillConfig):
         rules += _distill_rules(config)
     for key, value, holds, expected in rules:
         if not holds:
             raise ConfigError(f"{where}: {key} is {value!r}; expected {expected}")
+
+
+def _can_be_drawn(rate: float) -> bool:
+    """Masks take a byte an element (`kernels/dropout.py`): rates are multiples of 1/256."""
+    return rate == 0 or 1 <= round(rate * 256) <= 255
 
 
 def _distill_rules(config: DistillConfig) -> list[tuple[str, Any, bool, str]]:
@@ -343,6 +362,8 @@ def _distill_rules(config: DistillConfig) -> list[tuple[str, Any, bool, str]]:
         ("whitening_texts", config.whitening_texts, config.whitening_texts >= 2, "2 or more"),
         ("vector_weight, divergence_weight, squared_weight", weights, min(weights) >= 0 < max(weights),
          "0 or more, and not all 0"),
+        ("batch_size", config.batch_size, config.batch_size > 1 or not max(weights[1:]),
+         "2 or more, where cosines are taught (divergence_weight, squared_weight)"),
         ("depths", list(depths), list(depths) == sorted({d for d in depths if d >= 1}), "rising numbers from 1 on"),
         ("neighbours", config.neighbours, config.neighbours >= 1, "1 or more"),
     ]  # fmt: skip

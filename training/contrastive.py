@@ -16,10 +16,11 @@ from torch import Tensor
 from flashvec.kernels.info_nce import info_nce
 from flashvec.runtime.batches import TokenRows
 from flashvec.training.config import ConfigError, ContrastiveConfig
-from flashvec.training.data import DataError, Pair, SourceBatches, read_pairs, read_texts, text_hash
+from flashvec.training.data import DataError, Pair, SourceBatches, read_pairs, read_texts, text_files, text_hash
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, encode, own_packs, token_rows
 from flashvec.training.model import Model
+from flashvec.training.reference_config import E5_INSTRUCTIONS
 from flashvec.training.step import Retention, backward_through
 
 LEAST_CROP = 0.5  # share of a text that a crop keeps at least
@@ -46,16 +47,25 @@ class Contrastive:
             raise ConfigError(f"loss is {config.loss}: scores belong to cosent, pairs without them to info_nce")
         if config.texts and config.view == "dropout" and not config.attention_dropout and not self._lora_dropout:
             raise ConfigError("view is dropout, but nothing is dropped: set attention_dropout or lora.dropout")
+        self._check_batches()
         if config.prefixes and config.prefixes[-1] > model.decoder.spec.hidden_size:
             raise ConfigError(f"prefixes end at {config.prefixes[-1]}, vectors have {model.decoder.spec.hidden_size}")
         names = [frozenset(text_hash(t) for t in {p.query, p.positive}) for p in self.pairs]
         sources = np.array([p.source for p in self.pairs])
-        self.batches = SourceBatches(
-            sources, names, config.batch_size, config.loop.seed, files=config.texts or config.pairs
-        )
+        files = list(map(str, text_files(config.texts or config.pairs)))
+        self.batches = SourceBatches(sources, names, config.batch_size, config.loop.seed, files=files)
         self.rates = Rates(config.attention_dropout, self._lora_dropout, config.loop.seed)
         agree = world.least if config.loop.shard_base else int
         self.retention = Retention(config.loop.activation_gib, agree)
+        self.was_checked = False  # that every column is given a gradient
+
+    def _check_batches(self) -> None:
+        """Some batch must have something to teach."""
+        if self.config.batch_size == 1 and (self.config.loss == "cosent" or not all(p.negatives for p in self.pairs)):
+            raise ConfigError("batch_size is 1: a text is told from the others of its batch, take 2 or more")
+        grades = {(pair.source, pair.score) for pair in self.pairs}  # a batch holds pairs of one file
+        if self.config.loss == "cosent" and len(grades) == len({source for source, _ in grades}):
+            raise DataError("pairs: all scores of a file are alike: there is nothing to rank")
 
     @property
     def _lora_dropout(self) -> float:
@@ -101,7 +111,9 @@ class Contrastive:
             num_kept=self.retention.num_kept(self.model, vectors_of, packs, rows.lengths),
             exchange=self.world.sum,
         )
-        if step == 0:
+        can_teach = columns.scores is None or len(set(columns.scores)) > 1  # pairs of one score are not ranked
+        if can_teach and not self.was_checked:
+            self.was_checked = True
             _check_columns(gradient, columns)
         return {"loss": float(loss), "tokens": int(rows.lengths.sum())}
 
@@ -121,11 +133,11 @@ class Contrastive:
         )
         return loss.mean()
 
-    def seen(self, step: int) -> Iterator[int]:
-        """Hashes of the texts of a step."""
+    def seen(self, step: int) -> Iterator[str]:
+        """Texts of a step."""
         for row in self.batches.rows(step):
             pair = self.pairs[row]
-            yield from (text_hash(text) for text in (pair.query, pair.positive, *pair.negatives))
+            yield from (pair.query, pair.positive, *pair.negatives)
 
 
 def cosent(left_BD: Tensor, right_BD: Tensor, scores_B: np.ndarray, temperature: float) -> Tensor:
@@ -167,7 +179,7 @@ def crop(rows: TokenRows, rng: np.random.Generator) -> TokenRows:
 
 def _as_pairs(config: ContrastiveConfig) -> list[Pair]:
     if config.pairs:
-        return read_pairs(config.pairs)
+        return read_pairs(config.pairs, E5_INSTRUCTIONS if config.e5_instructions else None)
     return [Pair(text, text) for text in read_texts(config.texts)]
 
 
@@ -177,4 +189,4 @@ def _check_columns(gradient: Tensor, columns: Columns) -> None:
     parts = {"queries": gradient[:n], "positives": gradient[n : 2 * n], "negatives": gradient[2 * n :]}
     for name, part in parts.items():
         if len(part) and not bool(part.any()):
-            raise DataError(f"{name} got no gradient in the first step: are all texts of the batch alike?")
+            raise DataError(f"{name} got no gradient in a whole batch: are all its texts alike?")

@@ -1,6 +1,7 @@
 """Training texts from files, and which of them a step sees.
 
     .txt     one text a line; empty lines are passed over
+    a folder stands for its .jsonl files
     .jsonl   objects with a key "text" (texts), or pairs in one of the forms that people have:
              {query | anchor | sentence1 | text1, positive | pos | sentence2 | text2, negative | neg | negative_1 ...}
              with "score" for graded pairs and "instruction" for the query; pos and neg may be lists
@@ -11,9 +12,10 @@ goes on with the rows an uninterrupted one would have seen, and every process kn
 
 import hashlib
 import json
+import math
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +57,17 @@ def read_texts(paths: Sequence[str], key: str = "texts") -> list[str]:
     return list(_all(paths, key, _texts_of))
 
 
-def read_pairs(paths: Sequence[str]) -> list[Pair]:
+def text_files(paths: Sequence[str]) -> list[Path]:
+    """Files as they are named, and of a folder its .jsonl files, by their names."""
+    named = [Path(name).expanduser() for name in paths]
+    return [file for path in named for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+
+
+def read_pairs(paths: Sequence[str], instructions: Mapping[str, Sequence[str]] | None = None) -> list[Pair]:
     """All pairs of some .jsonl files, in order.
+
+    Args:
+        instructions: by a file's name without .jsonl, taken in turns by its lines that have none of their own.
 
     Raises:
         DataError: as `read_texts`; also pairs of which only some have scores, or an empty text.
@@ -65,7 +76,13 @@ def read_pairs(paths: Sequence[str]) -> list[Pair]:
     for number, path in enumerate(_existing(paths, "pairs")):
         if path.suffix != ".jsonl":
             raise DataError(f"{path.name}: pairs come in .jsonl files")
-        pairs += [_pair(_object(line), number, line.where) for line in _lines(path)]
+        own = [_pair(_object(line), number, line.where) for line in _lines(path)]
+        if turns := (instructions or {}).get(path.stem):
+            own = [
+                pair if pair.instruction is not None else replace(pair, instruction=turns[i % len(turns)])
+                for i, pair in enumerate(own)
+            ]
+        pairs += own
     if len({pair.score is None for pair in pairs}) > 1:
         raise DataError("pairs: some lines have a score and some have none; train on them separately")
     if not pairs:
@@ -87,9 +104,13 @@ def _existing(paths: Sequence[str], key: str) -> Iterator[Path]:
     if not paths:
         raise DataError(f"{key} is empty: name the files to train on ({key}=[a.txt, b.jsonl])")
     for name in paths:
-        if not Path(name).expanduser().is_file():
-            raise DataError(f"{key}: {name}: no such file")
-        yield Path(name).expanduser()
+        files = text_files([name])
+        if not files:
+            raise DataError(f"{key}: {name}: a folder without .jsonl files")
+        for file in files:
+            if not file.is_file():
+                raise DataError(f"{key}: {name}: no such file")
+            yield file
 
 
 def _texts_of(path: Path) -> Iterator[str]:
@@ -140,7 +161,8 @@ def _pair(values: dict[str, Any], source: int, where: str) -> Pair:
     negatives = _texts_under(values, NEGATIVE_KEYS, where)
     negatives += [values[key] for key in sorted(values) if key.startswith("negative_")]
     score, instruction = values.get("score", values.get("label")), values.get("instruction")
-    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or score != score):
+    is_number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < math.inf
+    if score is not None and not is_number:
         raise DataError(f"{where}: score is not a number")
     if instruction is not None and not isinstance(instruction, str):
         raise DataError(f"{where}: instruction is not a text")

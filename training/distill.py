@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.training.config import ConfigError, DistillConfig
-from flashvec.training.data import SourceBatches, read_texts, text_hash
+from flashvec.training.data import SourceBatches, read_texts, text_files, text_hash
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, encode, own_packs, token_rows
 from flashvec.training.model import Model
@@ -47,7 +47,9 @@ class Distill:
         count = len(model.decoder.layers)
         if any(depth > count for depth in config.depths):
             raise ConfigError(f"depths are {list(config.depths)}, the model has {count} layers")
-        files = [read_texts([file]) for file in config.texts] or [read_texts(())]
+        if config.depths:
+            model.trainable.freeze_after(config.depths[-1])  # layers behind run for no loss
+        files = [read_texts([str(file)]) for file in text_files(config.texts)] or [read_texts(())]
         self.lines = self.texts = [text for texts in files for text in texts]
         self.origins = np.arange(len(self.lines))  # the line that each text is or was cut from
         if config.crops:
@@ -55,7 +57,12 @@ class Distill:
         self.sources = np.repeat(np.arange(len(files)), [len(texts) for texts in files])[self.origins]
         names = [frozenset([text_hash(text)]) for text in self.texts]
         self.batches = SourceBatches(
-            self.sources, names, config.batch_size, config.loop.seed, files=config.texts, groups=self._groups()
+            self.sources,
+            names,
+            config.batch_size,
+            config.loop.seed,
+            files=list(map(str, text_files(config.texts))),
+            groups=self._groups(),
         )
         self.rates = Rates(
             config.attention_dropout, config.lora.dropout if config.train == "lora" else 0.0, config.loop.seed
@@ -156,11 +163,11 @@ class Distill:
         squares = (student - teacher).square().mean()
         return self.config.divergence_weight * divergence / n + self.config.squared_weight * squares
 
-    def seen(self, step: int) -> Iterator[int]:
-        """Hashes of the texts of a step."""
-        for row in self.batches.rows(step):
-            yield text_hash(self.texts[row])
-            yield text_hash(self.lines[self.origins[row]])
+    def seen(self, step: int) -> Iterator[str]:
+        """Texts of a step; of the first one also those that the teacher's spaces and the rotations were made of."""
+        for row in (*self.batches.rows(step), *(self.teacher.sample if step == 0 else ())):
+            yield self.texts[row]
+            yield self.lines[self.origins[row]]
 
 
 def _rotation(taught: Tensor, students: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ whatever its tokens. Encoding needs no exchange, so that micro-batches may diffe
 (`shards.py`) every layer does.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -134,6 +135,19 @@ class World:
         dist.all_reduce(most := own.clone(), op=dist.ReduceOp.MAX)
         if not torch.equal(most[0], -most[1]):
             raise RuntimeError(f"step {step}: processes hold different parameters; stop and resume from a checkpoint")
+
+    def check_same(self, value: str, what: str) -> None:
+        """Refuse to go on with processes that were given different things.
+
+        Raises:
+            RuntimeError: their values differ; says `what` they do.
+        """
+        if self.size == 1:
+            return
+        words = torch.tensor(list(hashlib.sha256(value.encode()).digest()), device=self._device)
+        dist.all_reduce(most := torch.stack([words, -words]), op=dist.ReduceOp.MAX)
+        if not torch.equal(most[0], -most[1]):
+            raise RuntimeError(f"processes {what}")
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -7,6 +7,7 @@
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def read_scored_pairs(path: Path) -> ScoredPairs:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than a set of pairs can have")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # other line ends may stand in a text
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name}: not UTF-8 ({error.reason})") from None
     numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
@@ -54,13 +55,19 @@ def read_scored_pairs(path: Path) -> ScoredPairs:
     for number, line in numbered:
         try:
             left, right, score = read(line)
-            rows.append((str(left), str(right), float(score)))
+            rows.append((str(left), str(right), _finite(score)))
         except (ValueError, IndexError, KeyError, TypeError):
             raise DataError(f"{path.name} line {number}: expected two texts and a score") from None
     if len(rows) < 2:
         raise DataError(f"{path.name}: {len(rows)} pairs; a correlation needs two")
     left_texts, right_texts, scores = zip(*rows, strict=True)
     return ScoredPairs(list(left_texts), list(right_texts), np.array(scores))
+
+
+def _finite(score: str | float) -> float:
+    if not math.isfinite(number := float(score)):
+        raise ValueError("not a number to rank by")
+    return number
 
 
 def _json_row(line: str) -> tuple[str, str, float]:
@@ -107,15 +114,16 @@ def sts_score(embed: Embed, pairs: ScoredPairs) -> dict[str, float]:
     }
 
 
-def embed_with(model: Model) -> Embed:
-    """Vectors of a model that is being trained, without dropout."""
+def embed_with(model: Model, depths: Sequence[int] = ()) -> Embed:
+    """Vectors of a model that is being trained, without dropout; after its last layer, or as many as `depths` says."""
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         rows = token_rows(model, texts)
         vectors = np.zeros((len(texts), model.decoder.spec.hidden_size * len(model.spec.pooling)), np.float32)
         with torch.no_grad():
             for pack in micro_batches(rows.lengths, None, model.decoder.device):
-                vectors[pack] = encode(model, rows.take(pack), pack, model.trainable.training()).cpu().numpy()
+                found = encode(model, rows.take(pack), pack, model.trainable.training(), depths)
+                vectors[pack] = found.cpu().numpy()
         return vectors
 
     return embed

@@ -1,6 +1,7 @@
 """A Hugging Face encoder run by transformers itself, so that encoder-only models stand in the same tables.
 
-Mean of the last layer's states over a text's tokens (all-MiniLM and its kin), in padded batches.
+Mean of the last layer's states over a text's tokens, in padded batches; a sentence-transformers folder says itself
+whether that is the mean or the first token's state, and how many tokens it reads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,37 +11,52 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashvec.runtime.prepare import char_span_to_tokens
+from flashvec.runtime.checkpoint.hf import read_json, read_object
+from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, OLD_POOLING_KEYS, TRANSFORMER_FILE
+from flashvec.runtime.prepare import PLACEHOLDER, char_span_to_tokens
 
 BATCH_TEXTS = 32
-DEFAULT_MAX_LENGTH = 512
+DEFAULT_MAX_LENGTH = 512  # where a folder states none
+MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 class HfEncoder:
-    """`AutoModel` with mean pooling.
+    """`AutoModel` with the pooling of its folder, or the mean.
 
     Args:
         model: a local folder or a hub id; safetensors only, none of a repository's code is run.
+
+    Raises:
+        ValueError: a sentence-transformers folder with more than a model and mean or cls pooling; names file and key.
     """
 
     def __init__(self, model: str) -> None:
         import transformers
 
-        local = {"local_files_only": True} if Path(model).exists() else {}
+        local: dict[str, Any] = {"local_files_only": True} if Path(model).exists() else {}
+        folder, self.pooling, stated = _settings(model)
+        local["subfolder"] = folder
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False, **local)
         loaded = transformers.AutoModel.from_pretrained(
             model, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **local
         )
         self.model = loaded.eval()
-        stated = self.tokenizer.model_max_length
-        self.max_length = min(stated, DEFAULT_MAX_LENGTH)
+        self.max_length = stated or min(self.tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
 
     def embed(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
-        """fp32 [n, d], not normalised, in input order."""
+        """fp32 [n, d], not normalised, in input order.
+
+        Args:
+            instruction: written before each text as it stands, or around it where it holds `{text}`; pooled with it.
+        """
+        head, _, tail = (instruction or "").partition(PLACEHOLDER)
         vectors: dict[int, np.ndarray] = {}
-        for rows, states, batch in self._run([(instruction or "") + text for text in texts]):
+        for rows, states, batch in self._run([head + text + tail for text in texts]):
             mask = batch["attention_mask"][..., None].to(states)
-            pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+            if self.pooling == "cls":
+                pooled = states[torch.arange(len(states)), mask[..., 0].argmax(1)]  # the first that is no padding
+            else:
+                pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
             vectors |= dict(zip(rows, pooled.numpy(), strict=True))
         return np.stack([vectors[i] for i in range(len(texts))])
 
@@ -86,3 +102,47 @@ class HfEncoder:
             )
             inputs = {name: value for name, value in batch.items() if name != "offset_mapping"}
             yield rows, self.model(**inputs).last_hidden_state, batch
+
+
+def _settings(model: str) -> tuple[str, str, int | None]:
+    """What a sentence-transformers folder states: its transformer's place, mean or cls, and the tokens it reads."""
+    if (modules := _file(model, MODULES_FILE)) is None:
+        return "", "mean", None
+    entries = read_json(modules)
+    try:
+        folders = {str(entry["type"]).rpartition(".")[2]: str(entry["path"]) for entry in entries}
+    except (TypeError, KeyError):
+        raise ValueError(f"{MODULES_FILE}: expected a list of modules with type and path") from None
+    for name, path in folders.items():
+        if name not in MODULES or ".." in path:
+            raise ValueError(f"{MODULES_FILE}: {name} in {path!r}: backend hf runs {', '.join(MODULES)} of the folder")
+    transformer, pooling = folders.get("Transformer", ""), folders.get("Pooling", "1_Pooling")
+    mode = _pooling(_file(model, f"{pooling}/config.json"))
+    settings = _file(model, f"{transformer}/{TRANSFORMER_FILE}".lstrip("/"))
+    length = None if settings is None else read_object(settings).get("max_seq_length")
+    if length is not None and (type(length) is not int or length < 1):
+        raise ValueError(f"{TRANSFORMER_FILE}: max_seq_length is {length!r}; expected a positive whole number")
+    return transformer, mode, length
+
+
+def _pooling(file: Path | None) -> str:
+    values = {} if file is None else read_object(file)
+    modes = values.get("pooling_mode") or [mode for key, mode in OLD_POOLING_KEYS.items() if values.get(key)]
+    mode = "+".join(map(str, modes)) if isinstance(modes, list) else str(modes)
+    if mode not in ("", "mean", "cls"):
+        raise ValueError(f"1_Pooling/config.json: pooling is {mode!r}; backend hf knows mean and cls")
+    return mode or "mean"
+
+
+def _file(model: str, name: str) -> Path | None:
+    """A file of a local folder or of a hub id's, if there is one."""
+    if Path(model).exists():
+        path = Path(model) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, name))
+    except EntryNotFoundError:
+        return None

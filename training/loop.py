@@ -4,8 +4,6 @@ What a step does is a function of its number: rows, masks and dropout are drawn 
 killed goes on from its last checkpoint and, on a CPU, ends with the bits of one that was not.
 """
 
-import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -19,7 +17,6 @@ import torch
 from torch import Tensor
 
 from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
-from flashvec.runtime.memory import host_memory
 from flashvec.training.checkpoint import (
     average_parameters,
     checkpoints,
@@ -32,11 +29,15 @@ from flashvec.training.distributed import World
 from flashvec.training.encode import run_rows
 from flashvec.training.evaluate import embed_with, read_scored_pairs, sts_score
 from flashvec.training.events import Events
+from flashvec.training.files import naming
+from flashvec.training.memory import used_bytes
 from flashvec.training.model import ENCODER_FOLDER, Model
+from flashvec.training.origin import SEEN_FILE, earlier_seen, fingerprint, write_seen
 from flashvec.training.progress import TrainingBar
+from flashvec.training.sentences import text_hashes
 
 CHECK_EVERY = 100  # steps between two looks at whether all processes hold the same parameters
-LOG_FILE, SEEN_FILE, CONFIG_FILE = "log.jsonl", "seen.npy", "train.yaml"
+LOG_FILE, CONFIG_FILE = "log.jsonl", "train.yaml"
 MASTERS_KEY = "model/"
 
 
@@ -55,8 +56,8 @@ class Objective(Protocol):
     def step(self, step: int) -> dict[str, float]:
         """Leave this process's share of a step's gradient; returns at least `loss` and `tokens`."""
 
-    def seen(self, step: int) -> Iterable[int]:
-        """Hashes of the texts of a step."""
+    def seen(self, step: int) -> Iterable[str]:
+        """Texts of a step; of the first one also those that were read before it."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
@@ -71,48 +72,6 @@ def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
     return config.learning_rate * fall
 
 
-def fingerprint(config: TrainConfig, files: Iterable[str]) -> str:
-    """What must not change between a run and its resumption: settings, and the files' contents by size and head.
-
-    Where things are written, how often, and how much runs at once may change.
-    """
-    settings = dataclasses.asdict(config)
-    for key in ("output", "sts", "device"):
-        settings.pop(key)
-    for key in (
-        "log_every",
-        "tensorboard",
-        "save_every",
-        "keep_checkpoints",
-        "average_checkpoints",
-        "evaluate_every",
-        "activation_gib",
-        "recompute",
-        "shard_base",
-    ):
-        settings["loop"].pop(key)
-    settings["lora"].pop("saved_as")
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name in files:
-        path = Path(name).expanduser()
-        digest.update(str(path.stat().st_size).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()
-
-
-def _earlier(config: TrainConfig) -> list[Path]:
-    """Folders of adapters that a run goes on from or is taught by."""
-    return [Path(name).expanduser() for name in (config.lora.start, *getattr(config, "teachers", ())) if name]
-
-
-def _files(config: TrainConfig) -> list[str]:
-    """What a run reads beside its model."""
-    weights = [folder / WEIGHTS_FILE for folder in _earlier(config)]
-    texts = [*getattr(config, "texts", ()), *getattr(config, "pairs", ())]
-    return [*texts, *(str(file) for file in weights if file.is_file())]
-
-
 def finished(config: TrainConfig) -> dict[str, Any] | None:
     """The last line of the log, where a run with these very settings and files has ended; else None."""
     output = Path(config.output)
@@ -123,7 +82,7 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
         if (output / CONFIG_FILE).read_text(encoding="utf-8") != to_yaml(config):
             return None
         state = read_state(checkpoints(output)[-1])
-        if (state["step"], state["fingerprint"]) != (config.loop.steps, fingerprint(config, _files(config))):
+        if (state["step"], state["fingerprint"]) != (config.loop.steps, fingerprint(config)):
             return None
         last: dict[str, Any] = json.loads((output / LOG_FILE).read_text(encoding="utf-8").splitlines()[-1])
         return last
@@ -164,7 +123,8 @@ class _Run:
             eps=adam.eps,
             weight_decay=adam.weight_decay,
         )
-        self.fingerprint = fingerprint(config, _files(config))
+        self.fingerprint = fingerprint(config)
+        self.was_checked = False  # that a step changes what it should
         self.events: Events | None = None
         self.scored = None if config.sts is None else read_scored_pairs(Path(config.sts))
 
@@ -173,26 +133,30 @@ class _Run:
         self.output.mkdir(parents=True, exist_ok=True)
         loop = self.config.loop
         start = load_checkpoint(self.output, self.parameters, self.optimizer, self.fingerprint)
+        self.world.check_same(str(start), "go on from different checkpoints: their output must be one folder")
         self.model.trainable.give_values()
         if self.world.is_first:
             (self.output / SEEN_FILE).unlink(missing_ok=True)
-            (self.output / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
-            _cut_log(self.output / LOG_FILE, start)
+            with naming(self.output):
+                (self.output / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+                _cut_log(self.output / LOG_FILE, start)
         if loop.tensorboard and self.world.is_first:
             self.events = Events(self.output, start)
         last: dict[str, Any] = {}
         stop = loop.steps if until is None else min(until, loop.steps)
         began, tokens = time.perf_counter(), 0
         watched = nullcontext() if self.events is None else closing(self.events)
-        with TrainingBar(loop.steps, start, show and self.world.is_first) as bar, watched:
+        with TrainingBar(loop.steps, start, show if self.world.is_first else False) as bar, watched:
             for step in range(start, stop):
                 last = self._step(step)
+                if step == start or (step + 1) % CHECK_EVERY == 0 or step + 1 == stop:
+                    self.world.check_equal(list(self.parameters.values()), step + 1)
                 tokens += int(last["tokens"])
                 seconds = time.perf_counter() - began
                 last |= {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 3)}
-                last["memory_gib"] = round(_used_bytes(self.model.decoder.device) / 2**30, 2)
+                last["memory_gib"] = round(used_bytes(self.model.decoder.device) / 2**30, 2)
                 if loop.evaluate_every and (step + 1) % loop.evaluate_every == 0 and self.scored is not None:
-                    last["sts"] = sts_score(embed_with(self.model), self.scored)["spearman"]
+                    last["sts"] = sts_score(embed_with(self.model, self._deepest), self.scored)["spearman"]
                 if (step + 1) % loop.log_every == 0 or step + 1 == stop or "sts" in last:
                     self._log(last)
                 if (step + 1) % loop.save_every == 0 or step + 1 == stop:
@@ -231,18 +195,24 @@ class _Run:
             group["lr"] = rate
         self.optimizer.step()
         self.model.trainable.give_values()
-        if step == 0 and (untouched := self.model.trainable.untouched()):
-            raise TrainingStopped(
-                f"step 1 left {len(untouched)} parameters as they were, {untouched[0]} among them: nothing would be "
-                "learnt there"
-            )
-        if (step + 1) % CHECK_EVERY == 0:
-            self.world.check_equal(list(self.parameters.values()), step + 1)
+        has_taught = norm > 0 or found["loss"] != 0  # else the batch had nothing to teach, such as scores all alike
+        if has_taught and not self.was_checked:
+            self.was_checked = True
+            if untouched := self.model.trainable.untouched():
+                raise TrainingStopped(
+                    f"step {step + 1} left {len(untouched)} parameters as they were, {untouched[0]} among them: "
+                    "nothing would be learnt there"
+                )
         return {"step": step + 1, **found, "gradient_norm": norm, "learning_rate": rate}
+
+    @property
+    def _deepest(self) -> tuple[int, ...]:
+        """Where vectors are read: after the last layer that is taught; empty for the model's last."""
+        return tuple(getattr(self.config, "depths", ())[-1:])
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.world.is_first:
-            with (self.output / LOG_FILE).open("a", encoding="utf-8") as file:
+            with naming(self.output / LOG_FILE), (self.output / LOG_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             if self.events is not None:
                 self.events.add(line)
@@ -254,15 +224,13 @@ class _Run:
         self.world.barrier()
 
     def _write_seen(self) -> None:
-        """Sorted hashes of every text of the run, so that overlap with an evaluation set can be looked for.
+        """Hashes of every text of the run and of the sentences in it, and of what was seen before it.
 
-        Those of the adapters it came from among them.
+        So that overlap with an evaluation set can be looked for.
         """
-        found = {name for step in range(self.config.loop.steps) for name in self.objective.seen(step)}
-        for file in (folder / SEEN_FILE for folder in _earlier(self.config)):
-            if file.is_file():
-                found |= set(np.load(file, allow_pickle=False).tolist())
-        np.save(self.output / SEEN_FILE, np.array(sorted(found), np.int64), allow_pickle=False)
+        texts = {text for step in range(self.config.loop.steps) for text in self.objective.seen(step)}
+        found = {name for text in texts for name in text_hashes(text)}
+        write_seen(self.output / SEEN_FILE, found | earlier_seen(self.config))
 
 
 def check_bidirectional(model: Model) -> None:
@@ -280,13 +248,6 @@ def check_bidirectional(model: Model) -> None:
         states = stream.hidden_TD + stream.delta_TD
     if torch.equal(states[0], states[3]):
         raise TrainingStopped("attention is still causal: a text's last token does not reach its first one's state")
-
-
-def _used_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    free, total = host_memory()
-    return total - free
 
 
 def _cut_log(path: Path, step: int) -> None:

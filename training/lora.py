@@ -48,6 +48,7 @@ class Lora:
         scale = config.alpha / (math.sqrt(config.r) if config.rslora else config.r)
         generator = torch.Generator().manual_seed(seed)
         self._layers: list[dict[str, LoraPair]] = []
+        self._num_trained = len(decoder.layers)
         for layer in decoder.layers:
             pairs = {}
             for product, names in PRODUCTS.items():
@@ -67,9 +68,9 @@ class Lora:
         return [LayerLora(**pairs) for pairs in self._layers]
 
     def parameters(self) -> dict[str, Tensor]:
-        """The leaves by name: layers.0.qkv.a and so on."""
+        """The leaves that are trained, by name: layers.0.qkv.a and so on."""
         found = {}
-        for index, pairs in enumerate(self._layers):
+        for index, pairs in enumerate(self._layers[: self._num_trained]):
             for product, pair in pairs.items():
                 found[f"layers.{index}.{product}.a"] = pair.a_PRC
                 found[f"layers.{index}.{product}.b"] = pair.b_NR
@@ -84,6 +85,15 @@ class Lora:
                     if pair.scales[p]:
                         yield f"layers.{index}.{name}", pair.a_PRC.detach()[p], b_nR
 
+    def freeze_after(self, num_layers: int) -> None:
+        """Train the first layers alone; updates of those behind stay as they are, and stay part of what is saved."""
+        self._num_trained = num_layers
+        for pairs in self._layers[num_layers:]:
+            for pair in pairs.values():
+                pair.a_PRC.requires_grad_(False)
+                pair.b_NR.requires_grad_(False)
+
     def untouched(self) -> list[str]:
-        """Targets whose B is still zero: after a step none should be."""
-        return [name for name, _, b_nR in self.matrices() if not bool(b_nR.any())]
+        """Trained targets whose B is still zero: after a step none should be."""
+        frozen = tuple(f"layers.{index}." for index in range(self._num_trained, len(self._layers)))
+        return [name for name, _, b_nR in self.matrices() if not name.startswith(frozen) and not bool(b_nR.any())]

@@ -1,6 +1,11 @@
-"""How much a graph keeps: measured on one micro-batch, so that it holds for every family and setting."""
+"""Memory: what is free and used, and how much a graph keeps.
 
+That is measured on one micro-batch, so that it holds for every family and setting.
+"""
+
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +37,13 @@ def graph_bytes(run: Callable[[], Any], known: Iterable[Tensor] = ()) -> int:
     total = sum(size for size, _ in found.values())
     del result
     return total
+
+
+def used_bytes(device: torch.device) -> int:
+    """Memory that this process uses: the most it has allocated on a GPU, on a CPU its resident pages."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_bytes(device: torch.device) -> int:

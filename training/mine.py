@@ -14,6 +14,7 @@ import numpy as np
 
 from flashvec.runtime.encoder import Encoder
 from flashvec.training.data import Pair, text_hash
+from flashvec.training.files import whole
 
 BLOCK_SCORES = 1 << 24  # cosines held at a time
 
@@ -39,7 +40,7 @@ def mine(
         share: of the positive's cosine, above which a candidate is left out; None leaves none out by it.
         margin: a candidate closer to the positive's cosine than this is left out; None leaves none out by it.
         skip: closest candidates, of those that are left, to pass over.
-        instruction: before queries.
+        instruction: before queries that have none of their own.
 
     Raises:
         ValueError: numbers out of range, or nothing to choose from.
@@ -54,7 +55,9 @@ def mine(
     names, candidates = np.array(list(by_hash), np.int64), list(by_hash.values())
     if len(candidates) < 2:
         raise ValueError(f"there are {len(candidates)} different candidates: nothing to choose from")
-    queries = encoder.embed([pair.query for pair in pairs], instruction=instruction, normalize=True)
+    # As in training, where a pair's own instruction stands before its query.
+    asked = [pair.instruction if pair.instruction is not None else instruction or "" for pair in pairs]
+    queries = encoder.embed([pair.query for pair in pairs], instruction=asked if any(asked) else None, normalize=True)
     positives = encoder.embed([pair.positive for pair in pairs], normalize=True)
     vectors = encoder.embed(candidates, normalize=True)
     own = _names_of_answers(pairs)
@@ -92,8 +95,7 @@ def _names_of_answers(pairs: Sequence[Pair]) -> dict[int, set[int]]:
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """One JSON object a line, as `read_pairs` takes them; the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         for pair in pairs:
             row = {"query": pair.query, "positive": pair.positive, "negatives": list(pair.negatives)}
             if pair.instruction is not None:
@@ -101,4 +103,3 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)

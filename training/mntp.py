@@ -21,7 +21,7 @@ from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.decoder import Stream
 from flashvec.runtime.tokenize import Tokenizer
 from flashvec.training.config import ConfigError, MntpConfig
-from flashvec.training.data import DataError, read_texts, rows_of_step, text_hash
+from flashvec.training.data import DataError, read_texts, rows_of_step
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, own_packs, run_rows
 from flashvec.training.model import Model
@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
 
     ids: np.ndarray
     spans: np.ndarray
-    texts: np.ndarray  # int64 [n]: the text that a block is of, the first one where it is of several
+    texts: np.ndarray  # int64 [n, 2]: first and stop of the texts that a block is of
 
 
 class Masked(NamedTuple):
@@ -68,7 +68,8 @@ def cut_blocks(tokenizer: Tokenizer, texts: list[str], max_length: int, joined: 
     kept = np.array([span for span in spans if span[1] - span[0] >= least], np.int64).reshape(-1, 2)
     if not len(kept):
         raise DataError(f"texts: no block of {least} tokens or more in {len(texts)} texts: give longer ones")
-    return Blocks(tokens.ids, kept, np.searchsorted(stops, kept[:, 0], side="right"))
+    first, last = (np.searchsorted(stops, place, side="right") for place in (kept[:, 0], kept[:, 1] - 1))
+    return Blocks(tokens.ids, kept, np.stack([first, last + 1], 1))
 
 
 def mask_blocks(
@@ -174,11 +175,11 @@ class Mntp:
         head_VD = self.head_VD.to(decoder.dtype)
         return cross_entropy(h_RD, head_VD, every, targets_R, softcap=self.model.head_softcap, reduction="sum")
 
-    def seen(self, step: int) -> Iterator[int]:
-        """Hashes of the texts of a step."""
+    def seen(self, step: int) -> Iterator[str]:
+        """Texts of a step."""
         config = self.config
         rows = rows_of_step(len(self.blocks.spans), config.batch_size, config.loop.seed, step)
-        return (text_hash(self.texts[text]) for text in self.blocks.texts[rows])
+        return (text for first, stop in self.blocks.texts[rows] for text in self.texts[first:stop])
 
 
 def _rows_read(masked: Masked, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,9 +25,10 @@ from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.placement import choose_dtype
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.tokenize import Tokenizer
-from flashvec.training.adapter import read_adapter, write_adapter, write_surroundings
+from flashvec.training.adapter import base_part, read_adapter, write_adapter, write_surroundings
 from flashvec.training.config import ConfigError, TrainConfig
 from flashvec.training.distributed import World, own_device
+from flashvec.training.files import naming
 from flashvec.training.lora import Lora
 from flashvec.training.shards import Shards
 
@@ -40,6 +41,9 @@ class Trainable(Protocol):
 
     def parameters(self) -> dict[str, Tensor]:
         """fp32 masters by name."""
+
+    def freeze_after(self, num_layers: int) -> None:
+        """Of the layers, train the first ones alone."""
 
     def training(self) -> Training:
         """What a forward pass adds: updates, or nothing where the decoder's own weights are trained."""
@@ -77,14 +81,18 @@ class Model:
 
         Args:
             folder: made if it is not there.
+
+        Raises:
+            OSError: the disk is full or not writable; names the file.
         """
         if isinstance(self.trainable, LoraTrainable):
             write_adapter(folder, self.trainable.lora, self.base_name)
-            write_surroundings(folder, self.spec, self.config_json, self.tokenizer)
+            with naming(folder):
+                write_surroundings(folder, self.spec, self.config_json, self.tokenizer)
             return
         from flashvec.runtime.encoder import Encoder
 
-        with torch.no_grad():
+        with torch.no_grad(), naming(folder / ENCODER_FOLDER):
             Encoder(self.spec, self.decoder, self.tokenizer).save(folder / ENCODER_FOLDER, overwrite=True)
 
 
@@ -96,6 +104,9 @@ class LoraTrainable:
 
     def parameters(self) -> dict[str, Tensor]:
         return self.lora.parameters()
+
+    def freeze_after(self, num_layers: int) -> None:
+        self.lora.freeze_after(num_layers)
 
     def training(self) -> Training:
         return Training(self.lora.layers())
@@ -125,6 +136,12 @@ class BodyTrainable:
 
     def parameters(self) -> dict[str, Tensor]:
         return self.masters
+
+    def freeze_after(self, num_layers: int) -> None:
+        first = tuple(f"layers.{index}." for index in range(num_layers))
+        for name in [name for name in self.live if name != "norm" and not name.startswith(first)]:
+            self.live.pop(name).requires_grad_(False)
+            self.masters.pop(name)
 
     def training(self) -> Training:
         return Training()
@@ -157,8 +174,8 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
     path = resolve(config.model)
     folder, has_rules = path, path.is_file()
     if path.is_dir():
-        folder, _ = (path, []) if _states_rules(path) else adapter_chain(path)
-        has_rules = _states_rules(folder)
+        folder, _ = (path, []) if states_rules(path) else adapter_chain(path)
+        has_rules = states_rules(folder)
     # Rules that a folder states hold again when it is opened with what was trained: they are not overridden here.
     own = Overrides(None if has_rules else "bidirectional", None if has_rules else config.pooling, config.max_length)
     checkpoint = open_checkpoint(path, own, config.adapters)
@@ -180,9 +197,9 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
         decoder.parts = shards
     else:
         decoder = loader.load()
-    trainable = _trainable(config, decoder)
     below = config.adapters[-1] if config.adapters else config.model  # an adapter names what it was trained on
     base_name = config.base_name or _name_from(below, config.output)
+    trainable = _trainable(config, decoder, base_name)
     return Model(
         replace(checkpoint.spec, decoder=decoder.spec),
         decoder,
@@ -195,7 +212,7 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
     )
 
 
-def _states_rules(folder: Path) -> bool:
+def states_rules(folder: Path) -> bool:
     """Does a folder say itself how it is to be pooled and in which direction it is read."""
     return any((folder / name).is_file() for name in (SPEC_FILE, MODULES_FILE))
 
@@ -213,12 +230,13 @@ def _check_rules(config: TrainConfig, spec: ModelSpec) -> None:
         )
 
 
-def _trainable(config: TrainConfig, decoder: Decoder) -> Trainable:
+def _trainable(config: TrainConfig, decoder: Decoder, base_name: str) -> Trainable:
     if config.train == "body":
         return BodyTrainable(decoder)
     lora = Lora(decoder, config.lora, config.loop.seed)
     if config.lora.start is not None:
-        read_adapter(Path(config.lora.start), lora)
+        base = base_part(base_name, Path(config.output))
+        read_adapter(Path(config.lora.start).expanduser(), lora, base)
     return LoraTrainable(lora)
 
 

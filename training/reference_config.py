@@ -15,8 +15,34 @@ MARKS = ("model_name_or_path",)
 PASSED_OVER = {
     "do_train", "do_eval", "overwrite_output_dir", "evaluation_strategy", "eval_steps", "save_strategy",
     "per_device_eval_batch_size", "attn_implementation", "save_only_model", "bidirectional", "remove_unused_columns",
-    "mask_token_type", "data_collator_type", "dataset_config_name", "num_train_epochs",
+    "mask_token_type", "data_collator_type", "dataset_config_name", "num_train_epochs", "disable_tqdm",
 }  # fmt: skip
+# Before queries of the data sets that its supervised script knows, by their files' names; of two, lines take turns.
+E5_INSTRUCTIONS = {
+    name: tuple(f"{text}; " for text in texts)
+    for name, texts in {
+        "allnli": (
+            "Given a premise, retrieve a hypothesis that is entailed by the premise",
+            "Retrieve semantically similar text",
+        ),
+        "dureader": ("Given a Chinese search query, retrieve web passages that answer the question",),
+        "eli5_question_answer": ("Provided a user question, retrieve the highest voted answers on Reddit ELI5 forum",),
+        "fever": ("Given a claim, retrieve documents that support or refute the claim",),
+        "hotpot_qa": ("Given a multi-hop question, retrieve documents that can help answer the question",),
+        "miracl": ("Given a question, retrieve Wikipedia passages that answer the question",),
+        "mrtydi": ("Given a question, retrieve Wikipedia passages that answer the question",),
+        "msmarco_passage": ("Given a web search query, retrieve relevant passages that answer the query",),
+        "msmarco_document": ("Given a web search query, retrieve relevant documents that answer the query",),
+        "nq": ("Given a question, retrieve Wikipedia passages that answer the question",),
+        "quora_duplicates": (
+            "Given a question, retrieve questions that are semantically equivalent to the given question",
+            "Find questions that have the same meaning as the input question",
+        ),
+        "squad": ("Retrieve Wikipedia passages that answer the question",),
+        "t2ranking": ("Given a Chinese search query, retrieve web passages that answer the question",),
+        "trivia_qa": ("Retrieve Wikipedia passages that answer the question",),
+    }.items()
+}
 MASK_TOKENS = {"blank": "_", "mask": "<mask>"}
 
 
@@ -72,7 +98,8 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
         made["optimizer"].pop("decay_steps")
     elif objective == "ContrastiveConfig":
         made |= {"temperature": 1 / take("loss_scale", 50.0), "attention_dropout": take("simcse_dropout", 0.0)}
-        made["texts" if name == "Wiki1M" else "pairs"] = [file] if file else []
+        made["texts" if name == "Wiki1M" else "pairs"] = [file] if file else []  # a folder, of pairs
+        made["e5_instructions"] = name == "E5"
     else:
         raise ConfigError(f"{where}: the reference has no such objective; its files train mntp or contrastive")
     unknown = [key for key in left if key not in PASSED_OVER]

@@ -63,7 +63,7 @@ def _read_beir(folder: Path) -> Collection:
 
 def _read_judgements(path: Path) -> dict[str, dict[str, float]]:
     relevance: dict[str, dict[str, float]] = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         parts = line.split("\t")
         if not line.strip() or (number == 1 and "query" in parts[0]):
             continue
@@ -82,7 +82,7 @@ def _read_smart(path: Path) -> Collection:
             f"{path.name}: give a BEIR folder, or the .ALL file of a collection with .QRY and .REL beside it"
         )
     relevance: dict[str, dict[str, float]] = {}
-    for number, line in enumerate(_read(others[1]).splitlines(), 1):
+    for number, line in enumerate(_lines(others[1]), 1):
         if parts := line.split():
             if len(parts) < 2:
                 raise DataError(f"{others[1].name} line {number}: expected a query and a document")
@@ -105,7 +105,7 @@ def _smart_records(path: Path) -> dict[str, str]:
 
 def _json_lines(path: Path) -> list[tuple[str, dict[str, object]]]:
     rows = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -124,12 +124,17 @@ def _text(row: dict[str, object], key: str, where: str) -> str:
     return str(value)
 
 
+def _lines(path: Path) -> list[str]:
+    """Split at line feeds alone: JSON strings may hold the other characters that end a line elsewhere."""
+    return [line.removesuffix("\r") for line in _read(path).split("\n")]
+
+
 def _read(path: Path) -> str:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than is read")
-    return path.read_text(encoding="utf-8", errors="replace")
+    return path.read_bytes().decode("utf-8", "replace")  # read_text would make a line feed of a carriage return
 
 
 # --- measures ---------------------------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
 """Training from Python: one function for each objective, a configuration in, a trained folder out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig
+from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig, to_yaml
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distill import Distill
 from flashvec.training.distributed import World, own_device
 from flashvec.training.loop import Objective, finished, train
 from flashvec.training.mntp import Mntp
 from flashvec.training.model import Model, load_model
+from flashvec.training.origin import fingerprint
 
 OBJECTIVES: dict[type[TrainConfig], Callable[[Model, Any, World], Objective]] = {
     MntpConfig: Mntp,
@@ -32,12 +34,16 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
     Raises:
         ConfigError, DataError, CheckpointError, ResumeError: settings and files; name the key, or the file and line.
         TrainingStopped: training that cannot go on.
+        RuntimeError: processes that differ in what they were given, or in their parameters.
     """
     if (last := finished(config)) is not None:
         return last
     world = World(own_device(config.device))
     try:
         model = load_model(config, wants_head=isinstance(config, MntpConfig), world=world)
+        if world.size > 1:  # each may have a device of its own
+            given = to_yaml(replace(config, device=None)) + fingerprint(config)
+            world.check_same(given, "were given different settings, or files of different contents: start all alike")
         return train(config, OBJECTIVES[type(config)](model, config, world), world, show=show, until=until)
     finally:
         world.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flashvec.training.data import read_texts, text_hash
+from flashvec.training.files import whole
 
 MIN_WORDS = 5  # of a sentence
 MAX_WORDS = 28
@@ -29,6 +30,12 @@ def sentences_of(paragraph: str, max_words: int = MAX_WORDS) -> list[str]:
     """The whole sentences of a paragraph, in order."""
     found = [" ".join(part.split()) for part in BOUNDARY.split(paragraph)]
     return [part for part in found if _is_sentence(part, max_words)]
+
+
+def text_hashes(text: str) -> set[int]:
+    """Names of a text and of every sentence in it: a test sentence inside a passage was seen, too."""
+    parts = (part for line in text.split("\n") for part in BOUNDARY.split(line))
+    return {text_hash(part) for part in (text, *parts) if part.strip()}
 
 
 def _is_sentence(text: str, max_words: int) -> bool:
@@ -92,6 +99,5 @@ def _unseen(lines: Iterable[str], seen: set[int]) -> Iterator[str]:
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
     """One text a line, UTF-8; the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

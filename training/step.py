@@ -1,18 +1,18 @@
 """One step of a loss over a whole batch's vectors, in micro-batches, under a memory budget.
 
-    1. every micro-batch is encoded; the last `num_kept` of them keep their graphs
+    1. every micro-batch is encoded; the last `num_kept` of them keep their graphs, the others drop theirs
     2. the loss of all vectors gives each vector its gradient
     3. kept graphs are run backward, the last first, which frees them; the others are encoded again, with a graph
 
 All kept is ordinary training (4 FLOPs a parameter and token with a frozen base), none kept is GradCache (Gao et al.
 2021; 6 FLOPs, memory of one micro-batch), and anything between costs between. The gradient is the same: masks are
-keyed by identity, so that a second pass drops what the first one dropped.
+keyed by identity, so that a second pass drops what the first one dropped. On a CPU it is the same to the bit, however
+many are kept: micro-batches add to it in one order.
 """
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flashvec.training.memory import SHARE_OF_FREE, free_bytes, graph_bytes
@@ -47,14 +47,14 @@ def backward_through(
     own: Tensor | None = None
     kept: list[tuple[np.ndarray, Tensor]] = []
     for number, pack in enumerate(packs):
-        keeps = number >= len(packs) - num_kept
-        with torch.set_grad_enabled(keeps):
-            z = encode(pack)
+        # With a graph in any case: without one the CPU takes faster forms, whose vectors differ in their last bits.
+        z = encode(pack)
         if own is None:
             own = z.new_zeros(num_rows, z.shape[1])
         own[pack] = z.detach()
-        if keeps:
+        if number >= len(packs) - num_kept:
             kept.append((pack, z))
+        del z  # else its graph, where it is not kept, would live beside the next one
     if own is None:
         raise ValueError("packs is empty: every process takes part with at least one row")
     vectors = exchange(own).requires_grad_()
@@ -65,7 +65,8 @@ def backward_through(
     while kept:
         pack, z = kept.pop()
         z.backward(gradient[pack])
-    for pack in packs[: max(0, len(packs) - num_kept)]:
+    # In the order in which kept graphs would run: how many were kept must not show in the bits of the sum.
+    for pack in reversed(packs[: max(0, len(packs) - num_kept)]):
         encode(pack).backward(gradient[pack])
     return loss.detach(), gradient
 

@@ -177,6 +177,15 @@ def test_chain_of_two_trained_folders(tmp_path, monkeypatch):
     assert not np.array_equal(chained.embed(text), Encoder.load(tmp_path / "mntp", dtype="float32").embed(text))
 
 
+def test_an_adapter_of_another_base_is_no_start_unless_both_are_said_to_be_one(tmp_path):
+    config = config_for("contrastive", tmp_path)
+    write_adapter(tmp_path / "theirs", load_model(config).trainable.lora, "owner/other")
+    start = {"start": str(tmp_path / "theirs")}
+    with pytest.raises(CheckpointError, match=r"theirs/adapter_config.json: .* is 'owner/other', .* base is 'base';"):
+        load_model(config_for("contrastive", tmp_path, lora=start))
+    load_model(config_for("contrastive", tmp_path, lora=start, base_name="another/other"))
+
+
 def test_trained_text_is_read_as_it_will_be_embedded(tmp_path):
     """Vectors while training, with the update beside the weights, are those of the saved folder."""
     config = config_for("contrastive", tmp_path, loop={"steps": 2}, dtype="float32")

@@ -79,6 +79,24 @@ def test_hashes_are_those_of_all_or_none(base):
     assert (base.parent / "all" / "llm2vec_config.json").is_file()
 
 
+def test_adapters_of_bases_with_different_names_have_no_mean(base):
+    """A hub id and a path that end alike are one; an adapter that names none fits any."""
+    folders = [trained(base, name)[0] for name in ("one", "two", "three")]
+
+    def name_bases(*names):
+        for folder, name in zip(folders, names, strict=True):
+            config = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+
+    name_bases("owner/base", "owner/base-instruct", None)
+    with pytest.raises(CheckpointError, match=r"one of owner/base, two of owner/base-instruct, three of None"):
+        average_adapters(folders, base.parent / "mean")
+    name_bases("owner/base", str(base), "../base")
+    average_adapters(folders, base.parent / "mean")
+    name_bases("owner/base", str(base.parent / "models--owner--base" / "snapshots" / "12ab"), None)
+    average_adapters(folders, base.parent / "again")
+
+
 def test_what_has_no_mean_is_refused(base):
     torch.manual_seed(3)
     one, two = trained(base, "one")[0], trained(base, "two")[0]

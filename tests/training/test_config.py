@@ -36,6 +36,13 @@ def test_file_overrides_and_printed_settings_agree(tmp_path):
         ({**LEAST, "lora": {"targets": ["lm_head"]}}, r"lora\.targets is"),
         ({**LEAST, "lora": {"rslora": "yes"}}, r"lora\.rslora is 'yes'; expected bool"),
         ({**LEAST, "loop": {"steps": 0}}, r"loop\.steps is 0"),
+        ({**LEAST, "loop": {"seed": -1}}, r"loop\.seed is -1; expected 0 or more"),
+        ({**LEAST, "loop": {"micro_batch_tokens": -1}}, r"loop\.micro_batch_tokens is -1; expected 1 or more"),
+        ({**LEAST, "loop": {"activation_gib": -1}}, r"loop\.activation_gib is -1\.0; expected 0 or more"),
+        ({**LEAST, "loop": {"evaluate_every": -1}}, r"loop\.evaluate_every is -1; expected 0 or more"),
+        ({**LEAST, "optimizer": {"decay_steps": 0}}, r"optimizer\.decay_steps is 0; expected 1 or more"),
+        ({**LEAST, "lora": {"dropout": 0.001}}, r"lora\.dropout is 0\.001; .* 1/256 to 255/256: dropout is drawn in"),
+        ({**LEAST, "attention_dropout": 0.999}, r"attention_dropout is 0\.999; expected 0, or a rate from 1/256"),
         ({**LEAST, "optimizer": {"schedule": "step"}}, r"optimizer\.schedule is 'step'; one of constant, linear"),
         ({**LEAST, "optimizer": {"learning_rate": float("nan")}}, r"optimizer\.learning_rate is nan"),
         ({**LEAST, "optimizer": {"betas": [0.9]}}, r"optimizer\.betas"),
@@ -93,6 +100,7 @@ SIMCSE = {
     "dataset_file_path": "cache/wiki.txt", "learning_rate": 3e-5, "loss_scale": 20, "per_device_train_batch_size": 128,
     "gradient_accumulation_steps": 1, "do_train": True, "max_seq_length": 128, "overwrite_output_dir": True,
     "output_dir": "output/simcse", "logging_steps": 50, "save_steps": 200, "save_only_model": True,
+    "disable_tqdm": False,
     "stop_after_n_steps": 1000, "lora_r": 16, "gradient_checkpointing": True, "torch_dtype": "bfloat16",
     "attn_implementation": "flash_attention_2", "seed": 42,
 }  # fmt: skip
@@ -120,7 +128,8 @@ def test_the_references_files_are_taken_as_they_are(tmp_path):
     assert (simcse.temperature, simcse.attention_dropout, simcse.pooling) == (0.05, 0.3, "mean")
     supervised = translate({**SIMCSE, "dataset_name": "E5", "warmup_steps": 300}, "ContrastiveConfig", "x.json")
     supervised.pop("temperature")
-    assert supervised["pairs"] == ["cache/wiki.txt"] and supervised["optimizer"]["warmup_steps"] == 300
+    assert supervised["pairs"] == ["cache/wiki.txt"] and supervised["e5_instructions"] and not simcse.e5_instructions
+    assert supervised["optimizer"]["warmup_steps"] == 300
 
 
 def test_the_references_unknown_keys_are_refused():

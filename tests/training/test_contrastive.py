@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from flashvec.training.data import DataError
 from flashvec.training.distributed import World
 from flashvec.training.encode import token_rows
 from flashvec.training.model import load_model
+from flashvec.training.run import run_training
 
 
 def objective_for(tmp_path, **values):
@@ -77,6 +80,35 @@ def test_scored_pairs_train(tmp_path):
     assert any(x.grad.any() for x in objective.model.trainable.parameters().values())
 
 
+def test_a_batch_of_one_score_has_nothing_to_rank_and_the_run_goes_on(tmp_path):
+    """But not where every batch is so."""
+    rows = [{"query": f"stone {i}", "positive": f"river {i}", "score": int(i > 20)} for i in range(24)]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loop = {"steps": 4, "seed": 3}
+    config = config_for("contrastive", tmp_path, pairs=[str(path)], loss="cosent", batch_size=4, loop=loop)
+    objective = Contrastive(load_model(config), config, World())
+    alike = [len(set(objective.batch(step).scores)) == 1 for step in range(4)]
+    assert alike[0] and not all(alike)
+    run_training(config)
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] == 0 for line in log] == alike
+    path.write_text("".join(json.dumps(row | {"score": 1}) + "\n" for row in rows))
+    with pytest.raises(DataError, match="all scores of a file are alike"):
+        Contrastive(objective.model, config, World())
+
+
+def test_instructions_of_the_references_data_sets_go_by_their_files(tmp_path):
+    (tmp_path / "echo").mkdir()
+    for name in ("quora_duplicates", "own"):
+        write_pairs(tmp_path / "echo" / f"{name}.jsonl", count=8)
+    values = {"pairs": [str(tmp_path / "echo")], "max_length": 80}
+    known = objective_for(tmp_path, e5_instructions=True, **values)
+    heads = {(pair.source, pair.instruction) for pair in known.pairs}
+    assert (1, "Find questions that have the same meaning as the input question; ") in heads and (0, None) in heads
+    assert len(heads) == 3 and {pair.instruction for pair in objective_for(tmp_path, **values).pairs} == {None}
+
+
 def test_crops_are_runs_of_the_text_and_keep_what_stands_around():
     ids = np.arange(100, 120, dtype=np.int32)
     rows = TokenRows(ids, np.array([12, 8], np.int32), np.array([[1, 12], [0, 7]], np.int64))
@@ -126,7 +158,7 @@ def test_a_text_cut_to_nothing_is_refused(tmp_path):
         ({"attention_dropout": 0.0, "lora": {"dropout": 0.0}}, ConfigError, "nothing is dropped"),
         ({"loss": "cosent"}, ConfigError, "scores belong to cosent"),
         ({"prefixes": [8, 64]}, ConfigError, "prefixes end at 64, vectors have 32"),
-        ({"batch_size": 1}, DataError, "queries got no gradient"),
+        ({"batch_size": 1}, ConfigError, "batch_size is 1: a text is told from the others of its batch"),
     ],
     ids=str,
 )

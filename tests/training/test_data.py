@@ -1,9 +1,18 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flashvec.training.data import DataError, SourceBatches, read_pairs, read_texts, rows_of_step, text_hash
+from flashvec.training.data import (
+    DataError,
+    SourceBatches,
+    read_pairs,
+    read_texts,
+    rows_of_step,
+    text_files,
+    text_hash,
+)
 
 
 def write(path, *lines):
@@ -36,6 +45,29 @@ def test_pairs_in_the_forms_that_people_have(tmp_path):
     assert read_pairs([scored])[0].score == 3
 
 
+def test_a_folder_stands_for_its_files_and_queries_take_the_instructions_of_theirs(tmp_path):
+    (tmp_path / "echo").mkdir()
+    write(tmp_path / "echo" / "notes.txt", "no pair")
+    write(tmp_path / "echo" / "nq.jsonl", {"query": "q3", "positive": "p", "negative": "n"})
+    write(
+        tmp_path / "echo" / "allnli.jsonl",
+        *({"query": f"q{i}", "positive": "p"} for i in range(2)),
+        {"query": "q2", "positive": "p", "instruction": "own"},
+    )
+    turns = {"allnli": ("one", "two"), "fever": ("three",)}
+    pairs = read_pairs([str(tmp_path / "echo")], turns)
+    assert [(p.query, p.source, p.instruction) for p in pairs] == [
+        ("q0", 0, "one"),
+        ("q1", 0, "two"),
+        ("q2", 0, "own"),
+        ("q3", 1, None),
+    ]
+    assert text_files([str(tmp_path / "echo"), "x.txt"])[1:] == [tmp_path / "echo" / "nq.jsonl", Path("x.txt")]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"pairs: .*none: a folder without \.jsonl files"):
+        read_pairs([str(tmp_path / "none")])
+
+
 @pytest.mark.parametrize(
     ("line", "named"),
     [
@@ -48,6 +80,7 @@ def test_pairs_in_the_forms_that_people_have(tmp_path):
         ({"query": "q", "positive": 3}, "line 2: a text is empty or no text"),
         ({"query": "q", "positive": "p", "neg": ["", "x"]}, "line 2: a text is empty"),
         ({"query": "q", "positive": "p", "score": "high"}, "line 2: score is not a number"),
+        ('{"query": "q", "positive": "p", "score": Infinity}', "line 2: score is not a number"),
         ({"query": "q", "positive": "p", "score": 1}, "some lines have a score and some have none"),
         ({"query": "q", "positive": "p", "instruction": 1}, "line 2: instruction is not a text"),
     ],

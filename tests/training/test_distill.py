@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from training_runs import config_for
 
 from flashvec.runtime.encoder import Encoder
 from flashvec.training import teacher as teacher_module
 from flashvec.training.checkpoint import ResumeError
 from flashvec.training.config import ConfigError
-from flashvec.training.data import DataError, text_hash
+from flashvec.training.data import DataError
 from flashvec.training.distill import Distill, with_crops
 from flashvec.training.distributed import World
 from flashvec.training.encode import encode, token_rows
+from flashvec.training.loop import TrainingStopped, train
 from flashvec.training.model import load_model
 from flashvec.training.run import run_training
 from flashvec.training.teacher import frozen_encoder
@@ -118,9 +120,17 @@ def test_crops_and_neighbours_meet_in_a_batch(tmp_path):
     line = objective.origins[rows[0]]
     together = np.flatnonzero(np.isin(objective.origins, (line, line + 1)))
     assert line % 2 == 0 and rows[: len(together)].tolist() == together.tolist() and len(together) >= 2
-    seen = set(objective.seen(0))
+    rows = objective.batches.rows(1)
     lines = {objective.lines[line] for line in objective.origins[rows]}
-    assert {text_hash(text) for text in lines | {objective.texts[row] for row in rows}} == seen
+    assert lines | {objective.texts[row] for row in rows} == set(objective.seen(1))
+
+
+def test_what_the_teacher_read_before_the_first_step_was_seen_in_it(tmp_path):
+    objective = objective_for(tmp_path, whitening_texts=32)
+    sample = {objective.texts[row] for row in objective.teacher.sample}
+    drawn = {objective.texts[row] for row in objective.batches.rows(0)}
+    assert len(sample - drawn) > 20 and set(objective.seen(0)) == sample | drawn
+    assert not sample <= set(objective.seen(1))
 
 
 def test_teacher_stays_as_it_was_while_the_body_is_trained(tmp_path):
@@ -228,8 +238,37 @@ def test_layers_after_the_last_depth_neither_run_nor_learn(tmp_path, monkeypatch
     )
     objective.step(0)
     assert set(ran) == {0}
-    grads = {name: x.grad for name, x in objective.model.trainable.parameters().items()}
-    assert {name for name, grad in grads.items() if grad is None} == {name for name in grads if ".1." in name}
+    trained = objective.model.trainable.parameters()
+    assert trained and all(name.startswith("layers.0.") and x.grad is not None for name, x in trained.items())
+
+
+def test_layers_after_the_last_depth_are_saved_as_they_were(tmp_path):
+    """Decayed neither, which a parameter without a loss would be where several processes sum gradients."""
+    values = {"depths": [1], "dtype": "float32", "optimizer": {"weight_decay": 0.1}}
+    config = config_for("distill", tmp_path, **values)
+    start = load_model(config).trainable.lora
+    assert run_training(config, until=2)["step"] == 2 and run_training(config)["step"] == 4
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(stored) == 2 * 2 * 7
+    for name, a_RC, b_nR in start.matrices():
+        a, b = (stored[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+        same = [torch.equal(a, a_RC), torch.equal(b, b_nR)]
+        assert same == [name.startswith("layers.1.")] * 2, name
+
+
+def test_a_bodys_layers_after_the_last_depth_are_saved_as_they_were(tmp_path):
+    values = {"depths": [1], "dtype": "float32", "train": "body", "optimizer": {"weight_decay": 0.1}}
+    run_training(config_for("distill", tmp_path, loop={"steps": 2}, **values))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out/encoder"))
+    changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert changed == {name for name in after if name.startswith("layers.0.") or name == "norm.weight"}
+
+
+def test_a_taught_layer_that_stays_as_it_was_stops(tmp_path):
+    objective = objective_for(tmp_path, depths=[1])
+    objective.model.trainable.parameters()["layers.0.down.b"].register_hook(torch.zeros_like)
+    with pytest.raises(TrainingStopped, match=r"step 1 left 1 parameters as they were, layers\.0\.mlp\.down_proj"):
+        train(objective.config, objective, World())
 
 
 @pytest.mark.parametrize(
@@ -250,6 +289,7 @@ def test_layers_after_the_last_depth_neither_run_nor_learn(tmp_path, monkeypatch
             "need 32 texts or more .*, here are 9: give more",
         ),
         ({"neighbours": 0}, "neighbours is 0; expected 1 or more"),
+        ({"batch_size": 1, "squared_weight": 1.0}, "batch_size is 1; expected 2 or more, where cosines are taught"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from training_runs import config_for, write_pairs
 
 from flashvec.training.config import ConfigError
 from flashvec.training.distributed import World, own_device
+from flashvec.training.run import run_training
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -106,6 +107,39 @@ finally:
 def test_processes_that_differ_stop():
     for error, code in launch(2, ["-c", DRIFT]):
         assert code == 1 and "step 5: processes hold different parameters" in error
+
+
+LOOP = """
+import os
+import sys
+from pathlib import Path
+from training_runs import config_for, write_texts
+from flashvec.training.distributed import World
+from flashvec.training.run import run_training
+world, folder = World(), Path(sys.argv[1])  # held throughout, as in gloo_worker.py
+try:
+    config = config_for("mntp", folder, output=str(folder / "two"), dtype="float32")
+    run_training(config, until=2)
+    run_training(config)
+    own = folder / str(world.rank)
+    own.mkdir()
+    write_texts(own / "own.txt", 30 + world.rank)
+    os.chdir(own)
+    run_training(config_for("mntp", folder, output=str(folder / "other"), texts=["own.txt"]))
+finally:
+    world.close()
+"""
+
+
+def test_two_processes_train_save_and_resume_as_one_does_and_refuse_other_texts(tmp_path):
+    run_training(config_for("mntp", tmp_path, output=str(tmp_path / "one"), dtype="float32"))
+    for error, code in launch(2, ["-c", LOOP], str(tmp_path)):
+        assert code == 1 and "RuntimeError: processes were given different settings, or files of diff" in error, error
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert (tmp_path / "one" / "seen.npy").read_bytes() == (tmp_path / "two" / "seen.npy").read_bytes()
+    assert (tmp_path / "two" / "adapter_model.safetensors").is_file() and not (tmp_path / "other").exists()
 
 
 def test_shares_hold_every_row_once_and_have_like_work(monkeypatch):

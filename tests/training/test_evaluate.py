@@ -24,6 +24,13 @@ def test_reads_every_form(name, tmp_path):
     assert list(zip(*pairs, strict=True)) == ROWS
 
 
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    odd = "a\rb\u2028c\u0085d"
+    rows = f"score\tsentence1\tsentence2\r\n1\t{odd}\tx\r\n2\ty\t{odd}\r\n"
+    (tmp_path / "own.tsv").write_bytes(rows.encode())
+    assert read_scored_pairs(tmp_path / "own.tsv")[:2] == ([odd, "y"], ["x", odd])
+
+
 def test_correlations_are_scipys(tmp_path):
     (tmp_path / "own.tsv").write_text(FILES["own.tsv"])
     pairs = read_scored_pairs(tmp_path / "own.tsv")
@@ -45,6 +52,7 @@ def test_correlations_are_scipys(tmp_path):
         ("a.csv", "m\tf\t1\t2\thigh\ta\tb\n" * 2, "a.csv line 1: expected two texts and a score"),
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\t3\ta\n", "a.csv line 2: expected"),
         ("a.jsonl", "{}\n{}\n", "line 1: expected"),
+        ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\tnan\ta\tb\n", "a.csv line 2: expected two texts and a score"),
         ("a.tsv", "score\tsentence1\tsentence2\n1\ta\tb\n", "1 pairs; a correlation needs two"),
         ("a.tsv", "", "holds no line"),
     ],

@@ -16,7 +16,10 @@ from flashvec.training.distributed import World
 from flashvec.training.evaluate import embed_with
 from flashvec.training.events import FOLDER
 from flashvec.training.loop import TrainingStopped, learning_rate, train
+from flashvec.training.memory import used_bytes
+from flashvec.training.mntp import Mntp
 from flashvec.training.model import load_model
+from flashvec.training.progress import TrainingBar
 from flashvec.training.run import run_training
 
 OBJECTIVES = ["mntp", "contrastive", "distill"]
@@ -110,6 +113,45 @@ def test_causal_attention_stops(tmp_path):
         )
 
     assert "attention is still causal" in stopping(tmp_path, change)
+
+
+def test_only_the_first_process_draws_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = []
+    enter = TrainingBar.__enter__
+    monkeypatch.setattr(TrainingBar, "__enter__", lambda bar: shown.append(bar.show) or enter(bar))
+    config = config_for("mntp", tmp_path, loop={"steps": 1})
+    objective = Mntp(load_model(config, wants_head=True), config, World())
+    for rank in (0, 1):
+        world = World()
+        world.rank = rank
+        train(config, objective, world, until=0)
+    assert shown == [True, False]
+
+
+def test_processes_are_compared_after_the_first_step_and_the_last(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(World, "check_equal", lambda world, parameters, step: compared.append(step))
+    config = config_for("mntp", tmp_path)
+    run_training(config, until=3)
+    run_training(config)
+    assert compared == [1, 3, 4]
+
+
+def test_memory_of_the_log_is_this_processes_own():
+    before = used_bytes(torch.device("cpu"))
+    held = np.ones(1 << 26, np.uint8)
+    assert 0.9 * held.nbytes < used_bytes(torch.device("cpu")) - before < 1.5 * held.nbytes
+
+
+def test_while_layers_are_taught_up_to_a_depth_that_one_is_scored(tmp_path):
+    model = load_model(config_for("distill", tmp_path, dtype="float32"))
+    want = embed_with(model)(["a river", "x"])
+    np.testing.assert_array_equal(embed_with(model, (2,))(["a river", "x"]), want)
+    cut = embed_with(model, (1,))(["a river", "x"])
+    model.decoder.layers = model.decoder.layers[:1]
+    np.testing.assert_allclose(embed_with(model)(["a river", "x"]), cut, atol=1e-6)
+    assert np.abs(cut - want).max() > 1e-3
 
 
 def test_a_matrix_that_stays_zero_stops(tmp_path):

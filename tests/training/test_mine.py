@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,24 @@ def test_blocks_change_nothing(monkeypatch):
     whole = mine(Table(), PAIRS, corpus=CORPUS)
     monkeypatch.setattr("flashvec.training.mine.BLOCK_SCORES", 1)
     assert mine(Table(), PAIRS, corpus=CORPUS) == whole
+
+
+def test_queries_are_searched_under_the_instruction_they_train_with():
+    asked = []
+
+    class Listening(Table):
+        def embed(self, texts, instruction=None, normalize=None):
+            asked.append(instruction)
+            return super().embed(texts)
+
+    own = [PAIRS[0], replace(PAIRS[1], instruction="find: "), replace(PAIRS[2], instruction="")]
+    mine(Listening(), own, instruction="search: ")
+    assert asked == [["search: ", "find: ", ""], None, None]
+    asked.clear()
+    assert mine(Listening(), own)[1].instruction == "find: " and asked[0] == ["", "find: ", ""]
+    asked.clear()
+    mine(Listening(), PAIRS)
+    assert asked == [None, None, None]
 
 
 def test_refuses():

@@ -9,7 +9,7 @@ from training_runs import config_for, sentences
 
 from flashvec.runtime.tokenize import Tokenizer
 from flashvec.training.config import ConfigError
-from flashvec.training.data import DataError
+from flashvec.training.data import DataError, rows_of_step
 from flashvec.training.distributed import World
 from flashvec.training.mntp import Mntp, cut_blocks, mask_blocks, mask_token_id
 from flashvec.training.model import load_model
@@ -34,7 +34,8 @@ def test_blocks_end_with_their_text(tokenizer):
     lengths = tokenizer.encode(texts, 10_000).lengths
     assert max(blocks.spans[:, 1] - blocks.spans[:, 0]) == 6
     ends = set(np.cumsum(lengths))
-    for text, (start, stop) in zip(blocks.texts, blocks.spans, strict=True):
+    for (text, after), (start, stop) in zip(blocks.texts, blocks.spans, strict=True):
+        assert after == text + 1
         assert sum(lengths[:text]) <= start < stop <= sum(lengths[: text + 1])
         assert stop - start == 6 or stop in ends
 
@@ -44,6 +45,11 @@ def test_joined_blocks_are_all_full_and_cross_texts(tokenizer):
     blocks = cut_blocks(tokenizer, texts, 16, joined=True)
     assert ((blocks.spans[:, 1] - blocks.spans[:, 0]) == 16).all()
     assert blocks.spans[0].tolist() == [0, 16] and len(blocks.spans) == len(blocks.ids) // 16
+    stops = np.cumsum(tokenizer.encode(texts, 10_000).lengths)
+    for (first, after), (start, stop) in zip(blocks.texts, blocks.spans, strict=True):
+        of_tokens = np.unique(np.searchsorted(stops, np.arange(start, stop), side="right"))  # the text of each token
+        assert of_tokens.tolist() == list(range(first, after))
+    assert (blocks.texts[:, 1] - blocks.texts[:, 0]).max() > 1
     with pytest.raises(DataError, match="no block of 4096 tokens"):
         cut_blocks(tokenizer, texts, 4096, joined=True)
 
@@ -110,6 +116,13 @@ def test_head_is_trained_only_where_asked_for(tmp_path):
     trained.step(0)
     assert trained.parameters()["head"].grad.any()
     assert torch.equal(trained.model.decoder.embedding_VD, before) and not before.requires_grad
+
+
+def test_all_texts_of_a_joined_block_were_seen(tmp_path):
+    objective = objective_for(tmp_path, llm2vec_compat=True, batch_size=1, max_length=40)
+    (row,) = rows_of_step(len(objective.blocks.spans), 1, objective.config.loop.seed, 0)
+    first, after = objective.blocks.texts[row]
+    assert after - first > 1 and list(objective.seen(0)) == objective.texts[first:after]
 
 
 def test_mask_token_must_be_one_token(tokenizer):

@@ -5,6 +5,8 @@ import pytest
 import torch
 import transformers
 from scipy.spatial.distance import cosine
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sklearn.metrics import ndcg_score
 from tiny_models import tiny_tokenizer
 from training_runs import tiny_base
@@ -15,6 +17,7 @@ from flashvec.training.data import DataError
 from flashvec.training.hf_encoder import HfEncoder
 from flashvec.training.retrieval import ndcg, read_collection, retrieval_score
 
+MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
 SMART = {
     "x.ALL": ".I 1\n.T\nThe river\n.A\nSomebody\n.W\nflows to\nthe sea.\n.X\n1\t2\n.I 2\n.T\nStones\n.W\nlie still.\n",
     "x.QRY": ".I 1\n.W\nWhat flows?\n.I 2\n.W\nWhat lies?\n",
@@ -37,12 +40,34 @@ def write_beir(folder):
     return folder
 
 
+def write_bert(folder):
+    bert = transformers.BertConfig(
+        vocab_size=420, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(bert).save_pretrained(folder)
+    tiny_tokenizer(folder)
+
+
 def test_reads_both_forms(tmp_path):
     smart = read_collection(write_smart(tmp_path))
     assert smart.documents == {"1": "The river flows to the sea.", "2": "Stones lie still."}
     assert smart.queries == {"1": "What flows?", "2": "What lies?"} and smart.relevance["2"] == {"2": 1.0}
     beir = read_collection(write_beir(tmp_path / "beir"))
     assert beir.documents == {"d1": "River to the sea", "d2": "stones"} and beir.relevance == {"q1": {"d1": 2, "d2": 0}}
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """JSON strings and tables may hold what ends a line elsewhere."""
+    folder = write_beir(tmp_path / "beir")
+    odd = "a\u2028b\u0085c"
+    for name, key in (("corpus", "d3"), ("queries", "q2")):
+        with (folder / f"{name}.jsonl").open("a", encoding="utf-8", newline="") as file:
+            file.write(json.dumps({"_id": key, "text": odd}, ensure_ascii=False) + "\r\n")
+    with (folder / "qrels" / "test.tsv").open("a", newline="") as file:
+        file.write("q2\td3\t1\r\n")
+    read = read_collection(folder)
+    assert read.documents["d3"] == read.queries["q2"] == odd and read.relevance["q2"] == {"d3": 1.0}
 
 
 def test_ndcg_is_scikit_learns():
@@ -90,12 +115,7 @@ def test_bad_files_are_named(name, text, named, tmp_path):
 def test_command_runs_ours_and_hugging_faces_encoders(tmp_path):
     write_smart(tmp_path)
     tiny_base(tmp_path / "base")
-    bert = transformers.BertConfig(
-        vocab_size=420, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(bert).save_pretrained(tmp_path / "bert")
-    tiny_tokenizer(tmp_path / "bert")
+    write_bert(tmp_path / "bert")
     for model, more in (("base", []), ("bert", ["--backend", "hf"])):
         command = ["evaluate", "retrieval", str(tmp_path / model), str(tmp_path / "x.ALL"), "--json", *more]
         result = CliRunner().invoke(app, command)
@@ -103,6 +123,39 @@ def test_command_runs_ours_and_hugging_faces_encoders(tmp_path):
         assert 0 < json.loads(result.stdout)["ndcg@10"] <= 100
     result = CliRunner().invoke(app, ["evaluate", "retrieval", "x", str(tmp_path / "x.ALL"), "--backend", "onnx"])
     assert "known are flashvec and hf" in str(result.exception)
+
+
+@pytest.mark.parametrize("mode", ["cls", "mean"])
+def test_a_sentence_transformers_folder_is_run_as_it_says(mode, tmp_path):
+    write_bert(tmp_path / "bert")
+    modules = [Transformer(str(tmp_path / "bert"), max_seq_length=7), Pooling(16, mode)]
+    library = SentenceTransformer(modules=modules, device="cpu")
+    library.save(str(tmp_path / "saved"))
+    encoder = HfEncoder(str(tmp_path / "saved"))
+    texts = ["a river", "stones " * 9, "x"]
+    want = library.encode([f"say: {text}!" for text in texts])
+    np.testing.assert_allclose(encoder.embed(texts, "say: {text}!"), want, atol=1e-5)
+    assert np.abs(encoder.embed(texts) - want).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode": "max"}, "pooling is 'max'; backend hf knows mean and cls"),
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "cls.mean"),
+        ("modules.json", [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}], "Dense in '2_Dense'"),
+        ("modules.json", [{"type": "a.Transformer", "path": "../up"}], "Transformer in '../up'"),
+        ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length is 0; expected a positive"),
+    ],
+)
+def test_a_folder_that_is_more_than_mean_or_cls_is_refused(file, values, named, tmp_path):
+    write_bert(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    modules = [{"type": f"sentence_transformers.models.{x}", "path": y} for x, y in MODULES]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=named):
+        HfEncoder(str(tmp_path))
 
 
 def test_hugging_face_vectors_do_not_depend_on_padding(tmp_path):

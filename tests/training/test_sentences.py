@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flashvec.runtime.cli import app
-from flashvec.training.data import DataError
-from flashvec.training.sentences import MAX_WORDS, sentences_of, training_lines
+from flashvec.training.data import DataError, text_hash
+from flashvec.training.sentences import MAX_WORDS, sentences_of, text_hashes, training_lines
 
 PARAGRAPHS = """<doc id="1" title="Rivers">
 Rivers
@@ -35,6 +35,14 @@ Its water is "cold and clear all year round." Dr. Ash measured it twice every wi
 )  # fmt: skip
 def test_whole_sentences_are_found(paragraph, want):
     assert sentences_of(paragraph) == want
+
+
+def test_a_passage_is_known_by_itself_and_by_each_sentence_in_it():
+    """Short ones too, which are no sentences to train on."""
+    passage = "A man plays.  Two dogs run through the snow!\nno end"
+    want = [passage, "a man plays.", "Two dogs run through the snow!", "no end"]
+    assert text_hashes(passage) == {text_hash(text) for text in want}
+    assert text_hashes("One alone.") == {text_hash("One alone.")}
 
 
 def test_lines_keep_their_order_and_come_once(tmp_path):

@@ -77,6 +77,20 @@ def test_every_way_gives_the_same_gradient_with_dropout_on(name, tmp_path):
             assert 0 < kept < len(packs)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["contrastive", "distill"])
+def test_memory_that_is_free_does_not_show_in_a_bit(name, dtype, tmp_path):
+    """How many graphs are kept may differ between a run and its resumption."""
+    kept, found = set(), []
+    for gib in (1.0, 0.0001, 0.0):
+        objective = objective_for(name, tmp_path, dtype=dtype, loop={"micro_batch_tokens": 30, "activation_gib": gib})
+        num_kept = objective.retention.num_kept
+        objective.retention.num_kept = lambda *args, num_kept=num_kept: kept.add(n := num_kept(*args)) or n
+        found.append(gradient_of(objective)[1])
+    assert len(kept) == 3 and found[0].any()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_dropout_is_really_on_and_differs_between_steps_and_views(tmp_path):
     objective = objective_for("contrastive", tmp_path)
     columns = objective.batch(0)
