@@ -136,7 +136,7 @@ def _tiles_torch(
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Blocks of queries: their rows, unit queries, unit documents, scores less the positive's (-inf where left out)."""
     unit_c = _unit(widen(c[:, :size]))
-    for start in range(0, len(q), ROWS_TORCH):
+    for start in range(0, len(q) or 1, ROWS_TORCH):  # at least one: whoever sums over blocks needs unit documents
         rows = slice(start, start + ROWS_TORCH)
         unit_q = _unit(widen(q[rows, :size]))
         cosines = unit_q @ unit_c.T
