@@ -229,6 +229,8 @@ def cross_entropy(
     _check(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap, reduction)
     if h_TD.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiled graph knows no values
         _check_values(h_TD.shape[0], weight_VD.shape[0], rows_R, targets_R)
+    rows_R, targets_R = rows_R.contiguous(), targets_R.contiguous()
+    bias_V = None if bias_V is None else bias_V.contiguous()
     loss_R, _ = _cross_entropy(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap or 0.0, float(scale))
     return {"mean": loss_R.mean, "sum": loss_R.sum, "none": lambda: loss_R}[reduction]()
 

@@ -265,7 +265,8 @@ def info_nce(
             prefixes=prefixes,
         )
     limit = NO_MARGIN if margin is None else margin
-    loss_PB = _info_nce(queries_BD, documents_MD, positives_B, document_ids_M, temperature, limit, sizes)
+    ids_M = None if document_ids_M is None else document_ids_M.contiguous()
+    loss_PB = _info_nce(queries_BD, documents_MD, positives_B.contiguous(), ids_M, temperature, limit, sizes)
     return loss_PB if prefixes is not None else loss_PB[0]
 
 
