@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
+from gradients import heads_far_apart
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -140,6 +141,14 @@ def test_kernel_does_not_read_neighbours_or_filling_rows(device, kernel_ran):
         x[:5] = x[75:] = math.nan
     got = attention(q, k, v, schedule, scale=0.3)
     assert torch.equal(got[5:75], want[5:75]) and not got[78:].any()
+
+
+@pytest.mark.parametrize("rotate_", [False, True])
+def test_kernel_reads_query_heads_past_2_31_elements(rotate_, device, kernel_ran):
+    q, k, v, schedule = heads([3, 20], 3, 1, 16, torch.float32, device)
+    rotation = rotation_for(schedule, 16, False, device) if rotate_ else None
+    want = attention(q, k, v, schedule, scale=0.3, rotation=rotation)
+    assert torch.equal(attention(heads_far_apart(q), k, v, schedule, scale=0.3, rotation=rotation), want)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
