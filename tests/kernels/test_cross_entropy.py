@@ -218,8 +218,13 @@ def test_what_a_gpu_cannot_refuse_has_no_gradient(softcap, device, interpreted):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("run", ["cpu", "kernels"])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_is_a_well_behaved_torch_op(softcap, device):
+def test_is_a_well_behaved_torch_op(softcap, run, device, request):
+    if run == "kernels":
+        request.getfixturevalue("interpreted")
+    else:
+        device = "cpu"
     h, weight, rows, targets, bias = inputs((12, 8, 30, 6), torch.float32, device)
     h, weight, bias = (t.requires_grad_() for t in (h, weight, bias))
     torch.library.opcheck(_cross_entropy, (h, weight, rows, targets, bias, softcap, 1.5))
