@@ -1,7 +1,9 @@
 """Where kernels run, and that nothing needs triton."""
 
+import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import torch
 
@@ -28,6 +30,21 @@ def test_runs_without_triton_with_one_notice():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(4, 2, 8)"
     assert done.stderr.count("triton is not installed") == 1
+
+
+def test_a_gpu_that_is_too_old_runs_torch_with_one_notice(monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    backend.runs_triton.cache_clear()
+    forms = {}
+    with caplog.at_level(logging.WARNING, "flashvec"):
+        for index, capability in ((5, (7, 5)), (6, (8, 0)), (5, (7, 5))):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            forms[index] = backend.implementation(SimpleNamespace(device=torch.device("cuda", index)))
+    backend.runs_triton.cache_clear()
+    assert forms == {5: "torch", 6: "triton"}
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Tesla T4 is older than the kernels support (compute capability 8.0)")
 
 
 def test_cpu_tensors_take_the_cpu_form():
