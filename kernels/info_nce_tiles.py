@@ -52,7 +52,7 @@ def _counted(
     positive = tl.load(positive_ptr + query, mask=query_ok, other=-1)
     exact = tl.load(exact_ptr + query, mask=query_ok, other=0.0)
     is_positive = document == positive
-    above = tl.where(is_positive, exact - exact, cosines - exact)
+    above = tl.where(is_positive, exact, cosines) - exact
     counts = ~(cosines > exact + margin)
     if HAS_IDS:
         own = tl.load(id_ptr + positive, mask=query_ok, other=0)
