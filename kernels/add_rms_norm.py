@@ -350,4 +350,5 @@ def add_rms_norm(
         return _add_rms_norm_cpu(h_TD, y_TD, weight_D, eps, offset, dtype or y_TD.dtype, post_weight_D)
     if run != "triton" or torch.float64 in (h_TD.dtype, y_TD.dtype):
         return add_rms_norm_reference(h_TD, y_TD, weight_D, eps, offset, dtype, post_weight_D=post_weight_D)
-    return _add_rms_norm(h_TD, y_TD, weight_D, post_weight_D, eps, offset, dtype or y_TD.dtype)
+    post_weight_D = None if post_weight_D is None else post_weight_D.contiguous()
+    return _add_rms_norm(h_TD, y_TD, weight_D.contiguous(), post_weight_D, eps, offset, dtype or y_TD.dtype)

@@ -10,7 +10,8 @@
 
 A launch is recorded on tensors without storage (`backend.recording`), so what is compiled is what would be launched.
 A fault is: a register spill that is not listed in `ALLOWED_SPILLS`, more shared memory than a block may have, no matrix
-instruction in a kernel that multiplies matrices, or a figure worse than its committed row (same triton version).
+instruction in a kernel that multiplies matrices, or a figure worse than its committed row (same triton version). A row
+that no committed one stands beside is marked.
 """
 
 import argparse
@@ -185,7 +186,21 @@ def faults(found: Report, multiplies: bool, committed: Report | None) -> list[st
             wrong.append(f"{committed.blocks_per_sm} blocks fitted a multiprocessor before, now {found.blocks_per_sm}")
         if found.matrix < committed.matrix // 2:
             wrong.append(f"had {committed.matrix} matrix instructions, now {found.matrix}")
+        if committed.group_matrix and not found.group_matrix:
+            wrong.append(f"had {committed.group_matrix} matrix instructions of warp groups, now none")
+        if found.async_copies < committed.async_copies:
+            wrong.append(f"had {committed.async_copies} copies to shared memory, now {found.async_copies}")
+        if found.loop_barriers > committed.loop_barriers:
+            wrong.append(f"waited at {committed.loop_barriers} barriers a tile before, now at {found.loop_barriers}")
+        before, now = (_exponentials(report) for report in (committed, found))
+        if now > before:
+            wrong.append(f"took {before} exponentials before, now {now}")
     return wrong
+
+
+def _exponentials(report: Report) -> float:
+    """For each score where a loop over KV tiles takes them, else all that are written."""
+    return report.exponentials if report.exponentials_per_score is None else report.exponentials_per_score
 
 
 def committed_reports() -> dict[tuple[str, str, str, int], Report]:
@@ -276,21 +291,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(made)
             wrong = faults(made, made.kernel in multiplies[made.target, made.case], before.get(made.key))
             problems += [f"{made.target} {made.case} {made.kernel}: {w}" for w in wrong]
-            print(format_row(made, wrong), flush=True)
+            print(format_row(made, wrong, made.key in before), flush=True)
     if options.write:
         write_rows(found)
-    print(f"{len(found)} compiled, {len(problems)} faults, triton {triton.__version__}")
+    new = sum(made.key not in before for made in found)
+    print(f"{len(found)} compiled, {len(problems)} faults, {new} without a committed row, triton {triton.__version__}")
     for problem in problems:
         print(problem, file=sys.stderr)
     return int(bool(problems) and options.check)
 
 
-def format_row(row: Report, wrong: Iterable[str] = ()) -> str:
+def format_row(row: Report, wrong: Iterable[str] = (), is_committed: bool = True) -> str:
     """One line of the report."""
+    notes = [*wrong, *([] if is_committed else ["no committed row"])]
     per_score = "" if row.exponentials_per_score is None else f" = {row.exponentials_per_score} a score"
     return (
         f"{row.target:7} {row.case:34.34} {row.kernel:34.34} {row.shared_bytes / 1024:5.0f} KB "
-        f"{row.blocks_per_sm:2} blocks {format_code(row)}{per_score}" + "".join(f"  <- {w}" for w in wrong)
+        f"{row.blocks_per_sm:2} blocks {format_code(row)}{per_score}" + "".join(f"  <- {note}" for note in notes)
     )
 
 
@@ -316,7 +333,9 @@ def print_cubin(path: Path, target: Target, only: str) -> int:
 def write_rows(rows: Iterable[Report]) -> None:
     """Replace the committed rows of the same target, case and kernel; keep the others."""
     merged = committed_reports() | {row.key: row for row in rows}
-    lines = [json.dumps({"benchmark": "aot", **asdict(merged[key])}) + "\n" for key in sorted(merged)]
+    facts = ({"benchmark": "aot", **asdict(merged[key])} for key in sorted(merged))
+    uncounted = ("group_matrix", None)
+    lines = (json.dumps(dict(item for item in row.items() if item != uncounted)) + "\n" for row in facts)
     rows_path().write_text("".join(lines))
 
 

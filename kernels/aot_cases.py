@@ -33,15 +33,13 @@ from flashvec.kernels.attention_tiles import backward_configs, forward_configs, 
 from flashvec.kernels.backend import Target
 
 OPERANDS_IN_REGISTERS = ("sm_80", "sm_89", "sm_120")
+THREE_PRODUCTS = "a path for checks, not for speed: three TF32 products hold three copies of their operands"
 # (target, part of a case's name) -> what spills, and what was compiled instead; "nothing tried" where nothing was
 ALLOWED_SPILLS = {
     (target, part): reason
     for targets, part, reason in [
-        (
-            ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"),
-            "fp32",
-            "a path for checks, not for speed: three TF32 products hold three copies of their operands",
-        ),
+        (("sm_80", "sm_89", "sm_100", "sm_120"), "attention 64 fp32", THREE_PRODUCTS),
+        (("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"), "attention 256 fp32", THREE_PRODUCTS),
         (OPERANDS_IN_REGISTERS, "attention 64 window", "8 to 24 bytes beside three loops over keys; nothing tried"),
         (OPERANDS_IN_REGISTERS, "attention 128 window", "8 bytes; nothing tried"),
         (OPERANDS_IN_REGISTERS, "attention 128 rotation, norms", "at most 104 bytes before the loop; nothing tried"),
@@ -103,6 +101,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "queries": {"subset": True},
     "rotation": {"rotate": True},
     "rotation, norms": {"rotate": True, "norm": True},
+}
+# What models ask for together, at their head sizes: Llama and Mistral with their own masks, Gemma 2, training.
+TOGETHER: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "rotation, causal": ((64, 128), {"rotate": True, "right": 0}),
+    "rotation, window": ((128,), {"rotate": True, "left": 4095, "right": 0}),
+    "rotation, dropout": ((128,), {"rotate": True, "threshold": 26}),
+    "softcap, window": ((256,), {"softcap": 50.0, "left": 4095, "right": 0}),
 }
 
 
@@ -222,6 +227,12 @@ def cases(target: Target) -> Iterator[Case]:
             if name in ("queries", "rotation, norms"):
                 continue  # neither has a backward of its own
             yield Case(f"attention bwd {K} {name}", partial(run, True), frozenset(backward), extra=not common)
+    for name, (sizes, options) in TOGETHER.items():
+        for K in sizes:
+            run = partial(_attention, target, K, torch.bfloat16, options)
+            extra = not main or K < 128
+            yield Case(f"attention {K} {name}", run, frozenset(FORWARD), extra=extra)
+            yield Case(f"attention bwd {K} {name}", partial(run, True), frozenset(BACKWARD), extra=extra)
     for K in (64, 128, 256):
         run = partial(_attention, target, K, torch.float32, {})
         yield Case(f"attention {K} fp32", run, frozenset(FORWARD), extra=K != 64)

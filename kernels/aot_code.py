@@ -19,12 +19,14 @@ from flashvec.kernels.backend import Target, triton
 PATTERNS = {
     "cuda": {
         "matrix": r"\b(?:HGMMA|HMMA|QGMMA|UTCHMMA|UTCQMMA)\b",
+        "group_matrix": r"\b(?:HGMMA|QGMMA|UTCHMMA|UTCQMMA)\b",
         "exponentials": r"MUFU\.EX2",
         "async_copies": r"LDGSTS|UTMALDG|UBLKCP",
         "barriers": r"\bBAR\.|\bSYNCS\.",
     },
     "hip": {
         "matrix": r"\bv_mfma_",
+        "group_matrix": r"(?!)",  # there are none
         "exponentials": r"\bv_exp_f32",
         "async_copies": r"\bglobal_load_lds|\bbuffer_load\w* .*\blds\b",
         "barriers": r"\bs_barrier",
@@ -48,6 +50,7 @@ class Code:
     loop_matrix: int
     loop_exponentials: int
     loop_barriers: int
+    group_matrix: int | None = None  # of the matrix instructions those of warp groups; None in rows that did not count
 
 
 def read_cubins(cubins: Sequence[bytes], target: Target) -> list[dict[str, Code]]:

@@ -31,6 +31,7 @@ from flashvec.kernels.backend import implementation, needs_gradient
 from flashvec.kernels.dropout import Dropout, fold_reference, keep_reference
 from flashvec.kernels.norm_rope import norm_rope
 from flashvec.kernels.precision import widen
+from flashvec.kernels.rms_norm import check_weight
 from flashvec.kernels.rope import rope
 from flashvec.kernels.schedule import Queries, Schedule
 
@@ -138,9 +139,9 @@ def attention(
         q, k and v; with head norms in `rotation` in their weights too.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, a head size over 256, a negative window, a
-            window that looks right of a causal mask, a scale or softcap that is not positive, dropout without
-            identities.
+        ValueError: shapes, dtypes or devices that do not fit together, one head norm without the other, a head size
+            over 256, a negative window, a window that looks right of a causal mask, a scale or softcap that is not
+            positive, dropout without identities.
         RuntimeError: inside torch.compile with a schedule that attention has not run with before, forward, and with a
             gradient if one is wanted: its tile lists are made then.
 
@@ -148,10 +149,12 @@ def attention(
     """
     reach = _reach(causal, window)
     _check(q_THK, k_TGK, v_TGK, schedule, scale, softcap, queries)
+    if rotation is not None:
+        _check_norms(q_THK, rotation)
     if dropout is not None and dropout.p and schedule.identities is None:
         raise ValueError("dropout needs build_schedule(..., identities=...): its masks are keyed by them")
     run = "torch" if q_THK.dtype == torch.float64 else implementation(q_THK)
-    if rotation is not None and (run != "triton" or _rotates_before(q_THK, k_TGK, rotation)):
+    if rotation is not None and (run != "triton" or _rotates_before(q_THK, k_TGK, v_TGK, rotation)):
         q_THK, k_TGK = rotate(q_THK, k_TGK, rotation, queries)
         rotation = None
     if queries is not None and run == "triton" and needs_gradient(q_THK, k_TGK, v_TGK):  # given for whole sequences
@@ -217,14 +220,14 @@ def _query_tables(rotation: Rotation, queries: Queries | None) -> tuple[Tensor, 
     return rotation.cos_TK[queries.rows], rotation.sin_TK[queries.rows]
 
 
-def _rotates_before(q_THK: Tensor, k_TGK: Tensor, rotation: Rotation) -> bool:
+def _rotates_before(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, rotation: Rotation) -> bool:
     """Heads are rotated by a pass of their own where doing it inside attention would cost registers it lacks.
 
-    That is where the gradient of head norms is wanted, and in large heads: beside a tile of 256 columns the partner of
-    each element spills 1,200 bytes, or takes tiles that compute every score twice.
+    That is where there are head norms and any gradient is wanted, and in large heads: beside a tile of 256 columns the
+    partner of each element spills 1,200 bytes, or takes tiles that compute every score twice.
     """
     norms = rotation.query_norm_K, rotation.key_norm_K
-    return q_THK.shape[2] > MAX_ROTATED_HEAD or (norms[0] is not None and needs_gradient(q_THK, k_TGK, *norms))
+    return q_THK.shape[2] > MAX_ROTATED_HEAD or (norms[0] is not None and needs_gradient(q_THK, k_TGK, v_TGK, *norms))
 
 
 def _reach(causal: bool, window: int | tuple[int, int] | None) -> Reach:
@@ -268,6 +271,15 @@ def _check(
         raise ValueError(f"softcap is {softcap}, expected a positive number or None")
 
 
+def _check_norms(q_THK: Tensor, rotation: Rotation) -> None:
+    if (rotation.query_norm_K is None) != (rotation.key_norm_K is None):
+        raise ValueError("rotation has one of query_norm_K and key_norm_K, expected both or neither")
+    for name in ("query_norm_K", "key_norm_K"):
+        weight_K = getattr(rotation, name)
+        if weight_K is not None:
+            check_weight(name, weight_K, q_THK)
+
+
 def _attention_triton(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -285,7 +297,8 @@ def _attention_triton(
     norm_eps = norm_offset = 0.0
     if rotation is not None:
         cos_TK, sin_TK = _query_tables(rotation, queries)
-        query_norm_K, norm_eps, norm_offset = rotation.query_norm_K, rotation.norm_eps, rotation.norm_offset
+        norm_eps, norm_offset = rotation.norm_eps, rotation.norm_offset
+        query_norm_K = None if rotation.query_norm_K is None else rotation.query_norm_K.contiguous()
         # The op turns the gradient of these keys back itself: no pass, and no node, of its own.
         tables = rotation.cos_TK, rotation.sin_TK
         rotated_TGK = _rotate(k_TGK.detach(), rotation.key_norm_K, tables, rotation)

@@ -28,6 +28,7 @@ from flashvec.kernels.attention_tiles import (
     BackwardConfig,
     backward_configs,
     fp32_precision,
+    has_far_heads,
     head_chunks,
     kept,
     key_ranges,
@@ -136,7 +137,7 @@ def _attention_bwd_dq_kernel(
     row_exists = (row < TOKENS * PACKED) & (token < length)
     q_row = start + token
     own_row = q_row * H + head  # of out, dout and dq
-    q_ptr += head[:, None] * q_head_stride
+    q_ptr += (head.to(tl.int64) if WIDE else head)[:, None] * q_head_stride
     q1, dout1 = row, row
     if ROTATE:
         q0 = load_rotated_chunk(
@@ -252,7 +253,7 @@ def _attention_bwd_dkv_kernel(
         token, head = row // GROUP, kv_head * GROUP + row % GROUP
         q_row = token.to(tl.int64) if WIDE else token
         own_row = q_row * H + head  # of out, dout and dq
-        head_ptr = q_ptr + head[:, None] * q_head_stride
+        head_ptr = q_ptr + (head.to(tl.int64) if WIDE else head)[:, None] * q_head_stride
         if ROTATE:
             q0 = load_rotated_chunk(
                 head_ptr, cos_ptr, sin_ptr, q_ptr, q_row, q_stride, q_row, row_exists, row, 0.0, 0, K0, K, False,
@@ -343,8 +344,7 @@ def _attention_bwd_launch(
     rotate = cos_TK is not None
     # A head's halves are at hand in registers where it is one power of two; dk of wider ones leaves none free for it.
     unrotate, unrotate_keys = rotate and K == K0, rotate and K == K0 <= 128
-    # Of all tensors' elements; a short sequence's own offsets are always narrow.
-    wide = max(T, 1) * max(H * K, q_THK.stride(0), k_TGK.stride(0), v_TGK.stride(0)) >= 2**31
+    row, far_heads = max(H * K, q_THK.stride(0), k_TGK.stride(0), v_TGK.stride(0)), has_far_heads(q_THK)
     configs = _configs(q_THK, k_TGK, v_TGK, rotate, threshold > 0, softcap > 0, max(left, right) >= 0)
     packed = packed_heads(H, G)
     turned_THK = q_THK.new_empty(q_THK.shape) if rotate and any(config.ring for config in configs) else None
@@ -377,7 +377,8 @@ def _attention_bwd_launch(
             HAS_DROPOUT=threshold > 0,
             ROTATE=rotate,
             UNROTATE=unrotate_keys if config.form == "dkv" else unrotate,
-            WIDE=wide and config.form != "one tile",
+            # A short sequence counts its rows from its own first one, the others count all rows.
+            WIDE=far_heads or (config.keys if config.form == "one tile" else T) * row >= 2**31,
             PRECISION=fp32_precision(target(q_THK)),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

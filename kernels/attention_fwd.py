@@ -11,6 +11,7 @@ from flashvec.kernels.attention_hopper import launch_attention_hopper, takes
 from flashvec.kernels.attention_tiles import (
     forward_configs,
     fp32_precision,
+    has_far_heads,
     head_chunks,
     head_reciprocal_rms,
     kept,
@@ -77,7 +78,7 @@ def _attention_fwd_kernel(
     TOKENS: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, ONE_TILE: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, ROTATE: tl.constexpr,
-    NORM: tl.constexpr, SUBSET: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, SUBSET: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile_ptr += tl.program_id(0) * 4
     sequence = tl.load(tile_ptr + 3)
@@ -96,7 +97,7 @@ def _attention_fwd_kernel(
     token, head = first + row // PACKED, first_head + row % PACKED
     row_exists = (row < TOKENS * PACKED) & (token < stop)
     q_row = shift + token.to(tl.int64)
-    q_ptr += head[:, None] * q_head_stride
+    q_ptr += (head.to(tl.int64) if WIDE else head)[:, None] * q_head_stride
     if ROTATE:
         reciprocal_rms = tl.zeros([ROWS], tl.float32)
         if NORM:
@@ -234,6 +235,7 @@ def attention_fwd_launch(
             ROTATE=rotates,
             NORM=query_norm_K is not None,
             SUBSET=shift_stop is not None,
+            WIDE=has_far_heads(q_THK),
             PRECISION=fp32_precision(target(q_THK)),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

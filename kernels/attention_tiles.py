@@ -12,6 +12,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from flashvec.kernels.backend import Target, tl, triton
 from flashvec.kernels.dropout import fold, keep
@@ -139,6 +140,11 @@ def _hopper_configs(width: int, packed: int, rotate: bool) -> tuple[TileConfig, 
         return (specialised(64, ring),)
     longest = 256 if width == 64 else 448
     return specialised(64, ring, longest=longest), specialised(128, ring // 2, shorter=longest)
+
+
+def has_far_heads(x: Tensor) -> bool:
+    """True if a head's place within a token's [heads, K] takes 64 bits: with tokens innermost, in large batches."""
+    return x.shape[1] * x.stride(1) >= 2**31
 
 
 def fp32_precision(target: Target) -> str:

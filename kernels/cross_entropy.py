@@ -122,14 +122,19 @@ def _backward(
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, W and bias; an empty tensor for each that is not wanted."""
-    V, R, on_gpu = weight.shape[0], rows.shape[0], implementation(h) == "triton"
+    (T, D), V, R, on_gpu = h.shape, weight.shape[0], rows.shape[0], implementation(h) == "triton"
+    written = read = rows.long()
+    if on_gpu:  # nobody has looked at the values: a row or target outside pulls at nothing
+        inside = (rows >= 0) & (rows < T) & (targets >= 0) & (targets < V)
+        targets, lse = torch.where(inside, targets, -1), torch.where(inside, lse, float("inf"))
+        written, read = torch.where(inside, written, T), torch.where(inside, read, 0)
     # A weight that all rows share, as a mean's, multiplies the result; several multiply h, none of them by more than 1.
     coefficient = dloss * scale
     is_shared = R > 0 and dloss.stride(0) == 0
     largest = coefficient[:1] if is_shared else F.pad(coefficient.abs(), (0, 1)).max().view(1)
     factor = None if is_shared else torch.where(largest > 0, coefficient / largest, 0.0)
     gain = GAIN if on_gpu and h.dtype == torch.float16 else 1.0
-    sum_RD = h.new_zeros(R, h.shape[1], dtype=torch.float32)
+    sum_RD = h.new_zeros(R, D, dtype=torch.float32)
     dweight = weight.new_empty(weight.shape if wants[1] else 0)
     dbias = weight.new_empty(V if wants[2] else 0)
     width = panel_width(R, V, 256, PANEL_ELEMENTS if on_gpu else PANEL_ELEMENTS_CPU)
@@ -144,14 +149,15 @@ def _backward(
         if wants[0]:
             panel_product(dz, weight[here], sum_RD, add=True)
         if wants[1]:
-            chosen = rows if on_gpu else None
+            chosen = read if on_gpu else None
             panel_product(dz.T, h_RD, dweight[here], rows_K=chosen, factor_K=factor, scale=largest / gain)
         if wants[2]:
             ones = h.new_ones(R, 1)
             panel_product(dz.T, ones, dbias[here, None], factor_K=factor, scale=largest / gain)
-    dh = h.new_zeros(h.shape if wants[0] else 0)
-    if wants[0]:
-        dh.index_copy_(0, rows.long(), (sum_RD * (coefficient / gain)[:, None]).to(h.dtype))
+    dh = h.new_zeros(0)
+    if wants[0]:  # one row more, for what lies outside
+        sum_RD *= (coefficient / gain)[:, None]
+        dh = h.new_zeros(T + 1, D).index_copy_(0, written, sum_RD.to(h.dtype))[:T]
     return dh, dweight, dbias
 
 
@@ -221,7 +227,8 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a mean over no rows; on the CPU also a row or a
-            target out of range and a row chosen twice, which on a GPU, where looking would wait, give a loss of NaN.
+            target out of range and a row chosen twice, which on a GPU, where looking would wait, give a loss of NaN;
+            those out of range have no gradient there.
 
     Error: on a GPU logits, sums and losses are fp32, and the softmax's weights are rounded to the dtype before they are
         multiplied. On a CPU logits are rounded to the dtype. No atomics: equal bits on repetition.
@@ -229,6 +236,8 @@ def cross_entropy(
     _check(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap, reduction)
     if h_TD.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiled graph knows no values
         _check_values(h_TD.shape[0], weight_VD.shape[0], rows_R, targets_R)
+    rows_R, targets_R = rows_R.contiguous(), targets_R.contiguous()
+    bias_V = None if bias_V is None else bias_V.contiguous()
     loss_R, _ = _cross_entropy(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap or 0.0, float(scale))
     return {"mean": loss_R.mean, "sum": loss_R.sum, "none": lambda: loss_R}[reduction]()
 
@@ -261,6 +270,8 @@ def _check(
         raise ValueError(f"softcap is {softcap}, expected a positive bound or None")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}, expected mean, sum or none")
+    if len(rows) and not len(h):
+        raise ValueError(f"rows_R names {len(rows)} rows, h_TD has none")
     if reduction == "mean" and not len(rows):
         raise ValueError("rows_R is empty: there is no mean over no rows")
 

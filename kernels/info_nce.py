@@ -136,7 +136,7 @@ def _tiles_torch(
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Blocks of queries: their rows, unit queries, unit documents, scores less the positive's (-inf where left out)."""
     unit_c = _unit(widen(c[:, :size]))
-    for start in range(0, len(q), ROWS_TORCH):
+    for start in range(0, len(q) or 1, ROWS_TORCH):  # at least one: whoever sums over blocks needs unit documents
         rows = slice(start, start + ROWS_TORCH)
         unit_q = _unit(widen(q[rows, :size]))
         cosines = unit_q @ unit_c.T
@@ -265,7 +265,8 @@ def info_nce(
             prefixes=prefixes,
         )
     limit = NO_MARGIN if margin is None else margin
-    loss_PB = _info_nce(queries_BD, documents_MD, positives_B, document_ids_M, temperature, limit, sizes)
+    ids_M = None if document_ids_M is None else document_ids_M.contiguous()
+    loss_PB = _info_nce(queries_BD, documents_MD, positives_B.contiguous(), ids_M, temperature, limit, sizes)
     return loss_PB if prefixes is not None else loss_PB[0]
 
 

@@ -45,12 +45,15 @@ def _dot_columns(
 def _counted(
     cosines, query, document, query_ok, document_ok, positive_ptr, exact_ptr, id_ptr, margin, HAS_IDS: tl.constexpr
 ):
-    """Cosines less the positive's, at which they are exactly 0; which element that is; which candidates count."""
+    """Cosines less the positive's, at which they are exactly 0; which element that is; which candidates count.
+
+    What is no number counts, and makes the loss none: at the positive `exact - exact` is 0 or NaN.
+    """
     positive = tl.load(positive_ptr + query, mask=query_ok, other=-1)
     exact = tl.load(exact_ptr + query, mask=query_ok, other=0.0)
     is_positive = document == positive
-    above = tl.where(is_positive, 0.0, cosines - exact)
-    counts = cosines <= exact + margin
+    above = tl.where(is_positive, exact, cosines) - exact
+    counts = ~(cosines > exact + margin)
     if HAS_IDS:
         own = tl.load(id_ptr + positive, mask=query_ok, other=0)
         counts = counts & (tl.load(id_ptr + document, mask=document_ok, other=0) != own)
@@ -188,7 +191,7 @@ def _splits(num_rows: int, num_columns: int) -> tuple[int, int, int]:
     """Blocks of rows, splits of the columns, and tiles in a split; of the sizes alone."""
     row_blocks, tiles = -(-num_rows // BLOCK), -(-num_columns // BLOCK)
     splits = max(1, min(tiles, WANTED_PROGRAMS // max(row_blocks, 1)))
-    per_split = -(-tiles // splits)
+    per_split = max(1, -(-tiles // splits))  # of no columns there is no split
     return row_blocks, -(-tiles // per_split), per_split
 
 

@@ -279,12 +279,13 @@ def lora(
             found = f"{tuple(identities_T.shape)} and {tuple(positions_T.shape)}"
             raise ValueError(f"identities_T and positions_T are {found}, x_TC has {x_TC.shape[0]} rows")
         keys, threshold = mask_keys(dropout, identities_T, positions_T), dropout.threshold
+    bias_N = None if bias_N is None else bias_N.contiguous()
     return _lora(x_TC, weight_NC, bias_N, a_PRC, b_NR, splits, scales, keys, threshold)[0]
 
 
 def mask_keys(dropout: Dropout, identities_T: Tensor, positions_T: Tensor) -> Tensor:
     """The two words of each row's dropout key: int32 [2, T]."""
-    return _lora_keys(identities_T, positions_T, list(dropout.key()))
+    return _lora_keys(identities_T.contiguous(), positions_T.contiguous(), list(dropout.key()))
 
 
 def _check(

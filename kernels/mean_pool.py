@@ -393,10 +393,10 @@ def mean_pool(
     return _mean_pool(
         x_TD,
         delta_TD,
-        post_norm_weight_D if delta_TD is not None else None,
-        norm_weight_D,
+        None if post_norm_weight_D is None else post_norm_weight_D.contiguous(),
+        norm_weight_D.contiguous(),
         spans_S2,
-        first_weights_S if mode == "weighted_mean" else None,
+        first_weights_S.contiguous() if first_weights_S is not None and mode == "weighted_mean" else None,
         eps,
         norm_offset,
         mode,

@@ -253,6 +253,6 @@ def norm_rope(
     check_weight("weight_K", weight_K, x_THK)
     form = implementation(x_THK)
     if form == "triton" and x_THK.dtype != torch.float64:
-        return _norm_rope(x_THK, cos_TK, sin_TK, weight_K, eps, offset)
+        return _norm_rope(x_THK, cos_TK, sin_TK, weight_K.contiguous(), eps, offset)
     run = _norm_rope_cpu if form == "cpu" else norm_rope_reference
     return run(x_THK, cos_TK, sin_TK, weight_K, eps, offset)

@@ -264,4 +264,4 @@ def rms_norm(
         in_place = run == "cpu" and not needs_gradient(x_TD, weight_D)
         return (rms_norm_cpu if in_place else rms_norm_reference)(x_TD, weight_D, eps, offset, dtype)
     x_RD = x_TD.flatten(0, -2) if x_TD.ndim != 1 else x_TD[None]
-    return _rms_norm(x_RD, weight_D, eps, offset, dtype or x_TD.dtype).view(x_TD.shape)
+    return _rms_norm(x_RD, weight_D.contiguous(), eps, offset, dtype or x_TD.dtype).view(x_TD.shape)

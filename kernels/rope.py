@@ -125,7 +125,7 @@ def head_rows(x_stride, head_stride, T, H: tl.constexpr, ROWS: tl.constexpr, til
     """
     row = tile * ROWS + tl.arange(0, ROWS)
     token = row // H
-    at = token.to(tl.int64) * x_stride + (row % H) * head_stride
+    at = token.to(tl.int64) * x_stride + (row % H).to(tl.int64) * head_stride
     return row, token, at, token < T
 
 

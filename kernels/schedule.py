@@ -240,7 +240,7 @@ def build_schedule(
         identities = torch.as_tensor(identities, dtype=torch.int32)
         if identities.shape != (len(lengths),):
             raise ValueError(f"identities has shape {tuple(identities.shape)}, there are {len(lengths)} sequences")
-        identities = identities.to(device)
+        identities = identities.to(device).contiguous()
 
     cu_seqlens, positions = build_places(lengths, num_rows)
     return Schedule(

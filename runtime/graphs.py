@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from flashvec.kernels.schedule import TileClass
@@ -122,7 +123,11 @@ class Graphs:
         batch = entry.buffers.batch
         try:
             entry.recording = self.accelerator.record(lambda: program.run(self.decoder, batch))
+        except torch.OutOfMemoryError:  # a RuntimeError, too, but no refusal: smaller packs may still be recorded
+            raise
         except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # ending what had run out of memory failed, too
+                raise error.__context__ from None
             self.largest = -1
             self.clear()
             reason = str(error).partition("\n")[0]

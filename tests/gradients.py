@@ -46,6 +46,11 @@ def far_apart(x: Tensor) -> Tensor:
     return rows.copy_(x)
 
 
+def heads_far_apart(x: Tensor) -> Tensor:
+    """`far_apart` of heads: the same [T, heads, K] with each head's tokens in a place of their own."""
+    return far_apart(x.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
 def dense_past_2_31(elements: int = 2**31) -> pytest.MarkDecorator:
     """For tests that write past 2^31 elements: outputs are dense, so they need that memory (`far_apart` does not)."""
     fits = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 8 * elements

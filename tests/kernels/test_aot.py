@@ -44,7 +44,7 @@ def test_compiles_attention_for_hopper_and_agrees_with_the_committed_rows():
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("sm_90")]
     assert len(rows) == 2 and all("   0 spilled" in row for row in rows)
-    assert done.stdout.splitlines()[-1].startswith("2 compiled, 0 faults")
+    assert done.stdout.splitlines()[-1].startswith("2 compiled, 0 faults, 0 without a committed row")
 
 
 def test_refuses_to_compile_interpreted_kernels():
@@ -74,12 +74,37 @@ def test_faults_are_named(change, message):
         ({"blocks_per_sm": 3}, "3 blocks fitted a multiprocessor before, now 2"),
         ({"matrix": 40}, "had 40 matrix instructions, now 16"),
         ({"registers": 64}, None),
+        ({"group_matrix": 12}, "had 12 matrix instructions of warp groups, now none"),
+        ({"async_copies": 17}, "had 17 copies to shared memory, now 16"),
+        ({"async_copies": 15}, None),
+        ({"loop_barriers": 2}, "waited at 2 barriers a tile before, now at 3"),
+        ({"exponentials_per_score": 1.0}, "took 1.0 exponentials before, now 1.06"),
+        ({"exponentials_per_score": 1.1, "exponentials": 60}, None),
     ],
     ids=str,
 )
 def test_a_worse_figure_than_the_committed_one_is_a_fault(before, message):
     found = aot.faults(GOOD, True, replace(GOOD, **before))
     assert [message in fault for fault in found] == ([True] if message else [])
+
+
+def test_exponentials_without_a_loop_are_counted_all():
+    short = replace(GOOD, exponentials_per_score=None)
+    assert not aot.faults(short, True, short)
+    (fault,) = aot.faults(short, True, replace(short, exponentials=66))
+    assert fault == "took 66 exponentials before, now 68"
+
+
+def test_fp32_may_spill_on_hopper_where_it_does():
+    spilling = replace(GOOD, spill_bytes=8)
+    assert not aot.faults(replace(spilling, case="attention 256 fp32"), True, None)
+    assert aot.faults(replace(spilling, case="attention 64 fp32"), True, None)
+    assert aot.faults(replace(spilling, case="attention 128 fp32"), True, None)
+
+
+def test_a_row_without_a_committed_one_says_so():
+    assert "no committed row" in aot.format_row(GOOD, is_committed=False)
+    assert "no committed row" not in aot.format_row(GOOD)
 
 
 def test_a_listed_spill_is_allowed_on_its_target_alone():
@@ -151,6 +176,13 @@ def test_a_tile_costs_what_its_shortest_loop_holds():
 def test_code_without_a_loop_has_no_cost_of_a_tile():
     code = aot_code.read_assembly("  v_mfma_f32_32x32x8 a, b\n  v_exp_f32 a, b\n", TARGETS["gfx942"])
     assert (code.matrix, code.loop_matrix, code.loop_exponentials) == (1, 0, 0)
+
+
+def test_matrix_instructions_of_warp_groups_are_counted_apart():
+    instructions = ["HGMMA.64x64x16.F32", "HMMA.16816.F32", "HMMA.1688.F32.TF32", "UTCHMMA gdesc"]
+    lines = {16 * i: f"  {text} R24, R4 ;" for i, text in enumerate(instructions)}
+    counts = aot_code._counts(lines, TARGETS["sm_90"])
+    assert (counts["matrix"], counts["group_matrix"]) == (4, 2)
 
 
 @pytest.mark.parametrize(

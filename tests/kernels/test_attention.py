@@ -1,9 +1,11 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
+from gradients import heads_far_apart
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -141,6 +143,14 @@ def test_kernel_does_not_read_neighbours_or_filling_rows(device, kernel_ran):
     assert torch.equal(got[5:75], want[5:75]) and not got[78:].any()
 
 
+@pytest.mark.parametrize("rotate_", [False, True])
+def test_kernel_reads_query_heads_past_2_31_elements(rotate_, device, kernel_ran):
+    q, k, v, schedule = heads([3, 20], 3, 1, 16, torch.float32, device)
+    rotation = rotation_for(schedule, 16, False, device) if rotate_ else None
+    want = attention(q, k, v, schedule, scale=0.3, rotation=rotation)
+    assert torch.equal(attention(heads_far_apart(q), k, v, schedule, scale=0.3, rotation=rotation), want)
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 140), min_size=1, max_size=4),
@@ -252,6 +262,33 @@ def test_filling_rows_come_back_zero(device):
     assert not attention(q, k, v, schedule, scale=1.0)[5:].any()
 
 
+@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+def test_kernel_differentiates_past_head_norms_whichever_gradient_is_wanted(wanted, device, interpreted):
+    q, k, v, schedule = heads([3, 20], 2, 1, 16, torch.float32, device)
+    rotation = rotation_for(schedule, 16, True, device)
+    leaf = {"q": q, "k": k, "v": v}[wanted].clone().requires_grad_()
+    tensors = {"q": q, "k": k, "v": v, wanted: leaf}
+    out = attention(*tensors.values(), schedule, scale=0.3, rotation=rotation)
+    want, _ = attention_reference(*rotate(tensors["q"], tensors["k"], rotation), tensors["v"], schedule, scale=0.3)
+    dout = torch.randn_like(out)
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaf, dout)[0] for x in (out, want)))
+
+
+def test_rejects_head_norms_that_do_not_fit(device, interpreted):
+    q, k, v, schedule = heads([3], 2, 1, 16, torch.float32, device)
+    good = rotation_for(schedule, 16, True, device)
+    short, other = good.query_norm_K[:8], good.query_norm_K.to("meta")
+    for change, message in [
+        ({"query_norm_K": short}, r"query_norm_K is \(8,\), .* 16 elements"),
+        ({"key_norm_K": short}, r"key_norm_K is \(8,\)"),
+        ({"query_norm_K": other}, "query_norm_K is on meta"),
+        ({"query_norm_K": None}, "both or neither"),
+        ({"key_norm_K": None}, "both or neither"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attention(q, k, v, schedule, scale=0.3, rotation=replace(good, **change))
+
+
 def test_rejects(device):
     q, k, v, schedule = heads([3], 3, 2, 8, torch.float32, device)
     with pytest.raises(ValueError, match="do not fit"):
@@ -269,6 +306,15 @@ def test_rejects(device):
         attention(*(x.int() for x in (k, k, v)), schedule, scale=1.0)
     with pytest.raises(ValueError, match="float16"):
         attention(k, k.half(), v, schedule, scale=1.0)
+    for rank in (k[0], k[None]):
+        with pytest.raises(ValueError, match=r"batch of 3 rows: q_THK \((1, 3, )?2, 8\)"):
+            attention(rank, k, v, schedule, scale=1.0)
+        with pytest.raises(ValueError, match="v_TGK does not fit"):
+            attention(k, k, rank, schedule, scale=1.0)
+    for place in range(3):
+        tensors = [x.to("meta") if i == place else x for i, x in enumerate((k, k, v))]
+        with pytest.raises(ValueError, match=f"is on meta, the schedule on {device}"):
+            attention(*tensors, schedule, scale=1.0)
     with pytest.raises(ValueError, match="batch of 3 rows"):
         attention(k[:2], k[:2], v[:2], schedule, scale=1.0)
     with pytest.raises(ValueError, match="contiguous"):

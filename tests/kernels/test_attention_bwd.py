@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
+from gradients import far_apart, heads_far_apart
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -181,6 +182,23 @@ def test_keys_that_do_not_exist_stay_out_where_all_scores_are_low(device, small_
 def test_queries_that_see_one_key_pull_at_nothing(device, small_tiles):
     for _ in range(8):
         assert_matches_reference(*merged_heads([1, 1, 1], 4, 1, 13, torch.float16, device))
+
+
+@pytest.mark.parametrize("rotate_", [False, True])
+@pytest.mark.parametrize("move", [heads_far_apart, far_apart], ids=lambda move: move.__name__)
+@pytest.mark.parametrize("length", [20, 50])
+def test_reads_queries_past_2_31_elements(length, move, rotate_, device, small_tiles):
+    """The last of such rows is far from its own sequence's first one already."""
+    merged, parts, schedule = merged_heads([length], 3, 1, 16, torch.float32, device, filling=0)
+    rotation = rotation_for(schedule, 16, device) if rotate_ else None
+    q, k, v = merged.detach().split(parts, 1)
+    dout = torch.randn(len(merged), 3, 16, device=device)
+    found = []
+    for queries in (q, move(q.contiguous())):
+        leaves = [x.detach().requires_grad_() for x in (queries, k, v)]
+        out = attention(*leaves, schedule, scale=0.25, rotation=rotation)
+        found.append(torch.autograd.grad(out, leaves, dout))
+    assert all(map(torch.equal, *found))
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

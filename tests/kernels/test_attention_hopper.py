@@ -207,6 +207,12 @@ def test_what_they_take():
     assert not takes(q.float(), k.float(), v.float())
     assert not takes(q, k, torch.empty(10, 2, 72, dtype=torch.bfloat16)[..., 8:])  # heads with gaps between them
     assert not takes(*(x[..., 1:] for x in (q, k, v)))  # not aligned
+    for num_tokens, fits in ((2**23, False), (2**22, True)):  # each head's tokens in a place of their own
+        heads_TK = torch.empty(4, num_tokens, 64, dtype=torch.bfloat16, device="meta").transpose(0, 1)
+        assert takes(heads_TK, k, v) == fits
+    for stride, fits in ((2**15, False), (2**15 - 16, True)):
+        rows_HK = torch.empty(10, stride, dtype=torch.bfloat16, device="meta")[:, :256].unflatten(1, (4, 64))
+        assert takes(rows_HK, k, v) == fits
     turned = torch.empty(4, 10, 64, dtype=torch.bfloat16).transpose(0, 1)
     assert takes(turned, k, v) and not attention_hopper_bwd.takes(turned, k, v, False)
     assert attention_hopper_bwd.takes(turned, k, v, True)

@@ -1,7 +1,9 @@
 """Where kernels run, and that nothing needs triton."""
 
+import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import torch
 from tiny_models import tiny_checkpoint
@@ -51,6 +53,21 @@ def test_every_module_imports_and_an_encoder_embeds_without_triton(tmp_path):
     done = subprocess.run([sys.executable, "-c", EVERY_MODULE, tmp_path], capture_output=True, text=True)
     assert done.stdout.strip() == "(2, 32) [1.0, 1.0]", done.stderr
     assert done.stderr.count("triton is not installed") == 1
+
+
+def test_a_gpu_that_is_too_old_runs_torch_with_one_notice(monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    backend.runs_triton.cache_clear()
+    forms = {}
+    with caplog.at_level(logging.WARNING, "flashvec"):
+        for index, capability in ((5, (7, 5)), (6, (8, 0)), (5, (7, 5))):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            forms[index] = backend.implementation(SimpleNamespace(device=torch.device("cuda", index)))
+    backend.runs_triton.cache_clear()
+    assert forms == {5: "torch", 6: "triton"}
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Tesla T4 is older than the kernels support (compute capability 8.0)")
 
 
 def test_cpu_tensors_take_the_cpu_form():

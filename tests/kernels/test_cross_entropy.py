@@ -203,7 +203,28 @@ def test_what_a_gpu_cannot_refuse_is_no_number(device, interpreted):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_is_a_well_behaved_torch_op(softcap, device):
+def test_what_a_gpu_cannot_refuse_has_no_gradient(softcap, device, interpreted):
+    h, weight, rows, targets, bias = inputs((10, 8, 300, 8), torch.float32, device)
+    leaves = [x.requires_grad_() for x in (h, weight, bias)]
+    good, dloss = [0, 3, 6], torch.rand(8, device=device)
+    bad_rows, bad_targets = rows.clone(), targets.clone()
+    bad_rows[1], bad_rows[2], bad_rows[7] = 10, -1, 2**40
+    bad_targets[4], bad_targets[5] = 300, -100
+    found = []
+    for facts in ((bad_rows, bad_targets, dloss), (rows[good], targets[good], dloss[good])):
+        loss, _ = _cross_entropy(h, weight, *facts[:2], bias, softcap, 1.5)
+        found.append(torch.autograd.grad(loss, leaves, facts[2]))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("run", ["cpu", "kernels"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_is_a_well_behaved_torch_op(softcap, run, device, request):
+    if run == "kernels":
+        request.getfixturevalue("interpreted")
+    else:
+        device = "cpu"
     h, weight, rows, targets, bias = inputs((12, 8, 30, 6), torch.float32, device)
     h, weight, bias = (t.requires_grad_() for t in (h, weight, bias))
     torch.library.opcheck(_cross_entropy, (h, weight, rows, targets, bias, softcap, 1.5))
@@ -231,6 +252,7 @@ def test_rejects():
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"reduction": "max"}, "'max'"),
         ({"rows_R": rows[:0], "targets_R": targets[:0]}, "no mean over no rows"),
+        ({"h_TD": h[:0]}, "rows_R names 3 rows, h_TD has none"),
     ]
     for changed, message in cases:
         with pytest.raises(ValueError, match=message):

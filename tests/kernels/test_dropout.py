@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from flashvec.kernels import dropout
+from flashvec.kernels.attention import attention_reference
 from flashvec.kernels.backend import launch, tl, triton
 from flashvec.kernels.dropout import Dropout, drop_cpu, fold, fold_reference, keep, keep_reference
+from flashvec.kernels.schedule import build_schedule
 
 
 @triton.jit
@@ -64,6 +66,37 @@ def test_neighbours_are_independent():
     for rows, columns in [(1, 0), (0, 1), (0, 16), (0, 64), (1, 1), (2, 0), (64, 0)]:
         shifted, still = kept[rows:, columns:], kept[: len(kept) - rows, : kept.shape[1] - columns]
         assert abs(correlation(shifted, still)) < 5 / still.numel() ** 0.5, (rows, columns)
+
+
+def attention_masks(identities, heads, positions, keys, dropout):
+    """[identities, heads, positions, keys], folded as attention's rows are."""
+    sizes = [torch.arange(size, dtype=torch.int32) for size in (heads, positions)]
+    key = fold_reference(dropout.key(), torch.tensor(identities, dtype=torch.int32)[:, None, None])
+    key = fold_reference(fold_reference(key, sizes[0][:, None]), sizes[1])
+    return keep_reference(key, keys, dropout.threshold)
+
+
+def test_heads_and_views_are_independent():
+    """Of one text each head has a mask of its own, and of two views of it, which differ by their identities."""
+    kept = attention_masks([6, 7, -1], 8, 128, 192, Dropout(0.5, seed=3, step=1, site=2)).flatten(2)
+    kept = kept.flatten(0, 1).double()
+    found = torch.corrcoef(kept) - torch.eye(24)
+    assert (found.abs() < 5 / kept.shape[1] ** 0.5).all()
+    spread = found.square().sum() / (24 * 23) * kept.shape[1]
+    assert 0.8 < spread < 1.2, f"correlations spread {spread:.2f} times as far as those of independent masks"
+
+
+def test_attention_keeps_its_mean():
+    """Over many steps the output is the one without dropout, within what so many draws leave of chance."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 2, 4, dtype=torch.float64)
+    schedule = build_schedule([6], identities=[4])
+    want, _ = attention_reference(q, k, v, schedule, scale=0.5)
+    outs = torch.stack(
+        [attention_reference(q, k, v, schedule, scale=0.5, dropout=Dropout(0.3, 5, step))[0] for step in range(400)]
+    )
+    error = (outs.mean(0) - want) / (outs.std(0) / len(outs) ** 0.5)
+    assert error.abs().max() < 5 and 0.7 < error.square().mean() < 1.3
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

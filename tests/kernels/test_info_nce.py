@@ -85,6 +85,36 @@ def test_zero_vectors_have_finite_gradients(device, interpreted):
     assert torch.isfinite(dq).all() and torch.isfinite(dc).all() and not dq[0].any() and not dc[1].any()
 
 
+RUNS = {"reference": info_nce_reference, "torch": info_nce, "kernel": info_nce}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_is_no_number_is_not_left_out(options, run, device, request):
+    if run == "kernel":
+        request.getfixturevalue("interpreted")
+    q, c, positives, options = batch(4, 9, 20, torch.float32, device, **OPTIONS[options])
+    options.pop("document_ids_M", None)
+    q[2] = float("nan")
+    bad = RUNS[run](q, c, positives, 0.1, **options).isnan()
+    assert bad[..., 2].all() and bad.sum() == bad[..., 2].numel()
+    ids = torch.zeros(9, dtype=torch.int64, device=device)  # all but the positive are left out
+    assert RUNS[run](q, c, positives, 0.1, document_ids_M=ids).isnan().tolist() == [False, False, True, False]
+    q[2], other = 1.0, next(j for j in range(9) if j not in positives)
+    c[other, 1] = float("nan")
+    assert RUNS[run](q, c, positives, 0.1, **options).isnan().all()
+    assert not RUNS[run](q, c, positives, 0.1, document_ids_M=ids).isnan().any()
+
+
+@pytest.mark.parametrize("run", ["torch", "kernel"])
+def test_documents_without_queries_have_gradients_of_zero(run, device, request):
+    if run == "kernel":
+        request.getfixturevalue("interpreted")
+    q, c, positives, _ = batch(0, 70, 20, torch.float32, device)
+    loss, dq, dc = gradients(info_nce, q, c, positives, torch.ones(0, device=device), {})
+    assert loss.shape == (0,) and dq.shape == q.shape and torch.equal(dc, torch.zeros_like(c))
+
+
 def test_definition(device):
     q = torch.tensor([[1.0, 0.0]], device=device)
     c = torch.tensor([[0.0, 2.0], [3.0, 0.0]], device=device)

@@ -194,8 +194,13 @@ def test_strides_and_no_rows(run, device, request):
     assert empty.shape == (0, 16) and torch.equal(a.grad, torch.zeros_like(a))
 
 
+@pytest.mark.parametrize("run", ["cpu", "kernels"])
 @pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"])
-def test_is_a_well_behaved_torch_op(dropped, device):
+def test_is_a_well_behaved_torch_op(dropped, run, device, request):
+    if run == "kernels":
+        request.getfixturevalue("interpreted")
+    else:
+        device = "cpu"
     x, weight, bias, a, b, identities, positions = inputs((9, 64, [8, 8], 2), torch.float32, device)
     keys = keys_of(identities, positions) if dropped else None
     x, a, b = (t.requires_grad_() for t in (x, a, b))

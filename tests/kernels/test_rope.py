@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import assert_as_close_as_torch, wider
-from gradients import HALVES, assert_op_and_gradients, dense_past_2_31, far_apart, surrounded
+from gradients import HALVES, assert_op_and_gradients, dense_past_2_31, far_apart, heads_far_apart, surrounded
 
 from flashvec.kernels.backend import launches
 from flashvec.kernels.rope import Rope, rope, rope_frequencies, rope_reference, rope_table
@@ -141,6 +141,12 @@ def test_reads_tokens_past_2_31_elements(device, interpreted):
     cos, sin = (t.to(device) for t in rope_table(Rope(10.0), 32, 3))
     op, reference = (lambda x, of=of: of(x, cos, sin) for of in (rope, rope_reference))
     assert_op_and_gradients(op, reference, [far_apart(torch.randn(3, 4, 32, device=device))])
+
+
+def test_reads_heads_past_2_31_elements(device, interpreted):
+    cos, sin = (t.to(device) for t in rope_table(Rope(10.0), 32, 2))
+    op, reference = (lambda x, of=of: of(x, cos, sin) for of in (rope, rope_reference))
+    assert_op_and_gradients(op, reference, [heads_far_apart(torch.randn(2, 3, 32, device=device))])
 
 
 @dense_past_2_31()

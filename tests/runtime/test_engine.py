@@ -138,6 +138,31 @@ def test_packs_shrink_to_what_fits(monkeypatch, accelerator):
     assert again == sizes[: len(again)] or len(again) >= len(sizes)  # the next call starts where this one ended
 
 
+def test_a_recording_without_memory_makes_packs_smaller_and_leaves_recordings_possible(monkeypatch):
+    monkeypatch.setattr(decoder_module, "attention", attention_by_definition)
+    _, decoder = models("llama", "bidirectional")
+    rows = prepared(LENGTHS)
+    want, _ = vectors_of(engine.Engine(decoder), rows, 200)
+    full = engine.Engine(decoder, FakeAccelerator(), graphs=True)
+    vectors_of(full, rows, 200)
+    assert full.ladder.limit is None
+    full.accelerator.refuses = torch.OutOfMemoryError("CUDA out of memory (injected)")
+    record = full.accelerator.record
+
+    def refusing_once(work):
+        try:
+            return record(work)
+        finally:
+            full.accelerator.refuses = None
+
+    monkeypatch.setattr(full.accelerator, "record", refusing_once)
+    for _ in range(3):
+        got, _ = vectors_of(full, rows, 200)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert full.ladder.limit is not None and full.graphs.take(64)
+    assert full.accelerator.count("replay") > 0
+
+
 def test_memory_that_comes_back_is_used_again(monkeypatch):
     _, decoder = models("llama", "bidirectional")
     limit = 20

@@ -162,6 +162,24 @@ def test_where_recording_fails_packs_run_and_one_notice_says_so(caplog):
     assert "CUDA graphs are off" in record.getMessage() and "long story" not in record.getMessage()
 
 
+@pytest.mark.parametrize("ends_badly", [False, True])
+def test_a_recording_that_runs_out_of_memory_says_so_and_may_be_tried_again(ends_badly, caplog):
+    decoder, spec, accelerator, graphs = setup()
+    program, rows = embedding_program(spec, ()), rows_of([9, 5])
+    graphs.run(program, rows, 64, ())
+    accelerator.refuses = torch.OutOfMemoryError("CUDA out of memory (injected)")
+    if ends_badly:  # as torch's own error at the end of a recording that an error has broken
+        refused, accelerator.refuses = accelerator.refuses, RuntimeError("capture failed")
+        accelerator.refuses.__context__ = refused
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        graphs.run(program, rows, 64, ())
+    accelerator.refuses = None
+    assert graphs.take(64) and not caplog.records
+    got = graphs.run(program, rows, 64, ())[0]
+    torch.testing.assert_close(got, alone(program, decoder, rows)[0], rtol=0, atol=1e-5)
+    assert (accelerator.count("record"), accelerator.count("replay")) == (2, 1)
+
+
 def test_an_error_that_is_no_refusal_is_not_hidden():
     _, spec, accelerator, graphs = setup()
     accelerator.refuses = TypeError("a bug")

@@ -22,6 +22,7 @@ from flashvec.kernels.schedule import build_schedule, select_queries
 from flashvec.runtime.decoder import Decoder, LayerLora, LoraPair, Training
 
 LENGTHS = [1, 3, 9, 10, 19, 30]  # around a window of 9
+LONGER = {"llama", "gemma3_text"}  # families whose last text takes two tiles of keys in fp32, and two chunks in pooling
 RANK = 3
 EVERY_KERNEL = {
     "_add_rms_norm_fwd_kernel",
@@ -29,17 +30,22 @@ EVERY_KERNEL = {
     "_attention_fwd_kernel",
     "_attention_bwd_dkv_kernel",
     "_cross_entropy_fwd_kernel",
+    "_cross_entropy_bwd_kernel",
     "_info_nce_fwd_kernel",
     "_info_nce_bwd_kernel",
+    "_low_rank_keys_kernel",
     "_low_rank_shrink_kernel",
     "_low_rank_expand_kernel",
     "_low_rank_reduce_kernel",
     "_mean_pool_fwd_kernel",
     "_mean_pool_bwd_kernel",
+    "_panel_product_kernel",
     "_rms_norm_fwd_kernel",
+    "_rms_norm_bwd_kernel",
     "_swiglu_fwd_kernel",
     "_swiglu_bwd_kernel",
 }
+OF_LONGER = {"_attention_bwd_dq_kernel", "_mean_pool_finish_kernel"}
 
 
 def shallow(decoder):
@@ -90,11 +96,14 @@ def one_pass(decoder, texts, lora):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_kernels_train_as_the_references_do(name, device):
+def test_kernels_train_as_the_references_do(name, device, monkeypatch):
     if device == "cuda":
         pytest.skip("the references of this comparison run on the CPU")
     decoder = shallow(models(name, "bidirectional")[1])
-    texts, before = texts_of(LENGTHS), backend.launches.copy()
+    is_longer = name in LONGER
+    if is_longer:
+        monkeypatch.setattr("flashvec.kernels.mean_pool.CHUNK", 32)
+    texts, before = texts_of([*LENGTHS[:-1], 40] if is_longer else LENGTHS), backend.launches.copy()
     want = one_pass(decoder, texts, updates(decoder))
     assert backend.launches == before
     with backend.interpreted():
@@ -103,10 +112,12 @@ def test_kernels_train_as_the_references_do(name, device):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     largest = max(float(x.abs().max()) for x in want[2])
     for ours, theirs in zip(got[2], want[2], strict=True):
-        assert theirs.any() and float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, largest)
+        own = max(float(theirs.abs().max()), 0.01 * largest)  # what is small in itself is a sum of what is not
+        assert theirs.any() and float((ours - theirs).abs().max()) <= 1e-5 * own
     ran = backend.launches - before
     rotation = {"_norm_rope_fwd_kernel", "_norm_rope_bwd_kernel"} if decoder.spec.qk_norm else {"_rope_fwd_kernel"}
-    assert set(ran) >= EVERY_KERNEL | rotation, (EVERY_KERNEL | rotation) - set(ran)
+    wanted = EVERY_KERNEL | rotation | (OF_LONGER if is_longer else set())
+    assert set(ran) >= wanted, wanted - set(ran)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "ministral3"])
