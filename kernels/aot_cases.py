@@ -43,6 +43,11 @@ ALLOWED_SPILLS = {
         (OPERANDS_IN_REGISTERS, "attention 64 window", "8 to 24 bytes beside three loops over keys; nothing tried"),
         (OPERANDS_IN_REGISTERS, "attention 128 window", "8 bytes; nothing tried"),
         (OPERANDS_IN_REGISTERS, "attention 128 rotation, norms", "at most 104 bytes before the loop; nothing tried"),
+        (
+            ("sm_80",),
+            "attention 128 rotation, window",
+            "24 bytes; one stage does not, and waits for each copy; 16 keys or eight warps compute scores twice",
+        ),
         (OPERANDS_IN_REGISTERS, "attention 80", "as 96"),
         (OPERANDS_IN_REGISTERS, "attention 96", "8 to 16 bytes; on sm_80 one stage instead of two spills as much"),
         (OPERANDS_IN_REGISTERS, "attention bwd 80", "at most 16 bytes; nothing tried"),
