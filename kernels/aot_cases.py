@@ -235,7 +235,7 @@ def cases(target: Target) -> Iterator[Case]:
     for name, (sizes, options) in TOGETHER.items():
         for K in sizes:
             run = partial(_attention, target, K, torch.bfloat16, options)
-            extra = not main or K < 128
+            extra = not main or K < 128 or name == "rotation, window"  # compiled much as with a causal mask
             yield Case(f"attention {K} {name}", run, frozenset(FORWARD), extra=extra)
             yield Case(f"attention bwd {K} {name}", partial(run, True), frozenset(BACKWARD), extra=extra)
     for K in (64, 128, 256):
