@@ -127,11 +127,17 @@ def test_every_fact_matters(name, attention):
     for fact, spec in changed_facts(decoder.spec, attention).items():
         assert moved(Decoder(spec, decoder.embedding_VD, decoder.layers, decoder.norm_D), causal) > 1e-3, fact
     assert moved(decoder, not causal) > 1e-3, "direction"
-    for weight in ("qkv_bias", "out_bias", "gate_up_bias", "down_bias", "query_norm", "attention_post_norm"):
-        if getattr(decoder.layers[0], weight) is not None:
-            layers = [replace(layer, **{weight: None}) for layer in decoder.layers]
+    gone = ["qkv_bias", "out_bias", "gate_up_bias", "down_bias", "attention_post_norm", "mlp_post_norm"]
+    turned = ["query_norm", "key_norm"]  # each alone: their weights in another order
+    changes = [{name: lambda x: None} for name in gone] + [{name: lambda x: x.flip(0)} for name in turned]
+    for change in [*changes, dict.fromkeys(turned, lambda x: None)]:
+        if getattr(decoder.layers[0], next(iter(change))) is not None:
+            layers = [
+                replace(layer, **{name: wrong(getattr(layer, name)) for name, wrong in change.items()})
+                for layer in decoder.layers
+            ]
             other = Decoder(decoder.spec, decoder.embedding_VD, layers, decoder.norm_D)
-            assert moved(other, causal) > 1e-3, weight
+            assert moved(other, causal) > 1e-3, list(change)
 
 
 def test_every_family_is_compared():
