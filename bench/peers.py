@@ -61,9 +61,13 @@ class HuggingFace:
 
 
 class OpenVINO(HuggingFace):
-    """The same model and pooling converted to OpenVINO, in batches of at most `BUDGET` padded tokens."""
+    """The same model and pooling converted to OpenVINO, in batches of at most `BUDGET` padded tokens.
 
-    def __init__(self, model: str, dtype: str, max_length: int) -> None:
+    Args:
+        int8: weights of products as 8-bit integers (`nncf.compress_weights`).
+    """
+
+    def __init__(self, model: str, dtype: str, max_length: int, *, int8: bool = False) -> None:
         import openvino
 
         super().__init__(model, torch.float32, max_length)
@@ -74,6 +78,10 @@ class OpenVINO(HuggingFace):
         }
         with torch.inference_mode():
             converted = openvino.convert_model(pooled, example_input=example)
+        if int8:
+            import nncf
+
+            converted = nncf.compress_weights(converted)
         hint = {"float32": "f32", "bfloat16": "bf16"}[dtype]
         self.compiled: Any = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": hint})
         del self.module
@@ -192,6 +200,7 @@ def ways(model: str, dtype: str, gguf: Path | None = None, max_length: int | Non
             "transformers", lambda: HuggingFace(model, torch.float32, length(), by_length=False)
         ),
         f"openvino {dtype}, sorted": Way("openvino", lambda: OpenVINO(model, dtype, length())),
+        "openvino int8, sorted": Way("nncf", lambda: OpenVINO(model, dtype, length(), int8=True)),
         "onnx runtime float32, sorted": Way("onnxruntime", lambda: OnnxRuntime(model, length())),
         "onnx runtime int8, sorted": Way("onnxruntime", lambda: OnnxRuntime(model, length(), int8=True)),
     }

@@ -111,7 +111,7 @@ def test_each_variant_runs_in_its_own_process_and_those_that_cannot_are_named(fo
     assert all(row["tokens_per_s"] > 0 and 50 < row["peak_mib"] < 8000 for row in others)
     out = capsys.readouterr().out
     missing = [name for name, row in rows.items() if row.get("failed") == NOT_INSTALLED]
-    assert [name.split()[0] for name in missing] == ["openvino", "onnx", "onnx", "llm2vec"]
+    assert [name.split()[0] for name in missing] == ["openvino", "openvino", "onnx", "onnx", "llm2vec"]
     assert all(f"{name}: {NOT_INSTALLED}" in out for name in missing)
     assert {row["max_length"] for row in done[0]} == {512} and len({row["run"] for row in done[0]}) == 1
     machine = {"cores": 2, "threads": 2, "cpu": "c", "instructions": "i", "torch": "t", "commit": "x", "date": "d"}
@@ -167,7 +167,8 @@ def test_quick_is_of_few_peers_and_half_the_tokens_and_says_how_long_it_took(fol
     assert (asked["profiles"], asked["repetitions"], asked["share"]) == (["passages"], 3, 0.5)
     names = peers.ways(str(folder), "float32", Path("x.Q4_1.gguf"))
     left_out = {name for name in names if not re.search(asked["only"], name)}
-    assert {"onnx runtime int8, sorted", "llama.cpp, Q4_1 weights"} <= left_out and len(names) - len(left_out) == 5
+    quantised = {"onnx runtime int8, sorted", "openvino int8, sorted", "llama.cpp, Q4_1 weights"}
+    assert quantised <= left_out and len(names) - len(left_out) == 5
     drawn = []
     monkeypatch.setattr(Texts, "draw", lambda self, profile, tokens, seed: drawn.append((tokens, seed)) or ["a text"])
     enc = Encoder.load(folder, dtype="float32")
@@ -180,6 +181,13 @@ def test_onnx_runtime_gives_the_same_vectors(folder):
     ours = Encoder.load(folder, dtype="float32").embed(list(TEXTS))
     np.testing.assert_allclose(peers.OnnxRuntime(str(folder), 512).embed(TEXTS), ours, atol=1e-5)
     assert np.median((peers.OnnxRuntime(str(folder), 512, int8=True).embed(TEXTS) * ours).sum(1)) > 0.9
+
+
+def test_openvino_gives_the_same_vectors(folder):
+    pytest.importorskip("nncf", reason="comes with make peers")
+    ours = Encoder.load(folder, dtype="float32").embed(list(TEXTS))
+    np.testing.assert_allclose(peers.OpenVINO(str(folder), "float32", 512).embed(TEXTS), ours, atol=1e-5)
+    assert np.median((peers.OpenVINO(str(folder), "float32", 512, int8=True).embed(TEXTS) * ours).sum(1)) > 0.9
 
 
 def test_fidelity_rows(folder, tmp_path, monkeypatch):
