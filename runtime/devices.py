@@ -76,7 +76,7 @@ class SpreadEncoder(Encoder):
 
     def embed_iter(self, texts: Any, *, window: int | None = None, **settings: Any) -> Any:
         """As `Encoder.embed_iter`; the window grows with the number of devices."""
-        return super().embed_iter(texts, window=window or WINDOW * len(self.devices), **settings)
+        return super().embed_iter(texts, window=WINDOW * len(self.devices) if window is None else window, **settings)
 
     # --- what is done elsewhere -------------------------------------------------------------------------
 

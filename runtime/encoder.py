@@ -3,7 +3,8 @@
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +22,13 @@ from flashvec.runtime.engine import Engine
 from flashvec.runtime.non_finite import NonFiniteRows, report
 from flashvec.runtime.parts import Instruction, PartVectors
 from flashvec.runtime.placement import choose_devices, choose_dtype
-from flashvec.runtime.pooling import DenseHead, quantize
+from flashvec.runtime.pooling import DenseHead, number_format
 from flashvec.runtime.program import Program, embedding_program
 from flashvec.runtime.progress import Progress
 from flashvec.runtime.spec import ModelSpec
-from flashvec.runtime.texts import as_instructions, as_texts
+from flashvec.runtime.texts import as_instructions, as_texts, check_ordered
 from flashvec.runtime.wide import widened
-from flashvec.runtime.windows import WINDOW, Call, Done, RunSettings, run_call
+from flashvec.runtime.windows import WINDOW, Call, Done, RunSettings, run_call, run_settings
 
 logger = logging.getLogger("flashvec")
 
@@ -215,7 +216,8 @@ class Encoder(PartVectors, SentenceTransformerNames):
             prompt_name: a name from `spec.prompts`, instead of `instruction`.
             normalize: L2-normalise; default the layout's rule.
             truncate_dim: keep the leading dimensions.
-            precision: float32, float16, int8 and uint8 (after `calibrate`), binary and ubinary (packed signs).
+            precision: float32, float16, int8 and uint8 (after `calibrate` with the same `truncate_dim`), binary and
+                ubinary (packed signs).
             max_length: tokens per text, special tokens included; longer texts are cut with one warning.
             batch_tokens: tokens run together; changes speed and memory, never the vectors.
             show_progress: a bar on stderr; default on a terminal when it takes a while.
@@ -249,54 +251,82 @@ class Encoder(PartVectors, SentenceTransformerNames):
                 instruction=instruction,
                 prompt_name=prompt_name,
                 normalize=normalize,
-                **asdict(run),
+                max_length=max_length,
+                batch_tokens=batch_tokens,
+                split_special=split_special,
+                show_progress=show_progress,
             )
         rows, single = as_texts(texts)
         dim = self._check_dim(truncate_dim)
-        if output not in ("numpy", "torch"):
-            raise ValueError(f"output is {output!r}, known are 'numpy' and 'torch'")
-        if output == "torch" and precision not in ("float32", "float16"):
-            raise ValueError(f"output='torch' gives float32 or float16, precision is {precision!r}")
-        empty = quantize(np.zeros((0, dim), np.float32), precision, self.spec.int8_ranges)  # refuse before working
+        finished = number_format(self.spec, dim, normalize, precision, output)
         if out is not None:
+            empty = finished(torch.zeros(0, dim))
             _check_out(out, (len(rows), *empty.shape[1:]), empty.dtype, output)
         instructions = self._instructions(instruction, prompt_name, len(rows))
-        vectors = self._embed_rows(rows, instructions, run, normalize, truncate_dim, output == "torch")
-        if output == "torch":
-            result: Any = vectors.to(torch.float16) if precision == "float16" else vectors
-        else:
-            result = quantize(vectors.numpy(), precision, self.spec.int8_ranges)
+        result = finished(self._embed_rows(rows, instructions, run, normalize, truncate_dim, output == "torch"))
         if out is not None:
             out[...] = result
             result = out
         return result[0] if single else result
 
-    def embed_iter(self, texts: Iterable[str], *, window: int = WINDOW, **settings: Any) -> Iterator[np.ndarray]:
+    def embed_iter(
+        self,
+        texts: Iterable[str],
+        *,
+        window: int = WINDOW,
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        normalize: bool | None = None,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        output: Literal["numpy", "torch"] = "numpy",
+        **run: Any,
+    ) -> Iterator[Any]:
         """Vectors of a stream, one at a time in input order; holds at most `window` texts in memory.
 
-        Takes `embed`'s other arguments (a single `instruction`, no `out`).
+        Args:
+            texts: any ordered iterable of str.
+            window: texts that are run together.
+            instruction: one for all texts, as in `embed`.
+            prompt_name, normalize, truncate_dim, precision, output: as in `embed`.
+            run: `max_length`, `batch_tokens`, `split_special`, `show_progress`.
+
+        Raises:
+            TypeError, ValueError: as `embed`; messages and warnings number rows from the stream's first.
         """
-        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-            raise TypeError(f"texts must be an iterable of str, got {type(texts).__name__}")
-        if isinstance(settings.get("instruction"), list | tuple):
+        if isinstance(texts, str):
+            raise TypeError("texts must be an iterable of str, got str: call embed for one text")
+        check_ordered(texts)
+        if not isinstance(instruction, str | None):
             raise ValueError("embed_iter takes one instruction for all texts: a stream's length is not known")
-        held: list[str] = []
-        for text in texts:
-            held.append(text)
-            if len(held) == window:
-                yield from self.embed(held, **settings)
-                held = []
-        if held:
-            yield from self.embed(held, **settings)
+        if window < 1:
+            raise ValueError(f"window is {window}; expected at least 1 text")
+        settings = run_settings(run)
+        finished = number_format(self.spec, self._check_dim(truncate_dim), normalize, precision, output)
+        one = self._instructions(instruction, prompt_name, 1)
+
+        def stream() -> Iterator[Any]:
+            drawn, first = iter(texts), 0
+            while held := list(islice(drawn, window)):
+                rows, _ = as_texts(held, first=first)
+                own = None if one is None else one * len(rows)
+                numbered = replace(settings, first_row=first)
+                yield from finished(self._embed_rows(rows, own, numbered, normalize, truncate_dim, output == "torch"))
+                first += len(rows)
+
+        return stream()
 
     def calibrate(self, texts: Iterable[str], **settings: Any) -> None:
         """Set the value ranges of int8 vectors from typical texts; kept in `spec` and by `save`.
 
         Args:
             texts: some hundreds of texts like those to come.
-            settings: `instruction`, `prompt_name` and `normalize` as they will be used.
+            settings: `instruction`, `prompt_name`, `normalize` and `truncate_dim` as they will be used. A vector that
+                is cut and brought back to unit length needs ranges of its own.
         """
-        vectors = self.embed(list(texts), **settings)
+        if isinstance(texts, str):
+            raise TypeError("texts is a str: give a list of typical texts")
+        vectors = self.embed(texts, **settings)
         if len(vectors) < 2:
             raise ValueError(f"calibrate needs at least two texts, got {len(vectors)}")
         low, high = vectors.min(0), vectors.max(0)
@@ -383,14 +413,14 @@ class Encoder(PartVectors, SentenceTransformerNames):
                 yield done
                 self.num_tokens_run += done.ran.num_tokens
                 progress.advance(len(done.rows), done.ran.num_tokens)
-        yield from self._run_again(call, overflown.rows())
+        yield from self._run_again(call, overflown.rows(), settings.first_row)
         if num_truncated:
             warnings.warn(
                 TruncationWarning.of(num_truncated, len(texts), limit),
                 stacklevel=4,  # whoever called `embed`
             )
 
-    def _run_again(self, call: Call, rows: np.ndarray) -> Iterator[Done]:
+    def _run_again(self, call: Call, rows: np.ndarray, first_row: int) -> Iterator[Done]:
         """Texts whose results were not finite, one at a time in fp32."""
         if not len(rows):
             return
@@ -400,7 +430,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
             done = done._replace(rows=rows[done.rows])
             still.look_at(done)
             yield done
-        report(rows, still.rows(), len(call.texts), self.dtype)
+        report(rows + first_row, still.rows() + first_row, len(call.texts), self.dtype)
 
     def _beside(self, vectors: Tensor, rows: np.ndarray) -> Tensor:
         """Row numbers as an index into `vectors`, on its device."""
@@ -414,9 +444,13 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
 
 def _check_out(out: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, output: str) -> None:
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out is {type(out).__name__}: give a numpy array or memmap of shape {shape} and dtype {dtype}")
     if output == "torch" or out.shape != shape:
         raise ValueError(f"out has shape {out.shape}, the vectors are {shape} (output='numpy')")
-    if not np.can_cast(dtype, out.dtype, "same_kind"):
+    # Narrower floats round; narrower or differently signed integers would wrap.
+    casting: Literal["safe", "same_kind"] = "safe" if np.issubdtype(dtype, np.integer) else "same_kind"
+    if not np.can_cast(dtype, out.dtype, casting):
         raise ValueError(f"out has dtype {out.dtype}, the vectors are {dtype}: it would not hold their values")
 
 
@@ -427,4 +461,6 @@ def _checked(spec: ModelSpec, layers: int | None) -> ModelSpec:
     width = spec.dense[-1].out_features if spec.dense else spec.decoder.hidden_size * len(spec.pooling)
     if spec.truncate_dim is not None and not 1 <= spec.truncate_dim <= width:
         raise ValueError(f"truncate_dim is {spec.truncate_dim}, the model's vectors have {width} dimensions")
-    return spec if layers is None else replace(spec, decoder=replace(spec.decoder, num_layers=layers))
+    if layers is None or layers == spec.decoder.num_layers:
+        return spec
+    return replace(spec, decoder=replace(spec.decoder, num_layers=layers), int8_ranges=None)

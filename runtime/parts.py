@@ -1,6 +1,7 @@
 """Vectors of parts of texts: tokens, words, spans."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +13,13 @@ from flashvec.runtime.pooling import DenseHead
 from flashvec.runtime.program import embedding_program
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import as_texts
-from flashvec.runtime.windows import Done, RunSettings
+from flashvec.runtime.windows import Done, RunSettings, run_settings
 
 Instruction = str | Sequence[str] | None
+
+# Ends of messages: what an argument should have looked like.
+WORDS = "as in [['A', 'text'], ['Another', 'one']]"
+RANGES = "as in [[(0, 4), (5, 9)], []] for two texts"
 
 
 class TokenVectors(NamedTuple):
@@ -60,11 +65,13 @@ class PartVectors:
 
         Returns:
             One `TokenVectors` per text: vectors fp32 [len, D], offsets int32 [len, 2], ids int32 [len].
+
+        Raises:
+            TypeError, ValueError: as `embed`.
         """
+        settings = run_settings(run)
         rows, _ = as_texts(texts)
-        return self._tokens_of_rows(
-            rows, self._instructions(instruction, None, len(rows)), RunSettings(**run), normalize
-        )
+        return self._tokens_of_rows(rows, self._instructions(instruction, None, len(rows)), settings, normalize)
 
     def embed_words(self, words: Iterable[Sequence[str]], *, shift: int = 0, **run: Any) -> list[np.ndarray]:
         """One vector per word of texts that are already split: the mean of the word's token states.
@@ -77,13 +84,20 @@ class PartVectors:
         Returns:
             One fp32 [words, D] array per list; a word without a token (cut off by `max_length`, or moved out of the
             text by `shift`) has a zero row.
+
+        Raises:
+            TypeError, ValueError: what is no list of words, by its row, and what `embed_spans` refuses.
         """
-        given = list(words)
-        lists = [list(w) for w in given]
-        spans = []
-        for row, word_list in enumerate(lists):
-            if isinstance(given[row], str) or not all(isinstance(w, str) for w in word_list):
-                raise TypeError(f"words[{row}] must be a list of str, as in [['A', 'text'], ['Another', 'one']]")
+        if not isinstance(words, Iterable):
+            raise TypeError(f"words is {type(words).__name__}: give lists of str, {WORDS}")
+        lists: list[list[str]] = []
+        spans: list[list[tuple[int, int]]] = []
+        for row, given in enumerate(words):
+            is_list = isinstance(given, Iterable) and not isinstance(given, str)
+            word_list = list(given) if is_list else []
+            if not is_list or not all(isinstance(w, str) for w in word_list):
+                raise TypeError(f"words[{row}] must be a list of str, {WORDS}")
+            lists.append(word_list)
             stops = np.cumsum([len(w) + 1 for w in word_list], dtype=np.int64) - 1
             spans.append([(int(s) - len(w), int(s)) for s, w in zip(stops, word_list, strict=True)])
         return self.embed_spans([" ".join(w) for w in lists], spans, normalize=False, shift=shift, **run).spans
@@ -116,6 +130,7 @@ class PartVectors:
             one without any (cut off, or empty) is a zero row.
 
         Raises:
+            TypeError: no (start, stop) pairs of int, by the row, or what `embed` refuses.
             ValueError: a wrong number of lists, a range outside its text, a negative shift, or a model loaded with
                 `compat`.
         """
@@ -125,16 +140,11 @@ class PartVectors:
             raise ValueError(
                 f"compat={self.spec.compat!r} rewrites texts before it reads them: spans name nothing there"
             )
+        settings = run_settings(run)
         rows, _ = as_texts(texts)
-        if len(spans) != len(rows):
-            raise ValueError(f"spans has {len(spans)} entries for {len(rows)} texts: give one list per text")
-        for row, ranges in enumerate(spans):
-            for start, stop in ranges:
-                if not 0 <= start <= stop <= len(rows[row]):
-                    size = len(rows[row])
-                    raise ValueError(f"spans[{row}] has ({start}, {stop}); text {row} has {size} characters")
+        ranges = _checked_spans(spans, rows)
         instructions = self._instructions(instruction, prompt_name, len(rows))
-        return self._spans_of_rows(rows, instructions, RunSettings(**run), normalize, spans, shift)
+        return self._spans_of_rows(rows, instructions, settings, normalize, ranges, shift)
 
     def _tokens_of_rows(
         self, rows: list[str], instructions: list[str] | None, run: RunSettings, normalize: bool
@@ -167,16 +177,38 @@ class PartVectors:
             documents[done.rows] = done.ran.outputs[0].numpy()
             for row, local, own in zip(done.rows, done.ran.indices, _token_vectors(done), strict=True):
                 tokens[row] = own
-                assert window.tokens.special is not None
+                assert window.tokens.special is not None and window.tokens.text_sizes is not None
                 special = window.tokens.special[window.own(local)]
-                before = window.text_starts[local]
+                before, size = window.text_starts[local], int(window.tokens.text_sizes[local])
                 for i, (start, stop) in enumerate(spans[row]):
+                    stop = min(stop, size)  # past a cut stands what follows the text, not the rest of it
                     first, last = prepare.char_span_to_tokens(own.offsets, special, before + start, before + stop)
                     first, last = max(first - shift, 0), last - shift
                     if last > first:
                         part = own.vectors[first:last].mean(0, dtype=np.float64).astype(np.float32)
                         parts[row][i] = part / max(float(np.linalg.norm(part)), 1e-12) if wanted else part
         return SpanVectors(documents, parts, tokens)
+
+
+def _checked_spans(spans: Any, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Each text's character ranges, as plain pairs."""
+    if isinstance(spans, str) or not isinstance(spans, Iterable):
+        raise TypeError(f"spans is {type(spans).__name__}: give one list per text, {RANGES}")
+    rows = list(spans)
+    if len(rows) != len(texts):
+        raise ValueError(f"spans has {len(rows)} entries for {len(texts)} texts: give one list per text")
+    checked = []
+    for row, (ranges, text) in enumerate(zip(rows, texts, strict=True)):
+        try:
+            pairs = [(index(start), index(stop)) for start, stop in ranges]
+        except (TypeError, ValueError):
+            given = repr(ranges)[:80]
+            raise TypeError(f"spans[{row}] is {given}: it must be a list of pairs of int, {RANGES}") from None
+        for start, stop in pairs:
+            if not 0 <= start <= stop <= len(text):
+                raise ValueError(f"spans[{row}] has ({start}, {stop}); text {row} has {len(text)} characters")
+        checked.append(pairs)
+    return checked
 
 
 def _token_vectors(done: Done) -> list[TokenVectors]:

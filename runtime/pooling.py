@@ -1,7 +1,8 @@
 """From token states to finished vectors: pool, dense heads, cut, normalise, number format."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,13 +125,66 @@ def finish(
     for head in heads:
         x_SD = head(x_SD)
     wanted = spec.normalize if normalize is None else normalize
-    dim = truncate_dim or spec.truncate_dim
-    if spec.layout == "sentence-transformers" and spec.normalize and dim and normalize is not False:
-        x_SD = F.normalize(x_SD, dim=-1)
-        wanted = bool(normalize)
-    if dim:
-        x_SD = x_SD[:, :dim]
+    if dim := truncate_dim or spec.truncate_dim:
+        if _normalizes_first(spec, normalize):
+            x_SD = F.normalize(x_SD, dim=-1)
+        wanted, x_SD = _normalizes_cut(spec, normalize), x_SD[:, :dim]
     return F.normalize(x_SD, dim=-1) if wanted else x_SD
+
+
+def _normalizes_first(spec: ModelSpec, normalize: bool | None) -> bool:
+    """Is a vector normalised before it is cut."""
+    return spec.layout == "sentence-transformers" and spec.normalize and normalize is not False
+
+
+def _normalizes_cut(spec: ModelSpec, normalize: bool | None) -> bool:
+    """Is a vector normalised after it is cut: then it is not the start of the whole one."""
+    return bool(normalize) or (normalize is None and spec.normalize and not _normalizes_first(spec, normalize))
+
+
+def cut_ranges(
+    spec: ModelSpec, dim: int, normalize: bool | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The value ranges of `spec` for vectors of `dim` dimensions; None where they are of others.
+
+    Ranges were measured on vectors of their own width. Those of a narrower cut are their start, unless the cut is
+    brought back to unit length: its values are larger then, and many would lie outside.
+    """
+    if spec.int8_ranges is None:
+        return None
+    low, high = spec.int8_ranges
+    if len(low) < dim or (len(low) > dim and _normalizes_cut(spec, normalize)):
+        return None
+    return low[:dim], high[:dim]
+
+
+def number_format(
+    spec: ModelSpec, dim: int, normalize: bool | None, precision: str, output: str
+) -> Callable[[Tensor], Any]:
+    """What turns `embed`'s fp32 vectors [n, dim] into those that were asked for.
+
+    Args:
+        dim, normalize, precision, output: as in `Encoder.embed`.
+
+    Raises:
+        ValueError: an unknown name, names that do not go together, or value ranges that are missing.
+    """
+    if output not in ("numpy", "torch"):
+        raise ValueError(f"output is {output!r}, known are 'numpy' and 'torch'")
+    if output == "torch":
+        if precision not in ("float32", "float16"):
+            raise ValueError(f"output='torch' gives float32 or float16, precision is {precision!r}")
+        return lambda vectors: vectors.to(torch.float16) if precision == "float16" else vectors
+    ranges = cut_ranges(spec, dim, normalize)
+    if precision in ("int8", "uint8") and ranges is None:
+        cut = f", truncate_dim={dim}" if dim < spec.embedding_size else ""
+        own = f" (the encoder's are for {len(spec.int8_ranges[0])})" if spec.int8_ranges else ""
+        raise ValueError(
+            f"precision={precision!r} needs value ranges for {dim} dimensions{own}: "
+            f"call enc.calibrate(texts{cut}) once on typical texts"
+        )
+    quantize(np.zeros((0, dim), np.float32), precision, ranges)  # refuses the rest before there is work
+    return lambda vectors: quantize(vectors.numpy(), precision, ranges)
 
 
 def quantize(x: np.ndarray, precision: str, ranges: tuple[Sequence[float], Sequence[float]] | None) -> np.ndarray:
@@ -140,13 +194,14 @@ def quantize(x: np.ndarray, precision: str, ranges: tuple[Sequence[float], Seque
         x: fp32 [n, d].
         precision: one of `PRECISIONS`. int8 and uint8 spread each dimension's range over 256 steps; binary keeps
             signs, eight to a byte (d a multiple of 8), offset by -128 to int8; ubinary leaves the bytes as they are.
-        ranges: per dimension minimum and maximum, for int8 and uint8.
+        ranges: per dimension minimum and maximum, for int8 and uint8, as wide as the vectors.
 
     Returns:
         [n, d], or [n, d / 8] for the binary formats.
 
     Raises:
-        ValueError: an unknown precision, missing ranges, or a width that does not fill bytes.
+        ValueError: an unknown precision, ranges that are missing or of another width, or a width that does not fill
+            bytes.
     """
     if precision == "float32":
         return x
@@ -162,7 +217,9 @@ def quantize(x: np.ndarray, precision: str, ranges: tuple[Sequence[float], Seque
             raise ValueError(
                 f"precision={precision!r} needs value ranges: call enc.calibrate(texts) once on typical texts"
             )
-        low, high = (np.asarray(r, dtype=np.float32)[: x.shape[1]] for r in ranges)
+        low, high = (np.asarray(r, dtype=np.float32) for r in ranges)
+        if len(low) != x.shape[1]:
+            raise ValueError(f"the value ranges are of {len(low)} dimensions, the vectors have {x.shape[1]}")
         steps = np.clip((x - low) / np.maximum(high - low, 1e-12) * 255, 0, 255)
         return steps.astype(np.uint8) if precision == "uint8" else (steps - 128).astype(np.int8)
     raise ValueError(f"precision is {precision!r}, known are {', '.join(PRECISIONS)}")

@@ -103,7 +103,7 @@ def tokenise(
     Raises:
         ValueError: what stands around a text leaves no room for it.
     """
-    strings = prepared.strings
+    strings, sizes = prepared.strings, np.array([len(text) for text in prepared.texts], dtype=np.int64)
     odd = [i for i, text in enumerate(prepared.texts) if tokenizer.special_places(text)] if split_special else []
     for i in odd:
         strings[i] = ""
@@ -112,10 +112,13 @@ def tokenise(
     _check_room(tokenizer, prepared, too_long, max_length)
     if any(prepared.after[i] for i in too_long):
         for i in too_long:
-            strings[i] = _cut_to_fit(tokenizer, prepared, i, max_length) if prepared.after[i] else strings[i]
+            if prepared.after[i]:
+                sizes[i] = _size_that_fits(tokenizer, prepared, i, max_length)
+                strings[i] = prepared.before[i] + prepared.texts[i][: sizes[i]] + prepared.after[i]
         truncated = tokens.truncated
         tokens = tokenizer.encode(strings, max_length, offsets=offsets)
         tokens = replace(tokens, truncated=truncated | tokens.truncated)
+    tokens = replace(tokens, text_sizes=sizes)
     return _with_split_rows(tokens, odd, tokenizer, prepared, max_length, offsets) if odd else tokens
 
 
@@ -128,17 +131,17 @@ def _check_room(tokenizer: Tokenizer, prepared: Prepared, rows: Sequence[int], m
             )
 
 
-def _cut_to_fit(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: int) -> str:
-    """The longest `before + text[:cut] + after` found that holds at most `max_length` tokens."""
+def _size_that_fits(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: int) -> int:
+    """The largest `size` found with which `before + text[:size] + after` holds at most `max_length` tokens."""
     before, text, after = prepared.before[row], prepared.texts[row], prepared.after[row]
     room = max_length - int(tokenizer.count([after])[0])
     while True:
         head = tokenizer.encode([before + text], room, offsets=True)
         assert head.offsets is not None
-        cut = max(int(head.offsets[:, 1].max()) - len(before), 0)
-        string = before + text[:cut] + after
-        if cut == 0 or int(tokenizer.count([string], special=True)[0]) <= max_length:
-            return string
+        size = max(int(head.offsets[:, 1].max()) - len(before), 0)
+        string = before + text[:size] + after
+        if size == 0 or int(tokenizer.count([string], special=True)[0]) <= max_length:
+            return size
         room -= 1
 
 
@@ -153,9 +156,11 @@ def _with_split_rows(
     made = [_split_row(tokenizer, prepared, row, max_length) for row in rows]
     split = tokenizer.encode_joined([row for row, _ in made], max_length, offsets=offsets)
     at = {row: place for place, row in enumerate(rows)}
-    lengths, truncated = tokens.lengths.copy(), tokens.truncated.copy()
+    assert tokens.text_sizes is not None
+    lengths, truncated, sizes = tokens.lengths.copy(), tokens.truncated.copy(), tokens.text_sizes.copy()
     lengths[list(rows)] = split.lengths
-    truncated[list(rows)] = split.truncated | [was_cut for _, was_cut in made]
+    truncated[list(rows)] = split.truncated | [size < sizes[row] for row, (_, size) in zip(rows, made, strict=True)]
+    sizes[list(rows)] = [size for _, size in made]
 
     def merged(normal: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
         if normal is None or other is None:
@@ -166,16 +171,16 @@ def _with_split_rows(
 
     ids = merged(tokens.ids, split.ids)
     assert ids is not None
-    return Tokens(ids, lengths, truncated, merged(tokens.offsets, split.offsets), merged(tokens.special, split.special))
+    offsets_T2, special = merged(tokens.offsets, split.offsets), merged(tokens.special, split.special)
+    return Tokens(ids, lengths, truncated, offsets_T2, special, sizes)
 
 
-def _split_row(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: int) -> tuple[Joined, bool]:
-    """The row's tokens, its text cut where something follows it that has to stay; and whether it was."""
+def _split_row(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: int) -> tuple[Joined, int]:
+    """The row's tokens, its text cut where something follows it that has to stay; and how much of it was kept."""
     before, text, after = prepared.before[row], prepared.texts[row], prepared.after[row]
     head = max((stop for _, stop in tokenizer.special_places(before)), default=0)
     tail = min((start for start, _ in tokenizer.special_places(after)), default=len(after))
     room = max_length - len(tokenizer.prefix_ids) - len(tokenizer.suffix_ids)
-    was_cut = False
     while True:
         middle = before[head:] + text + after[:tail]
         found = tokenizer.join([(before[:head], False), (middle, True), (after[tail:], False)])
@@ -183,10 +188,9 @@ def _split_row(tokenizer: Tokenizer, prepared: Prepared, row: int, max_length: i
         if excess > 0:
             _check_room(tokenizer, prepared, [row], max_length)
         if excess <= 0 or not after or not text:
-            return found, was_cut
+            return found, len(text)
         inside = [first for first, _ in found.offsets if len(before) < first < len(before) + len(text)]
         text = text[: inside[-excess] - len(before)] if len(inside) >= excess else ""
-        was_cut = True
 
 
 def pooled_spans(
@@ -208,10 +212,12 @@ def pooled_spans(
         if instructions is not None and not spec.include_prompt:
             spans[:, 0] = _prompt_lengths(prepared, tokenizer)
     elif spec.span == "template" or instructions is not None:
-        stops = n if spec.span == "template" else None
-        spans = text_token_spans(tokens, [len(b) for b in prepared.before], [len(t) for t in prepared.texts])
-        if stops is not None:
-            spans[:, 1] = stops
+        own = text_token_spans(tokens, [len(b) for b in prepared.before], [len(t) for t in prepared.texts])
+        if spec.span == "template":
+            spans[:, 0] = own[:, 0]
+        elif instructions is not None:  # a row without one is pooled as it is alone, whatever the others have
+            has_one = np.array([bool(instruction) for instruction in instructions], dtype=bool)
+            spans[has_one] = own[has_one]
     empty = (spans[:, 1] <= spans[:, 0]) | (spans[:, 0] >= n)
     spans[empty] = np.stack([np.zeros_like(n), n], 1)[empty]
     return spans
@@ -228,11 +234,15 @@ def _prompt_lengths(prepared: Prepared, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def text_token_spans(tokens: Tokens, starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
-    """The tokens that cover at least one character of [start, start + size) in each row: int64 [n, 2]."""
-    assert tokens.offsets is not None and tokens.special is not None
+    """The tokens that cover at least one character of [start, start + size) in each row: int64 [n, 2].
+
+    Where a text was cut the range ends with it: what follows the text stands in the place of the rest.
+    """
+    assert tokens.offsets is not None and tokens.special is not None and tokens.text_sizes is not None
     spans = np.zeros((len(tokens.lengths), 2), dtype=np.int64)
     row_starts = np.concatenate([[0], np.cumsum(tokens.lengths, dtype=np.int64)])
-    for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+    kept = np.minimum(sizes, tokens.text_sizes).tolist()
+    for i, (start, size) in enumerate(zip(starts, kept, strict=True)):
         rows = slice(row_starts[i], row_starts[i + 1])
         spans[i] = char_span_to_tokens(tokens.offsets[rows], tokens.special[rows], start, start + size)
     return spans

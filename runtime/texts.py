@@ -17,7 +17,7 @@ class TextWarning(UserWarning):
     """Texts were changed before embedding; the message says how many and how."""
 
 
-def as_texts(texts: Any, argument: str = "texts") -> tuple[list[str], bool]:
+def as_texts(texts: Any, argument: str = "texts", first: int = 0) -> tuple[list[str], bool]:
     """Turn what a caller gave into a list of plain `str`.
 
     Halves of surrogate pairs (left by a wrong decoding; no tokenizer takes them) become U+FFFD one for one, so
@@ -27,6 +27,7 @@ def as_texts(texts: Any, argument: str = "texts") -> tuple[list[str], bool]:
         texts: one str, or an ordered iterable of str: list, tuple, generator, numpy array [n], pandas Series,
             pyarrow array, a dataset's column.
         argument: the caller's name for it, used in messages.
+        first: number of the first row in messages; more than 0 for a part of a stream.
 
     Returns:
         The texts, and whether a single str was given.
@@ -41,7 +42,7 @@ def as_texts(texts: Any, argument: str = "texts") -> tuple[list[str], bool]:
     for row, text in enumerate(rows):
         if type(text) is not str:
             if not isinstance(text, str):
-                raise TypeError(_bad_row(text, f"{argument}[{row}]"))
+                raise TypeError(_bad_row(text, f"{argument}[{first + row}]"))
             rows[row] = str(text)  # numpy.str_ and other subclasses
     return _replace_surrogates(rows, argument), False
 
@@ -65,8 +66,12 @@ def as_instructions(instruction: Any, n: int) -> list[str] | None:
     return found
 
 
-def _rows(texts: Any, argument: str) -> list[Any]:
-    """The elements of an ordered, one-dimensional iterable, in a new list."""
+def check_ordered(texts: Any, argument: str = "texts") -> None:
+    """Refuse what is no ordered, one-dimensional iterable, without taking anything from it.
+
+    Raises:
+        TypeError, ValueError: as `as_texts`.
+    """
     kind = type(texts).__name__
     if texts is None:
         raise TypeError(f"{argument} is None: give a str or a list of str")
@@ -81,11 +86,16 @@ def _rows(texts: Any, argument: str) -> list[Any]:
     dimensions = getattr(texts, "ndim", 1)
     if isinstance(dimensions, int) and dimensions != 1:
         raise ValueError(f"{argument} has {dimensions} dimensions ({kind}): give one, e.g. {argument}.ravel()")
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"{argument} is {kind}: give a str or a list of str")
+
+
+def _rows(texts: Any, argument: str) -> list[Any]:
+    """The elements of an ordered, one-dimensional iterable, in a new list."""
+    check_ordered(texts, argument)
     for method in ("to_pylist", "tolist"):  # pyarrow; numpy and pandas: far faster than element by element
         if callable(getattr(texts, method, None)):
             return list(getattr(texts, method)())
-    if not isinstance(texts, Iterable):
-        raise TypeError(f"{argument} is {kind}: give a str or a list of str")
     return list(texts)
 
 

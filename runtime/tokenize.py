@@ -58,6 +58,8 @@ class Tokens:
             (0, 0) for those of the template. None unless asked for.
         special: bool [T], True for tokens the template added. A special token written out in a text is not.
             None unless offsets were asked for.
+        text_sizes: int64 [n], characters that were kept of what a user gave, where more is written around it; what
+            follows a text begins right after them. None unless `prepare.tokenise` made the tokens.
     """
 
     ids: np.ndarray
@@ -65,6 +67,7 @@ class Tokens:
     truncated: np.ndarray
     offsets: np.ndarray | None = None
     special: np.ndarray | None = None
+    text_sizes: np.ndarray | None = None
 
 
 class Tokenizer:

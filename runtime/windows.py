@@ -1,6 +1,6 @@
 """Texts made ready to run, a window at a time: written out, tokenised, and which of their tokens are pooled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,6 +28,25 @@ class RunSettings:
     batch_tokens: int | None = None
     split_special: bool = False
     show_progress: bool | None = None
+    first_row: int = 0  # number of the first text in warnings: more than 0 where a stream is run in windows
+
+
+RUN_SETTINGS = ("max_length", "batch_tokens", "split_special", "show_progress")  # those that a caller may give
+EMBED_SETTINGS = ("truncate_dim", "precision", "output", "out", "spans")  # what `embed` alone can do
+
+
+def run_settings(given: Mapping[str, Any]) -> RunSettings:
+    """What a caller gave by name to a method that takes these settings beside its own arguments.
+
+    Raises:
+        TypeError: a name that is none of them, with those that are.
+    """
+    for name in given:
+        if name not in RUN_SETTINGS:
+            cure = f": call embed for {name}" if name in EMBED_SETTINGS else ""
+            known = ", ".join(RUN_SETTINGS)
+            raise TypeError(f"{name!r} is no argument here (beside the method's own there are {known}){cure}")
+    return RunSettings(**given)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@
 The first that a model has counts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -138,6 +138,8 @@ def _merge(checkpoint: Checkpoint, adapters: list[Path]) -> None:
         checkpoint.source = AdapterSource(checkpoint.source, adapter)
         if has_tokenizer(adapter):
             checkpoint.tokenizer = Tokenizer.from_folder(adapter)
+    if adapters:  # int8 ranges were measured without them
+        checkpoint.spec = replace(checkpoint.spec, int8_ranges=None)
 
 
 def _base_notice(base: Path, chain: list[Path]) -> list[str]:

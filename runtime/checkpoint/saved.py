@@ -23,6 +23,7 @@ from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
 from flashvec.runtime.checkpoint.sentence_transformers import check_dense_chain, read_dense_weights
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.families import FAMILIES, LIMITS, decoder_spec
+from flashvec.runtime.pooling import cut_ranges
 from flashvec.runtime.spec import DENSE_ACTIVATIONS, DecoderSpec, ModelSpec, spec_from_dict
 from flashvec.runtime.tokenize import Tokenizer
 
@@ -53,7 +54,7 @@ def open_saved(folder: Path, overrides: Overrides) -> Checkpoint:
     Raises:
         CheckpointError: a damaged flashvec.json or a missing file.
     """
-    spec = read_spec(folder)
+    saved = spec = read_spec(folder)
     attention = choose_attention(overrides.attention) or spec.attention
     if attention != spec.attention:  # a window's reach depends on it
         spec = replace(spec, attention=attention, decoder=decoder_spec(read_config(folder), attention))
@@ -65,9 +66,19 @@ def open_saved(folder: Path, overrides: Overrides) -> Checkpoint:
     )
     if overrides.compat == "llm2vec" and spec.layout == "llm2vec":
         spec = reference_rules(spec)
+    spec = replace(spec, int8_ranges=_ranges_left(saved, spec))
     check_dense_chain(spec, SPEC_FILE)
     dense = [read_dense_weights(folder / dense_folder(i), head) for i, head in enumerate(spec.dense)]
     return Checkpoint(spec, SafetensorsSource(folder), Tokenizer.from_folder(folder), dense)
+
+
+def _ranges_left(saved: ModelSpec, spec: ModelSpec) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The saved int8 ranges, as far as they hold for `spec`: none where it gives other vectors."""
+    if replace(spec, max_length=saved.max_length, truncate_dim=saved.truncate_dim) != saved:
+        return None
+    if saved.int8_ranges is None or len(saved.int8_ranges[0]) <= spec.embedding_size:
+        return saved.int8_ranges
+    return cut_ranges(spec, spec.embedding_size)
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -113,8 +124,13 @@ def check_spec(spec: ModelSpec, where: str = SPEC_FILE) -> None:
     for name, size, limit in limits:
         if not 1 <= size <= limit:
             raise CheckpointError(f"{where}: {name} is {size}; expected 1 to {limit}")
-    if spec.int8_ranges is not None and {len(r) for r in spec.int8_ranges} != {spec.embedding_size}:
-        raise CheckpointError(f"{where}: int8_ranges must have {spec.embedding_size} minima and maxima")
+    if spec.int8_ranges is not None:
+        low, high = spec.int8_ranges
+        if not 1 <= len(low) == len(high) <= spec.embedding_size:  # narrower: those of cut vectors
+            raise CheckpointError(
+                f"{where}: int8_ranges has {len(low)} minima and {len(high)} maxima; "
+                f"expected as many of each, 1 to {spec.embedding_size}"
+            )
 
 
 def _check_decoder(decoder: DecoderSpec, where: str) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import TEXTS, tiny_checkpoint, unit
+from parity import note
+from tiny_models import TEXTS, tiny_adapter, tiny_checkpoint, unit
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from flashvec import Encoder
@@ -46,14 +47,16 @@ def test_is_hugging_faces_mean(enc, folder):
     assert vectors.shape == (len(TEXTS), 32) and vectors.dtype == np.float32
     for text, vector in zip(TEXTS, vectors, strict=True):
         want = unit(hugging_face_states(folder, text).mean(0))
-        assert np.abs(vector - want.numpy()).max() <= 1e-5
+        found = np.abs(vector - want.numpy()).max()
+        assert note("layout", "Hugging Face decoder, mean", "transformers", found) <= 1e-5
 
 
 def test_causal_last(folder):
     enc = Encoder.load(folder, dtype="float32", attention="causal", pooling="last")
     for text in TEXTS:
         want = unit(hugging_face_states(folder, text, is_causal=True)[-1])
-        assert np.abs(enc.embed(text) - want.numpy()).max() <= 1e-5
+        found = np.abs(enc.embed(text) - want.numpy()).max()
+        assert note("layout", "Hugging Face decoder, last token", "transformers", found) <= 1e-5
 
 
 def test_first_layers_only(folder):
@@ -118,6 +121,25 @@ def test_a_suffix_survives_truncation(folder):
     assert len(cut.ids) <= 40 and cut.ids[-6:].tolist() == whole.ids[-6:].tolist()
     with pytest.raises(ValueError, match="instruction alone has"):
         enc.embed("prices rose", instruction=template, max_length=5)
+
+
+def test_what_follows_a_cut_text_is_no_part_of_its_vector(enc):
+    text, (before, after) = "prices rose " * 100, ('The text "', '" in one word:')
+    with pytest.warns(TruncationWarning):
+        tokens = enc.embed_tokens([text], instruction=before + "{text}" + after, max_length=40)[0]
+        vector = enc.embed(text, instruction=before + "{text}" + after, max_length=40)
+    stop = tokens.offsets.max() - len(after)
+    inside = [i for i, (a, b) in enumerate(tokens.offsets) if b > len(before) and a < stop]
+    assert 0 < len(inside) < 40
+    np.testing.assert_allclose(vector, unit(tokens.vectors[inside].mean(0)), atol=1e-6)
+
+
+def test_an_empty_instruction_is_none_whatever_the_others_have(enc):
+    texts = ["a decoder reads everything", "the cat"]
+    mixed = enc.embed(texts, instruction=["", "Query: "])
+    np.testing.assert_array_equal(mixed[0], enc.embed(texts[0], instruction=""))
+    np.testing.assert_array_equal(mixed[0], enc.embed(texts[0]))
+    np.testing.assert_array_equal(mixed[1], enc.embed(texts[1], instruction="Query: "))
 
 
 # --- shapes and formats ----------------------------------------------------------------------------
@@ -194,6 +216,63 @@ def test_precisions(folder):
     assert small.min() == -128 and small.max() == 127  # the calibration texts' own ends
 
 
+def test_integers_are_written_into_what_holds_them(folder):
+    enc = Encoder.load(folder, dtype="float32")
+    enc.calibrate(TEXTS)
+    wide = enc.embed(list(TEXTS), precision="uint8", out=np.zeros((len(TEXTS), 32), np.int16))
+    np.testing.assert_array_equal(wide, enc.embed(list(TEXTS), precision="uint8"))
+    for precision, dtype in (("uint8", np.int8), ("int8", np.uint8), ("ubinary", np.int8), ("binary", np.uint8)):
+        out = np.zeros((len(TEXTS), 4 if "binary" in precision else 32), dtype)
+        with pytest.raises(ValueError, match=f"out has dtype {out.dtype}, the vectors are "):
+            enc.embed(list(TEXTS), precision=precision, out=out)
+    assert enc.embed(["x"], out=np.zeros((1, 32), np.float16)).any()
+    with pytest.raises(TypeError, match=r"out is list: give a numpy array or memmap of shape \(1, 32\)"):
+        enc.embed(["x"], out=[0.0])
+
+
+def test_int8_ranges_are_those_of_the_vectors_they_are_used_on(folder, tmp_path):
+    enc, texts = Encoder.load(folder, dtype="float32"), list(TEXTS)
+    with pytest.raises(TypeError, match="texts is a str"):
+        enc.calibrate("one text")
+    enc.calibrate(texts)
+    for precision in ("int8", "uint8"):  # cut vectors have unit length again: values outside the whole ones' ranges
+        with pytest.raises(ValueError, match=r"for 8 dim.* are for 32\): call enc.calibrate\(texts, truncate_dim=8"):
+            enc.embed(texts, truncate_dim=8, precision=precision)
+    enc.calibrate(texts, truncate_dim=8)
+    small = enc.embed(texts, truncate_dim=8, precision="uint8")
+    assert (small.min(0) == 0).all() and (small.max(0) == 255).all()
+    with pytest.raises(
+        ValueError, match=r"32 dimensions \(the encoder's are for 8\): call enc.calibrate\(texts\) once"
+    ):
+        enc.embed(texts, precision="int8")
+    enc.save(tmp_path / "cut")
+    again = Encoder.load(tmp_path / "cut", dtype="float32")
+    np.testing.assert_array_equal(again.embed(texts, truncate_dim=8, precision="uint8"), small)
+    enc.calibrate(texts, normalize=False)
+    whole = enc.embed(texts, normalize=False, precision="int8")
+    np.testing.assert_array_equal(enc.embed(texts, normalize=False, truncate_dim=8, precision="int8"), whole[:, :8])
+
+
+def test_int8_ranges_do_not_outlive_the_vectors_they_were_measured_on(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model")
+    tiny_adapter(model, tmp_path / "adapter")
+    enc = Encoder.load(tmp_path / "model", dtype="float32")
+    enc.calibrate(TEXTS)
+    enc.save(tmp_path / "saved")
+    others = [{"attention": "causal"}, {"pooling": "max"}, {"layers": 2}, {"truncate_dim": 8}]
+    for change in (*others, {"adapters": tmp_path / "adapter"}):
+        changed = Encoder.load(tmp_path / "saved", dtype="float32", **change)
+        assert changed.spec.int8_ranges is None
+        changed.save(tmp_path / "changed", overwrite=True)
+        assert Encoder.load(tmp_path / "changed", dtype="float32").spec.int8_ranges is None
+    for same in ({"max_length": 64}, {"layers": 3}, {"pooling": "mean", "attention": "bidirectional"}):
+        assert Encoder.load(tmp_path / "saved", **same).spec.int8_ranges == enc.spec.int8_ranges
+    enc.spec = dataclasses.replace(enc.spec, normalize=False)  # here a cut is the start of the whole vector
+    enc.save(tmp_path / "raw")
+    cut = Encoder.load(tmp_path / "raw", truncate_dim=8).spec.int8_ranges
+    assert cut == tuple(side[:8] for side in enc.spec.int8_ranges)
+
+
 # --- streams, counts, tokens, words, spans ------------------------------------------------------------
 
 
@@ -212,6 +291,39 @@ def test_stream_is_bounded_and_in_order(enc):
     np.testing.assert_array_equal(np.stack([first, *rest]), enc.embed([TEXTS[i % len(TEXTS)] for i in range(25)]))
     with pytest.raises(TypeError, match="iterable of str"):
         next(enc.embed_iter("cat"))
+
+
+def test_a_stream_refuses_what_embed_refuses(enc):
+    for texts, message in (
+        (pd.DataFrame({"text": ["a"]}), r"texts is a table \(DataFrame\)"),
+        ({"a": "b"}, "texts is a dict"),
+        ({"a", "b"}, "texts is a set"),
+        (None, "texts is None"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            list(enc.embed_iter(texts))
+    given = iter(["a", "b", "c", "d", "e", None, "g"])
+    vectors = enc.embed_iter(given, window=2)
+    assert len([next(vectors) for _ in range(4)]) == 4
+    with pytest.raises(TypeError, match=r"texts\[5\] is None, a missing value"):
+        next(vectors)
+    with pytest.raises(ValueError, match="window is 0; expected at least 1"):
+        list(enc.embed_iter(["a"], window=0))
+    with pytest.raises(ValueError, match="one instruction for all texts"):
+        list(enc.embed_iter(["a"], instruction=np.array(["x"])))
+    for refused in ({"spans": [[(0, 1)]]}, {"out": np.zeros((1, 32))}):
+        (name,) = refused
+        with pytest.raises(TypeError, match=f"'{name}' is no argument here .*: call embed for {name}"):
+            list(enc.embed_iter(["a"], **refused))
+
+
+def test_a_stream_takes_embeds_arguments(enc):
+    settings = {"instruction": "Query: ", "truncate_dim": 8, "precision": "float16", "max_length": 30}
+    with pytest.warns(TruncationWarning) as caught:
+        got = np.stack(list(enc.embed_iter(iter(TEXTS), window=5, **settings)))
+    assert caught[0].filename == __file__
+    with pytest.warns(TruncationWarning):
+        np.testing.assert_array_equal(got, enc.embed(list(TEXTS), **settings))
 
 
 def test_token_states_and_offsets(enc, folder):
@@ -271,6 +383,25 @@ def test_spans_documents_and_tokens_from_one_forward(enc, monkeypatch):
         enc.embed_spans(["a", "b"], [[]])
     with pytest.raises(ValueError, match=r"spans\[0\] has \(0, 9\); text 0 has 1 characters"):
         enc.embed_spans(["a"], [[(0, 9)]])
+
+
+def test_parts_refuse_by_row(enc):
+    for words in ([["a"], None], [["a"], 3], [["a"], ["b", None]], [["a"], "b"]):
+        with pytest.raises(TypeError, match=r"words\[1\] must be a list of str, as in \[\['A'"):
+            enc.embed_words(words)
+    with pytest.raises(TypeError, match="words is NoneType: give lists of str"):
+        enc.embed_words(None)
+    for ranges in (None, 3, (0, 1), [(0,)], [(0, 1, 2)], [None], [(0.0, 1.0)], [("0", "1")]):
+        with pytest.raises(TypeError, match=r"spans\[1\] is .*: it must be a list of pairs of int, as in \[\[\(0, 4\)"):
+            enc.embed_spans(["cat", "dog"], [[(0, 1)], ranges])
+    with pytest.raises(TypeError, match="spans is NoneType: give one list per text"):
+        enc.embed_spans(["cat"], None)
+    arrays = enc.embed_spans(["cat"], np.array([[[0, 3], [1, 2]]]))
+    np.testing.assert_array_equal(arrays.spans[0], enc.embed_spans(["cat"], [[(0, 3), (1, 2)]]).spans[0])
+    with pytest.raises(TypeError, match=r"'precision' is no argument here .*max_length, .*: call embed for precision"):
+        enc.embed_tokens(["cat"], precision="int8")
+    with pytest.raises(TypeError, match=r"'maxlength' is no argument here .*show_progress\)$"):
+        enc.embed_spans(["cat"], [[]], maxlength=3)
 
 
 def test_count_tokens(enc, folder):
@@ -419,6 +550,27 @@ def test_spans_count_from_the_texts_own_first_character(folder):
         np.testing.assert_array_equal(got.documents, enc.embed([text], **chosen))
     words = enc.embed_words([text.split()])[0]
     np.testing.assert_allclose(words[1], tokens.vectors[inside].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("split_special", [False, True])
+def test_words_after_a_cut_have_zero_rows(folder, split_special):
+    """A template's end stands right after the words that were kept: its states belong to none of the others."""
+    enc = Encoder.load(folder, dtype="float32")
+    enc.spec = dataclasses.replace(enc.spec, layout="llm2vec", span="template", template="[INST] {text} [/INST]")
+    words = ["prices", "</s>", "rose"] * 20
+    with pytest.warns(TruncationWarning):
+        tokens = enc.embed_tokens([" ".join(words)], max_length=40, split_special=split_special)[0]
+        got = enc.embed_words([words], max_length=40, split_special=split_special)[0]
+    kept = tokens.offsets.max() - len("[INST] ") - len(" [/INST]")
+    starts = np.cumsum([0, *(len(word) + 1 for word in words)])[:-1]
+    assert got.any(1).tolist() == (starts < kept).tolist() and 0 < got.any(1).sum() < len(words) - 9
+
+
+def test_a_span_over_the_spaces_that_a_template_drops_is_empty(folder):
+    enc = Encoder.load(folder, dtype="float32")
+    enc.spec = dataclasses.replace(enc.spec, layout="llm2vec", span="template", template="[INST] {text} [/INST]")
+    spans = enc.embed_spans(["cat   "], [[(0, 3), (3, 6)]]).spans[0]
+    assert spans.any(1).tolist() == [True, False]
 
 
 def test_spans_refuse_what_they_cannot_follow(folder, enc):

@@ -102,6 +102,15 @@ def test_what_is_not_finite_even_in_fp32_is_named(folder, monkeypatch):
     assert np.flatnonzero(~np.isfinite(vectors).all(1)).tolist() == [BAD]
 
 
+def test_a_stream_numbers_them_from_its_first(folder, monkeypatch, caplog):
+    enc = overflowing(folder, monkeypatch, {torch.float16, torch.float32})
+    with pytest.warns(NonFiniteWarning, match=f"rows {BAD};") as caught, caplog.at_level(logging.WARNING, "flashvec"):
+        vectors = np.stack(list(enc.embed_iter(TEXTS, window=3)))
+    assert [w.message.rows for w in caught] == [(BAD,)] and caught[0].filename == __file__
+    assert f"run again in float32: rows {BAD}" in caplog.text
+    assert np.flatnonzero(~np.isfinite(vectors).all(1)).tolist() == [BAD]
+
+
 def test_truncation_is_counted_once(enc):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

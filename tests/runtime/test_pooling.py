@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashvec.runtime.pooling import DENSE_FUNCTIONS, DenseHead, finish, quantize
+from flashvec.runtime.pooling import DENSE_FUNCTIONS, DenseHead, cut_ranges, finish, quantize
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
 
 SPEC = ModelSpec(DecoderSpec("llama", 9, 4, 4, 1, 1, 1, 4, 9, 1e-6), "bidirectional", ("mean",), "hf")
@@ -72,3 +72,17 @@ def test_refuses_by_name():
         quantize(np.zeros((1, 8), np.float32), "int8", None)
     with pytest.raises(ValueError, match="'int4'"):
         quantize(np.zeros((1, 8), np.float32), "int4", None)
+    with pytest.raises(ValueError, match="ranges are of 4 dimensions, the vectors have 8"):
+        quantize(np.zeros((1, 8), np.float32), "int8", ((0.0,) * 4, (1.0,) * 4))
+
+
+@pytest.mark.parametrize("layout", ["hf", "sentence-transformers"])
+@pytest.mark.parametrize("is_unit", [True, False])
+@pytest.mark.parametrize("normalize", [None, True, False])
+def test_ranges_are_cut_with_the_vectors_where_a_cut_is_the_start_of_the_whole(layout, is_unit, normalize):
+    ranges = ((-1.0, -2.0, -3.0, -4.0), (1.0, 2.0, 3.0, 4.0))
+    spec, x = replace(SPEC, layout=layout, normalize=is_unit, int8_ranges=ranges), torch.randn(5, 4)
+    is_start = torch.equal(finish(spec, x, (), normalize, 3), finish(spec, x, (), normalize, None)[:, :3])
+    assert cut_ranges(spec, 3, normalize) == (((-1.0, -2.0, -3.0), (1.0, 2.0, 3.0)) if is_start else None)
+    assert cut_ranges(spec, 4, normalize) == ranges and cut_ranges(spec, 5, normalize) is None
+    assert cut_ranges(replace(spec, int8_ranges=None), 4, normalize) is None

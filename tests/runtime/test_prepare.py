@@ -88,6 +88,24 @@ def test_what_follows_a_text_is_never_cut(max_length, tokenizer):
     assert tokens.ids[: tokens.lengths[0]][-3:].tolist() == ending.tolist()
 
 
+@pytest.mark.parametrize("text", ["the cat " * 30, "the </s> cat " * 30])
+@pytest.mark.parametrize("max_length", range(16, 30))
+def test_what_follows_a_cut_text_is_not_pooled(max_length, text, tokenizer):
+    prepared = prepare(SPEC, [text], ['Say "{text}" now'], tokenizer)
+    tokens = tokenise(tokenizer, prepared, max_length, offsets=True, split_special=True)
+    ((start, stop),) = pooled_spans(SPEC, tokens, prepared, ['Say "{text}" now'], tokenizer)
+    pieces = [tokenizer.backend.id_to_token(int(i)) for i in tokens.ids[start:stop]]
+    assert tokens.truncated[0] and 0 < stop - start < max_length
+    assert joined(pieces).strip(' "') in text
+
+
+def test_a_row_without_an_instruction_is_pooled_as_it_is_alone(tokenizer):
+    prepared = prepare(SPEC, ["the cat", "the cat"], ["", "Query: "], tokenizer)
+    tokens = tokenise(tokenizer, prepared, 64, offsets=True)
+    alone, asked = pooled_spans(SPEC, tokens, prepared, ["", "Query: "], tokenizer)
+    assert alone.tolist() == [0, tokens.lengths[0]] and asked[0] > 1
+
+
 def test_a_token_belongs_to_a_span_if_it_covers_one_of_its_characters():
     offsets = np.array([[0, 0], [0, 3], [3, 7], [7, 9], [0, 0]])
     special = np.array([True, False, False, False, True])

@@ -123,6 +123,8 @@ def test_refused_dimensions() -> None:
 def test_the_argument_is_named() -> None:
     with pytest.raises(TypeError, match=r"^documents\[0\] is int"):
         as_texts([1], "documents")
+    with pytest.raises(TypeError, match=r"^texts\[9\] is None"):
+        as_texts(["a", None], first=8)
 
 
 def test_surrogates_become_replacement_characters_with_one_warning() -> None:
