@@ -32,7 +32,9 @@ app.add_typer(evaluate_app, name="evaluate")
 app.command()(mine)
 app.command()(sentences)
 app.command()(bench)
-stdout, stderr = Console(), Console(stderr=True)
+# What is printed is a file's or a user's word: "[INST]" in it is no markup, ":cat:" no picture.
+stdout = Console(markup=False, emoji=False)
+stderr = Console(stderr=True, markup=False, emoji=False)
 
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -187,7 +189,7 @@ cli_corpus.register(app)
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    stderr.print(f"flashvec: {message}", highlight=False, markup=False, soft_wrap=True)
+    stderr.print(f"flashvec: {message}", highlight=False, soft_wrap=True)
     sys.exit(status)
 
 

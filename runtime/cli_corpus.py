@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-stdout, stderr = Console(), Console(stderr=True)
+# What is printed is a file's or a user's word: "[INST]" in it is no markup, ":cat:" no picture.
+stdout = Console(markup=False, emoji=False)
+stderr = Console(stderr=True, markup=False, emoji=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: an object for each event, the last one the result.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or all; default all GPUs, else the CPU.")]
@@ -198,9 +200,9 @@ def search(
         return
     for hit in hits:
         place = f"{Path(hit.file).name}:{hit.row}" + ("" if hit.id is None else f" id {hit.id}")
-        stdout.print(f"{hit.score:.4f}  {place}", highlight=False, markup=False)
+        stdout.print(f"{hit.score:.4f}  {place}", highlight=False)
         if hit.text is not None:
-            stdout.print(f"        {' '.join(hit.text.split())[:200]}", highlight=False, markup=False, soft_wrap=True)
+            stdout.print(f"        {' '.join(hit.text.split())[:200]}", highlight=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -222,7 +224,7 @@ def _check(folder: str, as_json: bool) -> None:
             f"{check.num_done} of {check.num_shards} shards whole, {check.rows:,} vectors, {check.errors} errors"
         )
         for problem in check.problems:
-            stdout.print(problem, highlight=False, markup=False, soft_wrap=True)
+            stdout.print(problem, highlight=False, soft_wrap=True)
     if check.problems:
         raise typer.Exit(1)
 

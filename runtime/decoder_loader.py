@@ -1,6 +1,7 @@
 """Reads a decoder's weights from a checkpoint, and checks everything it reads."""
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -100,8 +101,18 @@ class DecoderLoader:
             part.copy_(self.source.read(name))
             self.unread.discard(name)
             if part.numel() and not all(torch.isfinite(x) for x in torch.aminmax(part)):
-                raise CheckpointError(
-                    f"{self.source.place(name)}: tensor {name} holds NaN or infinity (as {part.dtype}); the file is "
-                    "damaged: fetch or train it again"
-                )
+                self._name_infinite(name, part.dtype)
         return merged
+
+    def _name_infinite(self, name: str, dtype: torch.dtype) -> NoReturn:
+        """Is the file damaged, or is one of its numbers more than the dtype holds?"""
+        stored = self.source.read(name)
+        if bool(torch.isfinite(stored).all()):
+            raise ValueError(
+                f"{self.source.place(name)}: tensor {name} holds values up to {float(stored.abs().max()):g}, more than "
+                f"{dtype} can: choose another dtype"
+            )
+        raise CheckpointError(
+            f"{self.source.place(name)}: tensor {name} holds NaN or infinity (as {dtype}); the file is damaged: fetch "
+            "or train it again"
+        )

@@ -91,8 +91,16 @@ LIMITS = {  # far above every model there is; a config beyond them is damaged or
     "sliding_window": 2**31,
 }
 
-# Keys that name code, kernels or download sources: never passed on.
-IGNORED_KEYS = ("auto_map", "trust_remote_code", "quantization_config", "torch_dtype", "dtype", "model_type")
+# The keys that describe a decoder: all that transformers' class is given of a config.json. From others it builds things
+# ("num_labels": a table of so many entries), and some name code, kernels or download sources.
+READ_KEYS = (
+    *LIMITS,
+    *("rms_norm_eps", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("is_causal", "use_bidirectional_attention"),
+    *("layer_types", "use_sliding_window", "max_window_layers", "sliding_window_pattern"),
+    *("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+)
 
 
 def stated_attention(config: dict[str, Any]) -> Attention | None:
@@ -173,6 +181,8 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
         ropes=ropes,
         layer_ropes=layer_ropes,
         layer_windows=tuple(reach if slides else None for slides in sliding),
+        tied_head=bool(hf.tie_word_embeddings),
+        head_softcap=getattr(hf, "final_logit_softcapping", None),
         query_scale_beta=float(scaling.get("llama_4_scaling_beta") or 0.0) if name == "ministral3" else 0.0,
         query_scale_positions=int(scaling.get("original_max_position_embeddings") or 0),
     )
@@ -188,10 +198,8 @@ def standard_config(name: str, config: dict[str, Any], where: str) -> Any:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
             raise CheckpointError(f"{where}: {key} is {value!r}; expected a whole number from 1 to {limit}")
-    kept = {k: v for k, v in config.items() if k not in IGNORED_KEYS and not k.startswith("_")}
-    kept = {k: v for k, v in kept.items() if not k.endswith("_kernel") and "attn_implementation" not in k}
     try:
-        return CONFIG_MAPPING[name](**kept)
+        return CONFIG_MAPPING[name](**{key: config[key] for key in READ_KEYS if key in config})
     except Exception as error:  # its validators raise types of their own
         raise CheckpointError(f"{where}: {' '.join(str(error).split())}") from None
 

@@ -48,6 +48,8 @@ class DecoderSpec:
     layer_windows: tuple[int | None, ...] = ()  # reach in tokens to each allowed side, itself not counted; None: all
     query_scale_beta: float = 0.0  # Ministral 3: queries grow by 1 + beta * log(1 + floor(position / original))
     query_scale_positions: int = 0  # that rule's `original`
+    tied_head: bool = True  # the language-model head, which only training reads, is the token embeddings
+    head_softcap: float | None = None  # of its logits
 
 
 @dataclass(frozen=True)

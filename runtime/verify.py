@@ -6,7 +6,6 @@ shows how much of a difference that dtype makes by itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from flashvec.runtime.checkpoint.hf import read_config
 from flashvec.runtime.checkpoint.hf_config import hf_config
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.encoder import Encoder
-from flashvec.runtime.families import standard_config, stated_attention
+from flashvec.runtime.families import standard_config
 from flashvec.runtime.packing import pack
 from flashvec.runtime.placement import DTYPES
 from flashvec.runtime.pooling import finish
@@ -81,8 +80,8 @@ def verify_model(
     if chosen not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
     encoder = Encoder._from_checkpoint(checkpoint, cpu, DTYPES[chosen], None)
-    encoder.spec = replace(encoder.spec, normalize=True)
-    ours = torch.from_numpy(encoder.embed(list(texts)))
+    # Neither side writes the default prompt, and both normalise last, whatever the folder's rules are.
+    ours = torch.from_numpy(encoder.embed(list(texts), instruction="", normalize=True))
 
     theirs = {}
     for name in dict.fromkeys(("float32", chosen)):
@@ -99,8 +98,7 @@ def hugging_face_model(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -
     spec = checkpoint.spec
     if spec.layout in ("hf", "sentence-transformers", "flashvec") and (path / "config.json").is_file():
         config = read_config(path)
-        if spec.attention == "bidirectional" and stated_attention(config) is None:
-            config["is_causal"] = False
+        _state_direction(config, spec)
     else:
         config = hf_config(spec, "float32")
     # transformers' SDPA path leaves soft-caps out
@@ -112,6 +110,14 @@ def hugging_face_model(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -
             parameter.copy_(checkpoint.source.read(name))
     checkpoint.source.close()
     return module
+
+
+def _state_direction(config: dict[str, Any], spec: ModelSpec) -> None:
+    """Write the direction that runs into a config.json, whatever it, or its model's name, says."""
+    if spec.attention == "causal":
+        config |= {"is_causal": True, "use_bidirectional_attention": False}
+    elif spec.decoder.family != "gemma3_text" or not config.get("use_bidirectional_attention"):
+        config["is_causal"] = False  # that family's own key halves its windows; this one does not
 
 
 @torch.inference_mode()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from flashvec.runtime.checkpoint.hf_config import hf_config
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
+from flashvec.runtime.checkpoint.safetensors_files import INDEX_FILE, WEIGHTS_FILE
 from flashvec.runtime.checkpoint.saved import SPEC_FILE, dense_folder
 from flashvec.runtime.checkpoint.sentence_transformers import (
     ACTIVATIONS,
@@ -40,6 +41,7 @@ from flashvec.runtime.checkpoint.sentence_transformers import (
 )
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.decoder import Decoder
+from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = (torch.float16, torch.bfloat16, torch.float32)  # later: wider, for config.json's dtype
 MODULE_TYPES = "sentence_transformers.models."
+# Of a model written before into the same folder: beside files of the new one they would be read as its own.
+REPLACED_FILES = (WEIGHTS_FILE, INDEX_FILE, MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILE)
 PROMPT_NOTICE = (
     "with a prompt, sentence-transformers leaves out as many tokens as the prompt has alone, this package "
     "the tokens "
@@ -118,17 +122,27 @@ def convert(
     return notices
 
 
-def save(encoder: "Encoder", folder: str | Path, *, overwrite: bool = False) -> list[str]:
+def save(
+    encoder: "Encoder",
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    among_others: bool = False,
+    spec: ModelSpec | None = None,
+) -> list[str]:
     """Write an encoder as it is in memory; `Encoder.load` restores it bit for bit in the same dtype.
 
     Args:
         folder: where to; must not exist or be empty, unless `overwrite`.
         overwrite: replace a model folder that is already there.
+        among_others: write into a folder whatever it holds, and leave what is no file of a model there.
+        spec: written instead of the encoder's own.
 
     Returns:
         What the user should know: whether sentence-transformers cannot open the folder, and why.
     """
-    spec = replace(encoder.spec, decoder=_cut_layers(encoder.spec.decoder))
+    spec = encoder.spec if spec is None else spec
+    spec = replace(spec, decoder=_cut_layers(spec.decoder))
     rules = unheld_rules(spec, bool(encoder.tokenizer.prefix_ids))
     dense = [(head.weight, head.bias) for head in encoder.heads]
 
@@ -137,7 +151,10 @@ def save(encoder: "Encoder", folder: str | Path, *, overwrite: bool = False) -> 
         if not rules:
             _write_modules(into, spec)
 
-    _write_whole(_target(folder, overwrite), write)
+    if among_others:
+        _write_among_others(Path(folder).expanduser(), write)
+    else:
+        _write_whole(_target(folder, overwrite), write)
     if not rules:
         return []
     return [f"opens with this package only, because a sentence-transformers folder cannot hold: {'; '.join(rules)}"]
@@ -176,6 +193,7 @@ def plain_rules(spec: ModelSpec) -> ModelSpec:
         text_suffix="",
         compat=None,
         document_max_length=None,
+        int8_ranges=None,  # of vectors under the other rules
     )
 
 
@@ -257,20 +275,47 @@ def decoder_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _stored_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint, checked, in the dtype it will be stored in."""
-    source, shapes = checkpoint.source, decoder_shapes(checkpoint.spec.decoder)
-    names = source.names()
-    for name, shape in shapes.items():
-        if name not in names:
-            raise CheckpointError(f"tensor {name} is missing; the checkpoint is incomplete or of another family")
+    """Every tensor of a checkpoint in the dtype it will be stored in; what `DecoderLoader` refuses is refused here."""
+    source, spec = checkpoint.source, checkpoint.spec.decoder
+    shapes = decoder_shapes(spec)
+    unread = DecoderLoader(spec, source, torch.float32, torch.device("cpu")).unread
+    for name, shape in shapes.items():  # before the first is read: a model is written for minutes
+        if name not in unread:
+            raise CheckpointError(
+                f"{source.place(name)}: tensor {name} is missing; the checkpoint is incomplete (fetch it again), or "
+                "config.json is another family's"
+            )
         if source.shape(name) != shape:
-            raise CheckpointError(f"tensor {name} has shape {source.shape(name)}, config.json asks for {shape}")
+            raise CheckpointError(
+                f"{source.place(name)}: tensor {name} has shape {source.shape(name)}, config.json asks for {shape}; "
+                "they do not belong together"
+            )
+        unread.discard(name)
+    if unread:
+        raise CheckpointError(
+            f"{len(unread)} tensors fit nowhere in a {spec.family} decoder of {spec.num_layers} layers: "
+            f"{', '.join(sorted(unread)[:5])}; config.json and weights do not belong together"
+        )
+    for name in shapes:
         tensor = source.read(name)
+        if not _is_finite(tensor):
+            raise CheckpointError(
+                f"{source.place(name)}: tensor {name} holds NaN or infinity (as {tensor.dtype}); the file is damaged: "
+                "fetch or train it again"
+            )
         if dtype is not None and not name.endswith("norm.weight"):  # norms run in fp32 whatever the matrices are
-            tensor = tensor.to(dtype)
-        if not all(torch.isfinite(x) for x in torch.aminmax(tensor)):
-            raise CheckpointError(f"tensor {name} holds NaN or infinity (as {tensor.dtype}); the file is damaged")
+            stored = tensor.to(dtype)
+            if not _is_finite(stored):
+                raise ValueError(
+                    f"{source.place(name)}: tensor {name} holds values up to {float(tensor.abs().max()):g}, more than "
+                    f"{dtype} can: choose another dtype"
+                )
+            tensor = stored
         yield name, tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(x)) for x in torch.aminmax(tensor))
 
 
 def _cut_layers(spec: DecoderSpec) -> DecoderSpec:
@@ -412,3 +457,19 @@ def _write_whole(target: Path, write: Callable[[Path], None]) -> None:
             if old.exists():
                 old.rename(target)
             raise
+
+
+def _write_among_others(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a whole model into a folder inside this one, then move its files here; nothing else here is touched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".flashvec.", dir=folder) as inside:
+        new = Path(inside)
+        write(new)
+        for name in REPLACED_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(new.rglob("*")):
+            target = folder / path.relative_to(new)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)

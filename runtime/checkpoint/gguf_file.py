@@ -91,7 +91,7 @@ class GGUFFile:
             cursor = _Cursor(data, self.path)
             num_tensors, num_keys = _read_start(cursor)
             self.metadata = _read_metadata(cursor, num_keys)
-            if self.metadata.get("split.count", 1) != 1:
+            if self.metadata.get("split.count", 0) not in (0, 1):  # 0: parts that llama-gguf-split joined
                 raise CheckpointError(f"{self.path}: one part of several; join them with llama-gguf-split --merge")
             self.tensors = _read_tensors(cursor, num_tensors, self._alignment())
 

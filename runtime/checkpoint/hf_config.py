@@ -41,7 +41,7 @@ def hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         family.activation_key: ACTIVATIONS[decoder.activation],
         "dtype": dtype,
         "use_cache": False,
-        "tie_word_embeddings": True,  # there is no head to be untied from
+        "tie_word_embeddings": decoder.tied_head,  # no head is written: whoever wants an untied one must miss it
         "bos_token_id": None,  # texts get theirs from the tokenizer
         "eos_token_id": None,
         "pad_token_id": None,
@@ -56,6 +56,7 @@ def hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         raise ValueError(f"attention_scale is {decoder.attention_scale}, {decoder.family} cannot state its own")
     if family.softcap_key:
         config[family.softcap_key] = decoder.softcap
+        config["final_logit_softcapping"] = decoder.head_softcap
     config |= _windows(decoder, spec.attention, family.windows, halved=own_key)
     config["rope_parameters"] = _rope_parameters(decoder)
     if len(decoder.ropes) == 1 and decoder.ropes[0].kind == "default":

@@ -25,6 +25,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_RANK = 4096
 MAX_PATTERN_CHARS = 256
+MAX_WAYS = 2**18  # in which all patterns of a key may match one name: every way is tried before a name is given up
 IGNORED_MODULES = ("lm_head",)  # an encoder has no use for the language-model head, adapted or not
 
 # Keys that change what an adapter computes, and the values under which they change nothing.
@@ -50,6 +51,12 @@ LORA_KEY = re.compile(
     r"(\.default)?(\.weight)?$"
 )
 WHOLE_KEY = re.compile(r"^(?P<module>.+?)(\.modules_to_save)?(\.default)?(\.base_layer)?\.(?P<kind>weight|bias)$")
+
+# What a pattern of names is made of; of regular expressions no more is read.
+PATTERN_PART = re.compile(
+    r"(?P<atom>[\w.^$-]|\\[dw.-]|\[\^?(?:[\w.-]|\\[dw.-])+\])|(?P<open>\((?:\?:|(?!\?)))|(?P<close>\))|(?P<bar>\|)"
+    r"|(?P<optional>\?)|(?P<repeat>[*+]|\{\d{0,3}(?:,\d{0,3})?\})"
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class AdapterSource:
         self.where = f"{self.folder.name}/{WEIGHTS_FILE}"
         self.config = read_adapter_config(self.folder)
         self.weights = SafetensorsSource.from_file(_weights_file(self.folder))
+        self._patterns: dict[str, list[tuple[re.Pattern[str], Any]]] = {}
         self._updates = self._plan()
 
     def names(self) -> frozenset[str]:
@@ -136,6 +144,9 @@ class AdapterSource:
                 parts.setdefault(found["module"], {})[found["part"]] = key
             else:
                 self._plan_whole(key, updates)
+        longest = max((len(_strip_prefix(module)) for module in parts), default=0)
+        for key in ("rank_pattern", "alpha_pattern"):
+            self._patterns[key] = _compiled(self.config.get(key) or {}, longest, f"{self._config_name}: {key}")
         for module, keys in parts.items():
             module = _strip_prefix(module)
             if module.removeprefix("model.") in IGNORED_MODULES:
@@ -212,8 +223,8 @@ class AdapterSource:
     def _number(self, key: str, pattern_key: str, module: str) -> float:
         """r or lora_alpha of a module: of the first pattern that matches its name, else the common one."""
         value = self.config.get(key, 8)
-        for pattern, own in (self.config.get(pattern_key) or {}).items():
-            if _matches(pattern, module, f"{self._config_name}: {pattern_key}"):
+        for pattern, own in self._patterns[pattern_key]:
+            if pattern.match(module):
                 value = own
                 break
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -248,17 +259,63 @@ def _strip_prefix(module: str) -> str:
     return module.removeprefix("base_model.model.")
 
 
-def _matches(pattern: str, module: str, where: str) -> bool:
-    """peft's rule: the pattern, a regular expression, covers the name or its end after a dot.
+def _compiled(patterns: dict[str, Any], longest: int, where: str) -> list[tuple[re.Pattern[str], Any]]:
+    """peft's rule: a pattern, a regular expression, covers a module's name or its end after a dot.
 
-    An expression from a file is untrusted: one that repeats a group can take longer than anybody waits.
+    One from a file is untrusted: some take longer than anybody waits, so the ways in which it can match are counted.
+
+    Args:
+        longest: characters of the longest name.
+
+    Raises:
+        CheckpointError: a pattern that is too costly, or none; names it.
     """
-    if len(pattern) > MAX_PATTERN_CHARS or re.search(r"\)\s*[*+{]", pattern):
-        raise CheckpointError(f"{where}: {pattern[:80]!r} is too long or repeats a group; name the modules plainly")
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error as error:
-        raise CheckpointError(f"{where}: {pattern[:80]!r} is no regular expression ({error})") from None
+    found: list[tuple[re.Pattern[str], Any]] = []
+    ways = 0
+    for pattern, value in patterns.items():
+        if len(pattern) > MAX_PATTERN_CHARS or re.search(r"\)[*+{]", pattern):
+            raise CheckpointError(f"{where}: {pattern[:80]!r} is too long or repeats a group; name the modules plainly")
+        ways += _ways(pattern, longest, where)
+        if ways > MAX_WAYS:
+            raise CheckpointError(f"{where}: {pattern!r} can match in too many ways; name the modules plainly")
+        try:
+            re.compile(pattern)  # by itself: its parentheses must not close ours
+            found.append((re.compile(rf"(.*\.)?({pattern})$"), value))
+        except re.error as error:
+            raise CheckpointError(f"{where}: {pattern!r} is no regular expression ({error})") from None
+    return found
+
+
+def _ways(pattern: str, longest: int, where: str) -> int:
+    """In how many ways a pattern can match a name of `longest` characters, at most.
+
+    Each repetition multiplies them by the name's length, each choice by its alternatives; a repeated group would be
+    no end of them.
+
+    Raises:
+        CheckpointError: another part of a regular expression than these; names it.
+    """
+    ways, at = 1, 0
+    alternatives = [1]  # of the whole pattern and of each group that is open
+    while at < len(pattern):
+        part = PATTERN_PART.match(pattern, at)
+        if part is None:
+            raise CheckpointError(
+                f"{where}: {pattern!r}: {pattern[at]!r} is not read in a pattern; name the modules plainly, or with "
+                "\\d, \\w, [...], (a|b), *, + and ?"
+            )
+        if part.lastgroup == "open":
+            alternatives.append(1)
+        elif part.lastgroup == "close" and len(alternatives) > 1:
+            ways *= alternatives.pop()
+        elif part.lastgroup == "bar":
+            alternatives[-1] += 1
+        elif part.lastgroup == "optional":
+            ways *= 2
+        elif part.lastgroup == "repeat":
+            ways *= longest + 1
+        at = part.end()
+    return ways * math.prod(alternatives)
 
 
 def _weights_file(folder: Path) -> Path:

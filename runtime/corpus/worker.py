@@ -52,9 +52,10 @@ class ShardRunner:
 
         from flashvec.runtime.corpus.machine import model_facts
         from flashvec.runtime.encoder import Encoder
+        from flashvec.runtime.placement import choose_devices
 
         device = arguments.get("device")
-        if device is not None and torch.device(device).type == "cuda":
+        if device is not None and choose_devices(device)[0].type == "cuda":
             torch.cuda.set_device(device)  # or every worker would also open the first GPU
         encoder = Encoder.load(**arguments)
         kept = {name: value for name, value in arguments.items() if name != "device" and value is not None}

@@ -4,7 +4,9 @@ KeyBERT and BERTopic take such an object and, given anything else, silently load
 `sentence-transformers`: pip install 'flashvec[sentence-transformers]'.
 """
 
+import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,9 +20,16 @@ try:
 except ImportError as error:
     raise ImportError(f"this integration needs {error.name}: pip install 'flashvec[sentence-transformers]'") from None
 
+from flashvec.runtime.checkpoint import export
+from flashvec.runtime.checkpoint.hf import choose_max_length
+from flashvec.runtime.devices import SpreadEncoder
 from flashvec.runtime.drop_in import encode
 from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.integrations.two_sides import open_encoder
+from flashvec.runtime.pooling import cut_ranges
+from flashvec.runtime.spec import ModelSpec
+
+logger = logging.getLogger("flashvec")
 
 
 class FlashvecSentenceTransformer(SentenceTransformer):
@@ -141,10 +150,42 @@ class FlashvecSentenceTransformer(SentenceTransformer):
         raise ValueError('no pools of processes here: Encoder.load(model, device="all") runs one for each GPU')
 
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """`Encoder.save`: a folder that sentence-transformers opens too, where such a folder can hold the rules."""
-        self.encoder.save(path, overwrite=True)
+        """A folder that sentence-transformers opens too, where such a folder can hold the model's rules.
+
+        What is saved are the settings of this object, whatever the encoder was loaded with. In a folder that exists, a
+        model's files are replaced and all others stay, as that class does it.
+
+        Raises:
+            ValueError: a setting that the model cannot follow, or an encoder on several devices.
+        """
+        if isinstance(self.encoder, SpreadEncoder):
+            self.encoder.save(path)  # refuses, and says why
+        for notice in export.save(self.encoder, path, among_others=True, spec=self._settled_spec()):
+            logger.warning("%s: %s", path, notice)
 
     save_pretrained = save
+
+    def _settled_spec(self) -> ModelSpec:
+        """The encoder's facts, with what was set here since."""
+        spec = self.encoder.spec
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            known = ", ".join(self.prompts) or "none"
+            raise ValueError(f"default_prompt_name is {self.default_prompt_name!r}; this model's prompts are: {known}")
+        # That class adds empty prompts for queries and documents by itself: they are no rules of the model.
+        kept = {*spec.prompts, self.default_prompt_name}
+        ranges = spec.int8_ranges
+        if self.truncate_dim is not None:
+            self.encoder._check_dim(self.truncate_dim)
+            ranges = cut_ranges(spec, self.truncate_dim)
+        return replace(
+            spec,
+            prompts={name: prompt or "" for name, prompt in self.prompts.items() if prompt or name in kept},
+            default_prompt_name=self.default_prompt_name,
+            max_length=choose_max_length(self.max_seq_length, spec.max_length, spec.decoder.max_positions),
+            truncate_dim=self.truncate_dim or spec.truncate_dim,
+            similarity=self.similarity_fn_name,
+            int8_ranges=ranges,
+        )
 
 
 class _EncoderModule(torch.nn.Module):

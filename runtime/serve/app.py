@@ -10,7 +10,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,12 +24,17 @@ try:
 except ImportError as error:
     raise ImportError(f"the server needs {error.name}: pip install 'flashvec[serve]'") from None
 
+from flashvec.runtime import prepare
 from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.serve.batcher import Batcher, Busy, Round
 from flashvec.runtime.serve.body import Limits, Refused, Wanted, read
+from flashvec.runtime.texts import as_texts
 
 BATCH_TOKENS = 8192
+MAX_TOKEN_CHARS = 256  # a run of spaces or dashes is the longest token there is, of up to 128
 GONE = 499  # the client hung up: nobody reads this
+
+Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
 
@@ -161,22 +167,42 @@ def create_app(
         size, longest = encoder.spec.embedding_size, encoder.spec.max_length
         if wanted.dimensions is not None and wanted.dimensions > size:
             raise Refused(400, f"dimensions is {wanted.dimensions}, the model has {size}", param="dimensions")
-        counts = np.asarray(await asyncio.to_thread(encoder.count_tokens, wanted.texts, instruction=instruction))
-        if not truncate and (counts > longest).any():
-            i = int(np.argmax(counts > longest))
-            message = f"input[{i}] has {counts[i]} tokens, at most {longest} fit (the server was not told to cut texts)"
-            raise Refused(400, message, param="input", code="context_length_exceeded")
-        counts = np.minimum(counts, longest)
-        vectors = await _answer(request, batcher.submit(wanted.texts, counts, wanted.dimensions), bounds.answer_s)
-        if vectors is None:
+
+        async def embedded() -> tuple[np.ndarray, int]:
+            if not truncate:  # no vocabulary has such tokens: this one need not be asked
+                _refuse_long(np.array([len(text) for text in wanted.texts]) > MAX_TOKEN_CHARS * longest, longest)
+            counts = await asyncio.to_thread(_count, encoder, wanted.texts, instruction, longest + 1)
+            if not truncate:
+                _refuse_long(counts > longest, longest)
+            counts = np.minimum(counts, longest)
+            return await batcher.submit(wanted.texts, counts, wanted.dimensions), int(counts.sum())
+
+        answered = await _answer(request, embedded(), bounds.answer_s)
+        if answered is None:
             return Response(status_code=GONE)
-        return JSONResponse(await asyncio.to_thread(_body, wanted, name, vectors, int(counts.sum())))
+        return JSONResponse(await asyncio.to_thread(_body, wanted, name, *answered))
 
     return app
 
 
-async def _answer(request: Request, vectors: Awaitable[np.ndarray], limit_s: float) -> np.ndarray | None:
-    """The vectors, or None once the client has hung up; what it asked for is then not embedded.
+def _refuse_long(is_too_long: np.ndarray, longest: int) -> None:
+    if is_too_long.any():
+        row = int(np.argmax(is_too_long))
+        message = f"input[{row}] has too many tokens, at most {longest} fit (the server was not told to cut texts)"
+        raise Refused(400, message, param="input", code="context_length_exceeded")
+
+
+def _count(encoder: Encoder, texts: list[str], instruction: str | None, limit: int) -> np.ndarray:
+    """Tokens of each text as `Encoder.count_tokens` counts them, at most `limit`: a longer text is read no further."""
+    rows, _ = as_texts(texts)
+    instructions = encoder._instructions(instruction, None, len(rows))
+    prepared = prepare.prepare(replace(encoder.spec, compat=None), rows, instructions, encoder.tokenizer)
+    lengths: np.ndarray = encoder.tokenizer.encode(prepared.strings, limit).lengths
+    return lengths
+
+
+async def _answer(request: Request, answer: Awaitable[Answer], limit_s: float) -> Answer | None:
+    """What is awaited, or None once the client has hung up; what it asked for is then not embedded.
 
     Raises:
         Refused: 503, it takes longer than `limit_s`.
@@ -186,7 +212,7 @@ async def _answer(request: Request, vectors: Awaitable[np.ndarray], limit_s: flo
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    asked, gone = asyncio.ensure_future(vectors), asyncio.ensure_future(hung_up())
+    asked, gone = asyncio.ensure_future(answer), asyncio.ensure_future(hung_up())
     try:
         done, _ = await asyncio.wait({asked, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if asked in done:

@@ -1,14 +1,16 @@
-"""The command line as a person meets it, in a process of its own."""
+"""The command line as a person meets it."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from tiny_models import tiny_checkpoint
 
 import flashvec
-from flashvec.runtime.cli import app
+from flashvec import Encoder
+from flashvec.runtime.cli import app, main
 
 
 @pytest.fixture(scope="module")
@@ -19,39 +21,69 @@ def folder(tmp_path_factory):
 
 
 def run(*arguments):
+    """In a process of its own."""
     command = [sys.executable, "-m", "flashvec.runtime.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """In this process, which has imported what takes seconds."""
+
+    def run_here(*arguments):
+        monkeypatch.setattr("sys.argv", ["flashvec", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return run_here
 
 
 def test_every_command_has_an_example():
     assert all("Example: `flashvec " in (command.callback.__doc__ or "") for command in app.registered_commands)
 
 
-def test_version_and_help():
+def test_version_and_help(run_here):
     assert run("--version").stdout.strip() == f"flashvec {flashvec.__version__}"
     for command in ("info", "convert", "verify"):
-        done = run(command, "--help")
+        done = run_here(command, "--help")
         assert done.returncode == 0 and "Example" in done.stdout
 
 
-def test_info(folder):
+def test_info(folder, run_here):
     done = run("info", folder)
     assert done.returncode == 0 and "bidirectional" in done.stdout and "not trained for" in done.stderr
-    spec = json.loads(run("info", folder, "--attention", "causal", "--json").stdout)["spec"]
+    spec = json.loads(run_here("info", folder, "--attention", "causal", "--json").stdout)["spec"]
     assert spec["attention"] == "causal" and spec["pooling"] == ["last"]
 
 
-def test_convert_then_verify(folder, tmp_path):
-    done = run("convert", folder, tmp_path / "out", "--pooling", "mean")
+def test_brackets_and_colons_of_a_model_are_printed_as_they_are(folder, tmp_path, run_here):
+    enc = Encoder.load(folder)
+    prompts = {"query": "[query] ", "cat": ":cat: "}
+    enc.spec = replace(enc.spec, template="[INST] {text} [/INST]", prompts=prompts)
+    enc.save(tmp_path / "[b]saved")
+    shown = run_here("info", tmp_path / "[b]saved").stdout
+    assert "'[INST] {text} [/INST]'" in shown and "'[query] '" in shown and "':cat: '" in shown
+    done = run_here("convert", tmp_path / "[b]saved", tmp_path / "[b]out", "--plain")
+    assert done.returncode == 0 and "'[INST] {text} [/INST]'" in " ".join(done.stderr.split())
+    assert "[b]out" in done.stdout.replace("\n", "")
+
+
+def test_convert_then_verify(folder, tmp_path, run_here):
+    done = run_here("convert", folder, tmp_path / "out", "--pooling", "mean")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "modules.json").is_file()
-    again = run("convert", folder, tmp_path / "out")
+    again = run_here("convert", folder, tmp_path / "out")
     assert again.returncode == 1 and "overwrite" in again.stderr
-    assert "not trained for" not in run("info", tmp_path / "out").stderr
+    assert "not trained for" not in run_here("info", tmp_path / "out").stderr
 
     texts = tmp_path / "texts.txt"
     texts.write_text("The cat sleeps.\nMix flour and water.\nPrices rose.\n")
-    done = run("verify", tmp_path / "out", texts, "--dtype", "float32", "--json")
+    done = run_here("verify", tmp_path / "out", texts, "--dtype", "float32", "--json")
     assert done.returncode == 0 and not json.loads(done.stdout)["failures"]
     shown = run("verify", tmp_path / "out", texts, "--dtype", "float32").stdout
     assert "passed" in shown and "flashvec" in shown
@@ -70,8 +102,8 @@ def test_convert_then_verify(folder, tmp_path):
         (("fly",), 2, "No such command"),
     ],
 )
-def test_a_mistake_is_one_line_and_a_status(arguments, status, message, folder):
-    done = run(*(a.format(folder=folder) for a in arguments))
+def test_a_mistake_is_one_line_and_a_status(arguments, status, message, folder, run_here):
+    done = run_here(*(a.format(folder=folder) for a in arguments))
     assert done.returncode == status
     assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
     if status == 1:

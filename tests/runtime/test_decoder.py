@@ -1,6 +1,5 @@
 """Loading a decoder's tensors: what is missing, surplus or damaged is named; memory stays within its bound."""
 
-import subprocess
 import sys
 
 import gguf_samples
@@ -8,6 +7,7 @@ import pytest
 import torch
 from family_models import ModuleSource, config_of, models
 
+from flashvec.bench import bench_load
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.families import decoder_spec
@@ -57,42 +57,21 @@ def test_one_product_reads_one_merged_weight():
     assert torch.equal(decoder.layers[0].qkv, want)
 
 
-MEMORY = """
-import re, sys, threading, time
-from pathlib import Path
-import torch
-from flashvec import Encoder
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-torch.ones(8, 8) @ torch.ones(8, 8)
-before, peak, done = anonymous(), [0], threading.Event()
-def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.002)
-thread = threading.Thread(target=watch)
-thread.start()
-enc = Encoder.load(sys.argv[1], dtype=sys.argv[2], adapters=sys.argv[3:])
-done.set(); thread.join()
-decoder = enc.decoder
-tensors = [decoder.embedding_VD] + [t for l in decoder.layers for t in vars(l).values() if t is not None]
-weights = sum(t.numel() * t.element_size() for t in tensors)
-print(weights, max(peak[0], anonymous()) - before)
-"""
-
-
-def peak_memory(model, dtype, *adapters):
-    """Bytes of the loaded weights, and by how much anonymous memory peaked while loading them."""
-    command = [sys.executable, "-c", MEMORY, str(model), dtype, *map(str, adapters)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    weights, peak = map(int, run.stdout.split())
-    return weights, peak
+def test_a_number_too_large_for_the_dtype_is_no_damage():
+    module, _ = models("llama", "bidirectional")
+    source = ModuleSource(module)
+    source.tensors["layers.0.mlp.up_proj.weight"] = source.tensors["layers.0.mlp.up_proj.weight"] * 1e6
+    spec = decoder_spec(config_of("llama", "bidirectional"), "bidirectional")
+    with pytest.raises(
+        ValueError, match=r"up_proj\.weight holds values up to .*, more than torch\.float16 can: choose"
+    ):
+        DecoderLoader(spec, source, torch.float16, CPU).load()
 
 
 def check_peak(model, dtype, *adapters):
-    weights, peak = peak_memory(model, dtype, *adapters)
+    """While it is loaded, anonymous memory stays within its weights and 300 MB."""
+    load = bench_load.load_once(model, dtype, adapters)
+    weights, peak = load["weights_bytes"], load["peak_bytes"]
     assert weights > 150e6
     assert peak <= weights + 300e6, f"peak {peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from gguf_samples import write_quantised
+from parity import note
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -65,13 +66,19 @@ def same_bits(a, b, dtype):
     return np.array_equal(texts(Encoder.load(a, dtype=dtype)), texts(Encoder.load(b, dtype=dtype)))
 
 
-def library_difference(folder, **settings):
-    """Largest absolute difference between sentence-transformers and this package over one folder, fp32."""
+def library_difference(folder, of="a decoder", **settings):
+    """Largest absolute difference between sentence-transformers and this package over one folder, fp32.
+
+    Args:
+        folder: that `convert` or `save` wrote.
+        of: what it was written from.
+    """
     kwargs = {"dtype": torch.float32}
     theirs = SentenceTransformer(str(folder), device="cpu", model_kwargs=kwargs).encode(list(TEXTS), **settings)
     ours = Encoder.load(folder, dtype="float32").encode(list(TEXTS), **settings)
     assert ours.shape == theirs.shape and np.abs(theirs).max() > 0.01
-    return np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
+    found = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
+    return note("layout", f"converted folder, from {of}", "sentence-transformers", found)
 
 
 # --- config.json --------------------------------------------------------------------------------------------
@@ -141,7 +148,7 @@ def test_sentence_transformers_folder(tmp_path):
     assert same_bits(tmp_path / "model", tmp_path / "out", "float32")
     assert Encoder.load(tmp_path / "model").spec == Encoder.load(tmp_path / "out").spec
     for settings in ({}, {"prompt_name": "document"}, {"truncate_dim": 5}):
-        assert library_difference(tmp_path / "out", **settings) < TOLERANCE
+        assert library_difference(tmp_path / "out", "a sentence-transformers folder", **settings) < TOLERANCE
     (tmp_path / "out" / "flashvec.json").unlink()  # the rest of the folder says the same
     assert same_bits(tmp_path / "model", tmp_path / "out", "float32")
     assert Encoder.load(tmp_path / "model").spec == Encoder.load(tmp_path / "out").spec
@@ -154,7 +161,7 @@ def test_gguf(architecture, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
     for dtype in ("float32", "bfloat16"):
         assert same_bits(path, tmp_path / "out", dtype)
-    assert library_difference(tmp_path / "out") < TOLERANCE
+    assert library_difference(tmp_path / "out", "a GGUF file") < TOLERANCE
     convert(path, tmp_path / "small", dtype="bfloat16")
     assert same_bits(path, tmp_path / "small", "bfloat16")
     assert not same_bits(path, tmp_path / "small", "float32")
@@ -185,7 +192,7 @@ def test_merged_adapters_keep_fp32(tmp_path):
     for dtype in ("float32", "bfloat16"):
         chain = Encoder.load(tmp_path / "model", adapters=tmp_path / "adapter", dtype=dtype)
         assert np.array_equal(texts(chain), texts(Encoder.load(tmp_path / "out", dtype=dtype)))
-    assert library_difference(tmp_path / "out") < TOLERANCE
+    assert library_difference(tmp_path / "out", "a decoder and an adapter") < TOLERANCE
 
 
 def llm2vec_model(folder, base, *, bos=True):
@@ -360,7 +367,9 @@ def test_nothing_half_written_stays(encoder, tmp_path, monkeypatch):
         (["max_length"], 10**6, "max_length is 1000000"),
         (["max_length"], "512", "max_length"),
         (["truncate_dim"], 33, "truncate_dim is 33"),
-        (["int8_ranges"], [[0.0], [1.0]], "int8_ranges"),
+        (["int8_ranges"], [[0.0], [1.0, 2.0]], "int8_ranges has 1 minima and 2 maxima"),
+        (["int8_ranges"], [[0.0] * 33, [1.0] * 33], "int8_ranges has 33 minima"),
+        (["int8_ranges"], [[], []], "int8_ranges has 0 minima"),
         (["dense"], [{"in_features": 7, "out_features": 3, "bias": False, "activation": "tanh"}], "takes 7 features"),
         (["dense"], [{"in_features": 32, "out_features": 3, "bias": False, "activation": "exec"}], "dense.activation"),
         (["decoder", "family"], "bert", "decoder.family is 'bert'"),
@@ -405,6 +414,54 @@ def test_a_damaged_model_is_not_converted(tmp_path):
     with pytest.raises(ValueError, match="dtype is 'int4'"):
         convert(tmp_path / "model", tmp_path / "out", dtype="int4")
     assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "stated"),
+    [
+        ({"attention_bias": True}, {"attention_bias": False}),
+        ({"num_hidden_layers": 4}, {"num_hidden_layers": 2}),
+        ({"num_hidden_layers": 2}, {"num_hidden_layers": 3}),
+        ({}, {"intermediate_size": 40}),
+    ],
+    ids=str,
+)
+def test_what_is_not_loaded_is_not_converted(keys, stated, tmp_path):
+    tiny_checkpoint(tmp_path / "model", **keys)
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | stated
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as loaded:
+        Encoder.load(tmp_path / "model")
+    with pytest.raises(CheckpointError) as converted:
+        convert(tmp_path / "model", tmp_path / "out")
+    assert str(converted.value) == str(loaded.value)
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_number_too_large_for_the_chosen_dtype_is_no_damage(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model")
+    with torch.no_grad():
+        model.get_parameter("layers.1.mlp.up_proj.weight")[3, 4] = -1e6
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor layers\.1\S+ holds values up to 1e\+06, more"):
+        convert(tmp_path / "model", tmp_path / "out", dtype="float16")
+    convert(tmp_path / "model", tmp_path / "out", dtype="bfloat16")
+
+
+def test_files_of_others_stay_where_a_model_is_written_among_them(encoder, tmp_path, monkeypatch):
+    folder = tmp_path / "notes"
+    (folder / ".git").mkdir(parents=True)
+    for name in (".git/HEAD", "README.md", "modules.json"):
+        (folder / name).write_text("mine")
+    with monkeypatch.context() as small:
+        small.setattr(export, "SHARD_BYTES", 30_000)
+        export.save(encoder, folder, among_others=True)
+    export.save(encoder, folder, among_others=True, spec=replace(encoder.spec, template="a {text}"))
+    assert (folder / ".git/HEAD").read_text() == (folder / "README.md").read_text() == "mine"
+    # what the sharded model before it said of its files and modules is gone
+    assert not {"model.safetensors.index.json", "modules.json"} & set(names(folder))
+    assert Encoder.load(folder, dtype="float32").spec.template == "a {text}"
+    assert not [name for name in names(folder) if name.startswith(".flashvec")]
 
 
 def test_pad_token_is_named(tmp_path):

@@ -19,13 +19,14 @@ from family_models import (
     run_packs,
     texts_of,
 )
+from parity import note
 from torch import Tensor
 
 from flashvec.kernels.mean_pool import MODES
 from flashvec.kernels.rope import Rope
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.decoder import Decoder
-from flashvec.runtime.families import FAMILIES, decoder_spec
+from flashvec.runtime.families import FAMILIES, decoder_spec, standard_config
 from flashvec.runtime.pooling import finish, pool
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
 
@@ -50,7 +51,7 @@ def test_matches_hugging_face(name, attention):
     texts, theirs = oracle(name, attention)
     packs = run_packs(decoder, texts, attention == "causal")
     for got, want in zip(final_states(decoder, packs, texts), theirs, strict=True):
-        assert (unit(got) - unit(want)).abs().max() <= 1e-5
+        assert note("family", name, attention, float((unit(got) - unit(want)).abs().max())) <= 1e-5
 
     for instruction in (0, 1):  # tokens of instruction in front, attended to and not pooled
         spans = np.array([[min(instruction, len(t) - 1), len(t)] for t in texts])
@@ -61,7 +62,8 @@ def test_matches_hugging_face(name, attention):
                 vectors = finish(spec, pooled, (), None, None)
                 for i, vector in zip(done.indices, vectors, strict=True):
                     want = unit(pooled_by_hand(theirs[i], mode, int(spans[i, 0])))
-                    assert (vector - want).abs().max() <= 1e-5, (mode, instruction, len(texts[i]))
+                    found = note("family", name, attention, float((vector - want).abs().max()))
+                    assert found <= 1e-5, (mode, instruction, len(texts[i]))
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
@@ -174,3 +176,12 @@ def test_code_in_a_config_is_ignored():
     }
     config = {**BASE, "model_type": "llama"}
     assert decoder_spec({**config, **hostile}, "causal") == decoder_spec(config, "causal")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("labels", [{"num_labels": 1000}, {"id2label": {"one": "a"}}, {"num_labels": -1}], ids=str)
+def test_labels_build_nothing(family, labels):
+    """transformers' class makes a table of `num_labels` entries: ten thousand million of them are memory's end."""
+    config = {**BASE, "model_type": family}
+    plain, found = (standard_config(family, values, "config.json") for values in (config, {**config, **labels}))
+    assert found.to_dict() == plain.to_dict() and len(found.id2label) == 2

@@ -109,6 +109,13 @@ def test_values_of_every_type(tmp_path: Path) -> None:
         file.array("text")
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_joined_parts_are_one_file(tmp_path: Path, count: int) -> None:
+    """llama-gguf-split --merge, the cure that the refusal of a part names, writes 0."""
+    (tmp_path / "m.gguf").write_bytes(header(key("split.count", 2, struct.pack("<H", count))))
+    assert GGUFFile(tmp_path / "m.gguf").metadata == {"split.count": count}
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         GGUFSource(tmp_path / "m.gguf")

@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from parity import note
 from tiny_models import PROJECTIONS, TEXTS, tiny_adapter, tiny_model, tiny_tokenizer, unit
 from transformers import AutoTokenizer
 
@@ -25,6 +26,7 @@ QWEN2 = "Qwen/Qwen2-7B-Instruct"
 SHEARED = "princeton-nlp/Sheared-LLaMA-1.3B"
 INSTRUCTIONS = ["Retrieve similar text:", "", "  given a query, find: ", "x", "", "a b c", "Query:", ""]
 TOLERANCE = 1e-5
+CHAIN = "LLM2Vec, base and two adapters"
 
 
 class Reference:
@@ -144,9 +146,10 @@ def chain(tmp_path):
     return tmp_path, decoder
 
 
-def difference(ours, theirs):
+def difference(ours, theirs, what="LLM2Vec, merged folder"):
     assert ours.shape == tuple(theirs.shape) and theirs.abs().max() > 0.1
-    return float((torch.from_numpy(ours) - theirs).abs().max() / theirs.abs().max().clamp_min(1))
+    found = float((torch.from_numpy(ours) - theirs).abs().max() / theirs.abs().max().clamp_min(1))
+    return note("layout", what, "the reference's rules", found)
 
 
 # --- the reference's rules ----------------------------------------------------------------------------------
@@ -224,7 +227,7 @@ def test_our_own_rules_agree_with_the_reference_where_both_are_defined(chain):
     assert encoder.spec.span == "template" and encoder.spec.template == TEMPLATES[LLAMA3]
     texts = ["summit", "a decoder reads everything", "The cat sleeps."]
     theirs = Reference(decoder, tokenizer, LLAMA3, "mean", 96, 60).encode(texts)
-    assert difference(encoder.embed(texts), unit(theirs)) < TOLERANCE
+    assert difference(encoder.embed(texts), unit(theirs), CHAIN) < TOLERANCE
 
 
 # --- chains -------------------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def test_second_adapter_finds_the_mntp_adapter_beside_it(chain, caplog):
     tokenizer = AutoTokenizer.from_pretrained(folder / "base-mntp")
     reference = Reference(decoder, tokenizer, LLAMA3, "mean", 96, 60)
     encoder = Encoder.load(folder / "base-mntp-supervised", compat="llm2vec", dtype="float32")
-    assert difference(encoder.embed(list(TEXTS)), reference.encode(list(TEXTS))) < TOLERANCE
+    assert difference(encoder.embed(list(TEXTS)), reference.encode(list(TEXTS)), CHAIN) < TOLERANCE
     assert "the weights are those of base" in caplog.text
     assert "base-mntp, then base-mntp-supervised" in caplog.text
     spec = encoder.spec

@@ -133,6 +133,13 @@ def test_adapted_head_is_ignored(tmp_path):
         ({"use_dora": True}, "use_dora does not agree"),
         ({"rank_pattern": {"(a+)+b": 1}}, "repeats a group"),
         ({"rank_pattern": {"(": 1}}, "no regular expression"),
+        ({"rank_pattern": {"a)|(b": 1}}, "no regular expression"),
+        ({"rank_pattern": {".*" * 60 + "X": 1}}, "in too many ways"),
+        ({"alpha_pattern": {"(.|.)" * 30 + "X": 1}}, "alpha_pattern: '(.|.)"),
+        ({"alpha_pattern": {".?" * 60 + "X": 1}}, "in too many ways"),
+        ({"rank_pattern": {f".*.*.*{i}": 1 for i in range(20)}}, "in too many ways"),
+        ({"rank_pattern": {"q_proj": 4, "(?=.*)q": 1}}, "rank_pattern: '(?=.*)q': '(' is not read"),
+        ({"rank_pattern": {r"(.)\1": 1}}, "is not read in a pattern"),
         ({"rank_pattern": [1]}, "rank_pattern is"),
     ],
     ids=str,
@@ -142,6 +149,24 @@ def test_refuses_what_it_cannot_merge(values, named, base, adapter):
     with pytest.raises(CheckpointError) as error:
         AdapterSource(SafetensorsSource(base[1]), adapter)
     assert named in str(error.value) and "adapter/adapter_" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.self_attn\.(q|v)_proj$",
+        r"^model\.layers\.(?:0|1|2)\.self_attn\.[qv]_proj",
+        r"layers\.\d+\.self_attn\.q_proj",
+        r"layers\.([0-9]|1[0-5])\..*_proj",
+        r"(model\.)?layers\.\d{1,2}\.\w+\.q_proj",
+        "model.layers.0.self_attn.v_proj",
+    ],
+)
+def test_patterns_as_people_write_them_match_as_in_peft(pattern, tmp_path):
+    model = tiny_model(tmp_path / "base", causal_lm=True)
+    targets = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    merged = tiny_adapter(model, tmp_path / "adapter", **targets, rank_pattern={pattern: 2}, alpha_pattern={pattern: 9})
+    assert_merged(AdapterSource(SafetensorsSource(tmp_path / "base"), tmp_path / "adapter"), merged)
 
 
 @pytest.mark.parametrize("stranger", ["other sizes", "other layers", "other family"])

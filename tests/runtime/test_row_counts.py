@@ -61,10 +61,11 @@ def test_the_table_is_well_formed():
 def test_a_row_has_the_same_bits_in_every_plan(dtype):
     given = weights(dtype)
     counts = RowCounts(given)
+    is_fast = dtype != torch.bfloat16 or has_hardware_bf16(torch.device("cpu"))  # else emulated, for tens of seconds
     for weight in given:
         x = torch.randn(700, weight.shape[1]).to(dtype)
         alone = torch.cat([F.linear(F.pad(r, (0, 0, 0, sum(counts.plan(1)) - 1)), weight)[:1] for r in x[:40].split(1)])
-        for rows in (40, 41, 130, 257, 700):
+        for rows in (40, 41, 130, 257, 700) if is_fast else (40, 41, 130):
             plan = counts.plan(rows)
             padded = F.pad(x[:rows], (0, 0, 0, sum(plan) - rows))
             out = torch.cat([F.linear(part, weight) for part in padded.split(plan)])

@@ -95,7 +95,7 @@ def one_pass(decoder, texts, lora):
     return contrastive.detach(), masked.detach(), [x.grad for x in parameters(lora)]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if " " not in name])  # each family once
 def test_kernels_train_as_the_references_do(name, device, monkeypatch):
     if device == "cuda":
         pytest.skip("the references of this comparison run on the CPU")

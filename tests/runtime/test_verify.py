@@ -1,10 +1,13 @@
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
 from typer.testing import CliRunner
 
+from flashvec import Encoder
 from flashvec.runtime import verify
 from flashvec.runtime.cli import app
 from flashvec.runtime.decoder import Decoder
@@ -24,6 +27,37 @@ def test_passes_in_fp32(folder, attention):
     assert not report["failures"] and report["rows"]["flashvec"]["max_difference"] <= 1e-5
     assert report["rows"]["flashvec"]["top10_overlap"] == 1.0
     assert json.loads(json.dumps(report)) == report
+
+
+STATED = {
+    "says bidirectional": ("llama", {"is_causal": False}),
+    "says causal": ("llama", {"is_causal": True}),
+    "windows": ("gemma3", {"is_causal": False}),
+    "halved windows": ("gemma3", {"use_bidirectional_attention": True}),
+    "by its name": ("llama", {"model_type": "llama_bidirec"}),
+}
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal", None])
+@pytest.mark.parametrize("stated", STATED)
+def test_runs_the_chosen_direction_on_both_sides(stated, attention, tmp_path):
+    family, keys = STATED[stated]
+    tiny_checkpoint(tmp_path, family)
+    config = json.loads((tmp_path / "config.json").read_text()) | keys
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = verify_model(tmp_path, TEXTS, dtype="float32", attention=attention)
+    assert not report["failures"] and report["attention"] == (attention or report["attention"])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_compares_like_with_like_whatever_the_folders_rules(prompted_folder, tmp_path, normalize):
+    enc = Encoder.load(prompted_folder, dtype="float32")
+    enc.spec = replace(enc.spec, default_prompt_name="query", truncate_dim=8, normalize=normalize)
+    enc.save(tmp_path / "own")
+    assert not verify_model(tmp_path / "own", TEXTS, dtype="float32")["failures"]
+    shutil.copytree(tmp_path / "own", tmp_path / "theirs")
+    (tmp_path / "theirs" / "flashvec.json").unlink()
+    assert not verify_model(tmp_path / "theirs", TEXTS, dtype="float32")["failures"]
 
 
 def test_compares_bf16_with_hugging_faces_bf16(folder):

@@ -96,8 +96,8 @@ def test_command_line(texts_file, model, encoder, tmp_path):
 
 
 def test_a_worker_for_each_gpu(monkeypatch):
-    assert cli_corpus.devices_of("cpu") == ["cpu"] and cli_corpus.devices_of("cuda:1") == ["cuda:1"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cli_corpus.devices_of("cpu") == ["cpu"] and cli_corpus.devices_of("cuda:1") == ["cuda:1"]
     assert cli_corpus.devices_of(None) == cli_corpus.devices_of("all") == ["cuda:0", "cuda:1"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert cli_corpus.devices_of(None) == [None]

@@ -11,8 +11,9 @@ from sentence_transformers.util import semantic_search
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import CountVectorizer
-from tiny_models import TEXTS
+from tiny_models import TEXTS, tiny_checkpoint
 
+from flashvec import Encoder
 from flashvec.runtime.integrations.sentence_transformers import FlashvecSentenceTransformer
 
 TOLERANCE = 1e-5
@@ -103,6 +104,50 @@ def test_saved_folder_is_that_librarys(ours, tmp_path):
         ours.encode(TEXTS[0]),
         atol=TOLERANCE,
     )
+
+
+def test_what_was_set_is_saved_and_nothing_else_is_lost(prompted_folder, tmp_path):
+    model = FlashvecSentenceTransformer(prompted_folder, dtype="float32")
+    model.max_seq_length, model.truncate_dim = 12, 8
+    model.prompts["query"], model.default_prompt_name = "Find: ", "query"
+    model.similarity_fn_name = "dot"
+    for name in (".git/HEAD", "README.md", "data/texts.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):  # the second time over the first
+        model.save(str(tmp_path))
+    assert {(tmp_path / name).read_text() for name in (".git/HEAD", "README.md", "data/texts.csv")} == {"mine"}
+
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    for name in ("max_seq_length", "truncate_dim", "prompts", "default_prompt_name", "similarity_fn_name"):
+        assert getattr(again, name) == getattr(model, name), name
+    with pytest.warns(UserWarning, match="max_length=12"):
+        vectors = model.encode(list(TEXTS))
+        np.testing.assert_array_equal(FlashvecSentenceTransformer(tmp_path, dtype="float32").encode(TEXTS), vectors)
+    np.testing.assert_allclose(again.encode(list(TEXTS)), vectors, atol=TOLERANCE)
+    assert vectors.shape == (len(TEXTS), 8) and model.encoder.spec.truncate_dim is None
+
+
+def test_a_model_without_prompts_is_saved_without(tmp_path):
+    """That class gives every model empty ones for queries and documents."""
+    tiny_checkpoint(tmp_path / "model", "llama")
+    model = FlashvecSentenceTransformer(tmp_path / "model", dtype="float32")
+    model.save(str(tmp_path / "saved"))
+    assert Encoder.load(tmp_path / "saved").spec == model.encoder.spec
+    assert (tmp_path / "saved" / "modules.json").is_file()
+
+
+def test_settings_that_do_not_fit_are_not_saved(prompted_folder, tmp_path):
+    for name, value, message in (
+        ("truncate_dim", 33, "truncate_dim is 33"),
+        ("max_seq_length", 1000, "max_length is 1000, the model has 512"),
+        ("default_prompt_name", "title", "default_prompt_name is 'title'; this model's prompts are: query, document"),
+    ):
+        model = FlashvecSentenceTransformer(prompted_folder, dtype="float32")
+        setattr(model, name, value)
+        with pytest.raises(ValueError, match=message):
+            model.save(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
 
 
 def test_its_functions_take_it(ours):

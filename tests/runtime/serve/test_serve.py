@@ -15,6 +15,7 @@ import uvicorn
 from tiny_models import TEXTS, tiny_checkpoint
 
 from flashvec import Encoder
+from flashvec.runtime.serve import app as app_module
 from flashvec.runtime.serve.app import create_app
 from flashvec.runtime.serve.body import Limits
 from flashvec.runtime.serve.listen import bound_socket
@@ -172,6 +173,42 @@ def test_an_answer_that_takes_too_long_is_given_up(enc, monkeypatch):
         return embed(*arguments, **settings)
 
     monkeypatch.setattr(type(enc), "embed", slow)
+    with Server(create_app(enc, name="tiny", limits=Limits(answer_s=0.2))) as server:
+        answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": "x"})
+    assert "no answer within 0.2 s" in refused(answer, 503)
+
+
+class Watched:
+    """A tokenizer's backend that notes the longest text it was given."""
+
+    def __init__(self, backend):
+        self.backend, self.longest = backend, 0
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def encode_batch_fast(self, texts, **settings):
+        self.longest = max(self.longest, *map(len, texts))
+        return self.backend.encode_batch_fast(texts, **settings)
+
+
+@pytest.mark.filterwarnings("ignore::flashvec.runtime.encoder.TruncationWarning")
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("words", [2_000, 200_000])
+def test_a_long_text_is_read_no_further_than_its_end_in_tokens(enc, monkeypatch, truncate, words):
+    watched = Watched(enc.tokenizer.backend)
+    monkeypatch.setattr(enc.tokenizer, "backend", watched)
+    with Server(create_app(enc, name="tiny", truncate=truncate)) as server:
+        answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": ["x", "word " * words]})
+    if truncate:
+        assert answer.json()["usage"]["prompt_tokens"] == 64 + enc.count_tokens("x")
+    else:
+        assert "input[1] has too many tokens, at most 64 fit" in refused(answer, 400)
+    assert watched.longest < 2_000
+
+
+def test_counting_is_part_of_the_time_for_an_answer(enc, monkeypatch):
+    monkeypatch.setattr(app_module, "_count", lambda *arguments: time.sleep(1.0))
     with Server(create_app(enc, name="tiny", limits=Limits(answer_s=0.2))) as server:
         answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": "x"})
     assert "no answer within 0.2 s" in refused(answer, 503)
