@@ -28,7 +28,7 @@ KINDS = {"python", "sh", "yaml", "text"}  # text: needs another machine, a sched
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """What the pages speak of: a model, texts, tables, scored pairs."""
-    tiny_checkpoint(tmp_path / "smollm2-encoder", "llama", hidden_size=256)
+    tiny_checkpoint(tmp_path / "smollm2-encoder", "llama", hidden_size=256, tie_word_embeddings=True)  # as SmolLM2's
     (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
     (tmp_path / "wiki.txt").write_text("\n".join(f"{text} {i}" for i in range(3) for text in SENTENCES))
     paragraph = "The lantern of house {0} was lit all winter. Nobody in the town knew who paid house {0} for it.\n"

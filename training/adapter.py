@@ -132,7 +132,7 @@ def write_surroundings(folder: Path, spec: ModelSpec, config: dict[str, Any] | N
         _write_json(folder / "config.json", config)
     if len(spec.pooling) == 1 and spec.pooling[0] in POOLING_NAMES:
         settings = {
-            "pooling_mode": POOLING_NAMES[spec.pooling[0]],
+            "pooling_mode": "eos_token" if spec.text_suffix else POOLING_NAMES[spec.pooling[0]],
             "max_length": spec.max_length,
             "skip_instruction": spec.span != "prompt_tokens",
         }

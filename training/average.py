@@ -8,6 +8,7 @@ than each (Wortsman et al. 2022, "Model soups").
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,8 +73,11 @@ def average_adapters(folders: Sequence[Path], output: Path, rank: int | None = N
         left_out = max(left_out, lost)
         for letter, x in (("A", a), ("B", b / len(folders))):
             tensors[f"{PREFIXES['headless']}{name}.lora_{letter}.weight"] = x.to(torch.bfloat16).contiguous()
+    config |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    if str(base := stated[folders[0]] or "").startswith("."):  # a path as seen from that folder
+        config["base_model_name_or_path"] = os.path.relpath((folders[0] / base).resolve(), output.resolve())
     with whole(output) as partial:
-        _write(folders, partial, tensors, config | {"r": rank, "lora_alpha": rank, "use_rslora": False})
+        _write(folders, partial, tensors, config)
     return left_out
 
 

@@ -120,6 +120,8 @@ def average_parameters(output: Path, parameters: Mapping[str, Tensor], count: in
         for name, x in parameters.items():
             if found:
                 x.copy_(torch.stack([tensors[name] for tensors in found]).mean(0))
+    if len(found) < count:
+        logger.warning("the mean is of %d checkpoints, not %d: no more were left", len(found), count)
     return len(found)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 train_app = typer.Typer(help="Train an encoder: mntp, contrastive, distill; average.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Measure an encoder on files.", no_args_is_help=True)
-stdout = Console()
+stdout = Console(markup=False, emoji=False)  # names of files are printed as they are
 
 Config = Annotated[Path, typer.Argument(help="YAML or JSON file of settings.", show_default=False)]
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, over the file's; lora.r=8", show_default=False)]

@@ -211,7 +211,10 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path.name}: {path.stat().st_size} bytes, more than a configuration can have")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name}: not UTF-8 ({error.reason} at byte {error.start})") from None
     if path.suffix == ".json":
         try:
             values = json.loads(text)
@@ -321,6 +324,10 @@ def _check(config: TrainConfig, where: str) -> None:
         ("loop.activation_gib", loop.activation_gib, loop.activation_gib is None or loop.activation_gib >= 0,
          "0 or more, or null"),
         ("loop.evaluate_every", loop.evaluate_every, loop.evaluate_every >= 0, "0 or more"),
+        ("loop.evaluate_every", loop.evaluate_every, not loop.evaluate_every or config.sts is not None,
+         "0 where no file is named: sts=scored.tsv"),
+        ("sts", config.sts, config.sts is None or loop.evaluate_every > 0,
+         "null, or loop.evaluate_every above 0: it would never be looked at"),
         ("loop.log_every", loop.log_every, loop.log_every > 0, "1 or more"),
         ("loop.save_every", loop.save_every, loop.save_every > 0, "1 or more"),
         ("loop.keep_checkpoints", loop.keep_checkpoints, loop.keep_checkpoints > 0, "1 or more"),
@@ -331,6 +338,18 @@ def _check(config: TrainConfig, where: str) -> None:
          "false: only MNTP and contrastive training of updates (train: lora) run over a base in parts"),
         ("max_length", config.max_length, config.max_length > 1, "2 or more"),
     ]  # fmt: skip
+    if isinstance(config, ContrastiveConfig):
+        is_cosent = config.loss == "cosent"
+        rules += [
+            ("margin", config.margin, config.margin is None or not is_cosent, "null with loss: cosent, which has none"),
+            ("prefixes", config.prefixes, not config.prefixes or not is_cosent, "empty with loss: cosent"),
+            (
+                "view",
+                config.view,
+                not config.pairs or config.view == "dropout",
+                "dropout with pairs, which have no view",
+            ),
+        ]
     own: dict[str, tuple[Callable[[Any], bool], str]] = {
         "mask_probability": (lambda value: 0 < value <= 1, "above 0, up to 1"),
         "attention_dropout": (_can_be_drawn, RATES),

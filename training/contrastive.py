@@ -85,7 +85,11 @@ class Contrastive:
         is_view = bool(self.config.texts)
         # As they will be embedded: queries with their instruction, documents without any.
         asked = own if any(own) else None
-        columns = token_rows(self.model, queries, asked), token_rows(self.model, documents, asked if is_view else None)
+        places = [p.where for p in pairs]
+        columns = (
+            token_rows(self.model, queries, asked, places),
+            token_rows(self.model, documents, asked if is_view else None),
+        )
         rows = joined(*columns)
         if is_view and self.config.view == "crop":
             rows = crop(rows, np.random.default_rng([self.config.loop.seed, step, 3]))

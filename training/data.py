@@ -4,7 +4,8 @@
     a folder stands for its .jsonl files
     .jsonl   objects with a key "text" (texts), or pairs in one of the forms that people have:
              {query | anchor | sentence1 | text1, positive | pos | sentence2 | text2, negative | neg | negative_1 ...}
-             with "score" for graded pairs and "instruction" for the query; pos and neg may be lists
+             with "score" for graded pairs and "instruction" for the query; pos and neg may be lists: a pair for each
+             pos, every one with all neg
 
 A step's rows are a function of seed and step alone: every epoch is a permutation of its own, so that a resumed run
 goes on with the rows an uninterrupted one would have seen, and every process knows all of them.
@@ -14,8 +15,10 @@ import hashlib
 import json
 import math
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +44,7 @@ class Pair:
     score: float | None = None
     instruction: str | None = None
     source: int = 0  # number of its file: a batch holds pairs of one file
+    where: str = ""  # file and line, for errors
 
 
 class _Line(NamedTuple):
@@ -73,10 +77,10 @@ def read_pairs(paths: Sequence[str], instructions: Mapping[str, Sequence[str]] |
         DataError: as `read_texts`; also pairs of which only some have scores, or an empty text.
     """
     pairs: list[Pair] = []
-    for number, path in enumerate(_existing(paths, "pairs")):
+    for number, path in enumerate(existing_files(paths, "pairs")):
         if path.suffix != ".jsonl":
             raise DataError(f"{path.name}: pairs come in .jsonl files")
-        own = [_pair(_object(line), number, line.where) for line in _lines(path)]
+        own = [pair for line in _lines(path) for pair in _pairs(_object(line), number, line.where)]
         if turns := (instructions or {}).get(path.stem):
             own = [
                 pair if pair.instruction is not None else replace(pair, instruction=turns[i % len(turns)])
@@ -92,7 +96,7 @@ def read_pairs(paths: Sequence[str], instructions: Mapping[str, Sequence[str]] |
 
 def _all(paths: Sequence[str], key: str, read: Callable[[Path], Iterator[str]]) -> Iterator[str]:
     found = False
-    for path in _existing(paths, key):
+    for path in existing_files(paths, key):
         for text in read(path):
             found = True
             yield text
@@ -100,7 +104,15 @@ def _all(paths: Sequence[str], key: str, read: Callable[[Path], Iterator[str]]) 
         raise DataError(f"{key}: {', '.join(Path(p).name for p in paths)} hold no text")
 
 
-def _existing(paths: Sequence[str], key: str) -> Iterator[Path]:
+def existing_files(paths: Sequence[str], key: str) -> Iterator[Path]:
+    """`text_files`, of which there must be some.
+
+    Args:
+        key: the setting that names them, for errors.
+
+    Raises:
+        DataError: no file, one that is missing, a folder without any.
+    """
     if not paths:
         raise DataError(f"{key} is empty: name the files to train on ({key}=[a.txt, b.jsonl])")
     for name in paths:
@@ -123,6 +135,7 @@ def _texts_of(path: Path) -> Iterator[str]:
         text = _object(line).get("text")
         if not isinstance(text, str) or not text.strip():
             raise DataError(f'{line.where}: "text" is missing, empty or no text')
+        _check_text(text, line.where)
         yield text
 
 
@@ -135,7 +148,7 @@ def _lines(path: Path) -> Iterator[_Line]:
             if len(raw) > MAX_LINE_BYTES:
                 raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
             try:
-                text = raw.decode("utf-8").strip()
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
             if text:
@@ -152,12 +165,15 @@ def _object(line: _Line) -> dict[str, Any]:
     return values
 
 
-def _pair(values: dict[str, Any], source: int, where: str) -> Pair:
+def _pairs(values: dict[str, Any], source: int, where: str) -> list[Pair]:
+    """A pair for each of a line's positives."""
     query = _texts_under(values, QUERY_KEYS, where)
     positive = _texts_under(values, POSITIVE_KEYS, where)
     for found, keys in ((query, QUERY_KEYS), (positive, POSITIVE_KEYS)):
         if not found:
             raise DataError(f"{where}: has none of {', '.join(keys)}")
+    if len(query) > 1:
+        raise DataError(f"{where}: has {len(query)} queries; give each a line of its own")
     negatives = _texts_under(values, NEGATIVE_KEYS, where)
     negatives += [values[key] for key in sorted(values) if key.startswith("negative_")]
     score, instruction = values.get("score", values.get("label")), values.get("instruction")
@@ -166,9 +182,21 @@ def _pair(values: dict[str, Any], source: int, where: str) -> Pair:
         raise DataError(f"{where}: score is not a number")
     if instruction is not None and not isinstance(instruction, str):
         raise DataError(f"{where}: instruction is not a text")
-    if not all(isinstance(text, str) and text.strip() for text in (query[0], positive[0], *negatives)):
+    if score is not None and negatives:
+        raise DataError(f"{where}: has a score and negatives: a scored pair is two texts")
+    if not all(isinstance(text, str) and text.strip() for text in (*query, *positive, *negatives)):
         raise DataError(f"{where}: a text is empty or no text")
-    return Pair(query[0], positive[0], tuple(negatives), score, instruction, source)
+    for text in (*query, *positive, *negatives, instruction or ""):
+        _check_text(text, where)
+    return [Pair(query[0], text, tuple(negatives), score, instruction, source, where) for text in positive]
+
+
+def _check_text(text: str, where: str) -> None:
+    """JSON can hold what no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds half of a surrogate pair, {text[error.start]!a}: no character") from None
 
 
 def _texts_under(values: dict[str, Any], keys: Sequence[str], where: str) -> list[Any]:
@@ -181,9 +209,12 @@ def _texts_under(values: dict[str, Any], keys: Sequence[str], where: str) -> lis
 # --- which rows a step sees ------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=2)  # asked for at every step
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [num_rows]: a permutation of its own for every epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+    """int64 [num_rows], not to be written to: a permutation of its own for every epoch."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    order.flags.writeable = False
+    return order
 
 
 def rows_of_step(num_rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -240,6 +271,8 @@ class SourceBatches:
         """int64 [batch_size]."""
         epoch, place = divmod(step, self.per_epoch)
         batches = self._of_epoch(epoch)
+        if not batches:
+            raise DataError(f"batch_size is {self.batch_size}: epoch {epoch + 1} fills no batch; take a smaller one")
         return batches[place % len(batches)]
 
     def _of_epoch(self, epoch: int) -> list[np.ndarray]:
@@ -259,24 +292,22 @@ class SourceBatches:
     def _deal(self, rows: list[int]) -> list[list[int]]:
         """Full batches; a row that meets its own text waits for the next one."""
         batches: list[list[int]] = []
-        waiting = rows
+        waiting = deque(rows)
         while len(waiting) >= self.batch_size:
             batch: list[int] = []
             seen: set[int] = set()
-            later = []
-            for place, row in enumerate(waiting):
-                if len(batch) == self.batch_size:
-                    later += waiting[place:]
-                    break
+            passed_over: list[int] = []
+            while waiting and len(batch) < self.batch_size:
+                row = waiting.popleft()
                 if seen.isdisjoint(self.names[row]):
                     batch.append(row)
                     seen |= self.names[row]
                 else:
-                    later.append(row)
+                    passed_over.append(row)
             if len(batch) < self.batch_size:
                 break
             batches.append(batch)
-            waiting = later
+            waiting.extendleft(reversed(passed_over))
         return batches
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.training.config import ConfigError, DistillConfig
-from flashvec.training.data import SourceBatches, read_texts, text_files, text_hash
+from flashvec.training.data import SourceBatches, existing_files, read_texts, text_files, text_hash
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, encode, own_packs, token_rows
 from flashvec.training.model import Model
@@ -49,7 +49,7 @@ class Distill:
             raise ConfigError(f"depths are {list(config.depths)}, the model has {count} layers")
         if config.depths:
             model.trainable.freeze_after(config.depths[-1])  # layers behind run for no loss
-        files = [read_texts([str(file)]) for file in text_files(config.texts)] or [read_texts(())]
+        files = [read_texts([str(file)]) for file in existing_files(config.texts, "texts")]
         self.lines = self.texts = [text for texts in files for text in texts]
         self.origins = np.arange(len(self.lines))  # the line that each text is or was cut from
         if config.crops:

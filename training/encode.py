@@ -41,8 +41,13 @@ class Rates:
         return replace(base, attention_dropout=attention, lora_dropout=lora, recompute=recompute)
 
 
-def token_rows(model: Model, texts: Sequence[str], instructions: Sequence[str] | None = None) -> TokenRows:
+def token_rows(
+    model: Model, texts: Sequence[str], instructions: Sequence[str] | None = None, places: Sequence[str] = ()
+) -> TokenRows:
     """Tokens of texts, and which of them are pooled: exactly as `Encoder.embed` would read them.
+
+    Args:
+        places: file and line of each text, for errors; default its row.
 
     Raises:
         DataError: a text of which `max_length` leaves nothing.
@@ -55,7 +60,8 @@ def token_rows(model: Model, texts: Sequence[str], instructions: Sequence[str] |
     if offsets:
         own = prepare.text_token_spans(tokens, [len(b) for b in prepared.before], [len(t) for t in prepared.texts])
         for row in np.flatnonzero(tokens.truncated & (own[:, 1] <= own[:, 0])):
-            raise DataError(f"row {row}: max_length={spec.max_length} leaves nothing of the text after its prompt")
+            place = (places[int(row)] if places else "") or f"row {row}"
+            raise DataError(f"{place}: max_length={spec.max_length} leaves nothing of the text after its prompt")
     return TokenRows(tokens.ids, tokens.lengths, spans)
 
 

@@ -72,7 +72,10 @@ def _finite(score: str | float) -> float:
 
 def _json_row(line: str) -> tuple[str, str, float]:
     values = json.loads(line)
-    return values["sentence1"], values["sentence2"], values["score"]
+    left, right = values["sentence1"], values["sentence2"]
+    if not isinstance(left, str) or not isinstance(right, str):
+        raise TypeError("no text")
+    return left, right, values["score"]
 
 
 def _table_row(numbered: list[tuple[int, str]], name: str) -> Callable[[str], tuple[str, str, str]]:

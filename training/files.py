@@ -23,8 +23,9 @@ def naming(path: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
             raise
+        cure = "see that it may be written" if isinstance(error, PermissionError) else "make room there"
         raise OSError(
-            f"{path} could not be written ({error}): make room there and run again; what was saved before is as it was"
+            f"{path} could not be written ({error}): {cure} and run again; what was saved before is as it was"
         ) from error
 
 

@@ -170,7 +170,13 @@ class _Run:
             self.model.save(self.output)
             self._write_seen()
         self.world.barrier()
-        return last
+        return last or self._last_line()
+
+    def _last_line(self) -> dict[str, Any]:
+        """Of the log, where all steps had been done before."""
+        log = self.output / LOG_FILE
+        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        return json.loads(lines[-1]) if lines else {}
 
     def _step(self, step: int) -> dict[str, Any]:
         for x in self.parameters.values():
@@ -185,7 +191,8 @@ class _Run:
             self._save(step)
             raise TrainingStopped(
                 f"step {step + 1}: the {what} is not finite (loss {found['loss']}, gradient {norm}); the state before "
-                "it is saved; lower optimizer.learning_rate, or look for the rows of this step"
+                "it is saved; begin anew, in another output, with a lower optimizer.learning_rate, or look for the "
+                "rows of this step"
             )
         adam = self.config.optimizer
         if adam.clip is not None:

@@ -47,5 +47,7 @@ def used_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free now, where the decoder runs."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()[0]
+    """Memory that is free now, where the decoder runs, for this process: those of one machine share the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory()[0] // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -8,6 +8,7 @@ positive's cosine, or within `margin` of it.
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def mine(
             allowed = allowed[~np.isin(names[allowed], list(own[text_hash(pair.query)]))]
             order = allowed[np.argsort(-row[allowed], kind="stable")][skip : skip + num_negatives]
             negatives = tuple(candidates[i] for i in order)
-            found.append(Pair(pair.query, pair.positive, negatives, None, pair.instruction, pair.source))
+            found.append(replace(pair, negatives=negatives, score=None))
     return found
 
 

@@ -7,6 +7,7 @@ that a text is trained on as it will be embedded.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime.checkpoint.chain import adapter_chain
-from flashvec.runtime.checkpoint.hf import read_config
-from flashvec.runtime.checkpoint.llm2vec import llm2vec_spec
+from flashvec.runtime.checkpoint.hf import read_config, read_object
+from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE, llm2vec_spec
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
+from flashvec.runtime.checkpoint.peft import read_adapter_config
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
 from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE
 from flashvec.runtime.decoder import Decoder, Training
@@ -25,7 +27,7 @@ from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.placement import choose_dtype
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.tokenize import Tokenizer
-from flashvec.training.adapter import base_part, read_adapter, write_adapter, write_surroundings
+from flashvec.training.adapter import POOLING_NAMES, base_part, read_adapter, write_adapter, write_surroundings
 from flashvec.training.config import ConfigError, TrainConfig
 from flashvec.training.distributed import World, own_device
 from flashvec.training.files import naming
@@ -180,16 +182,21 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
     own = Overrides(None if has_rules else "bidirectional", None if has_rules else config.pooling, config.max_length)
     checkpoint = open_checkpoint(path, own, config.adapters)
     values = read_config(folder) if (folder / "config.json").is_file() else None
+    below = config.adapters[-1] if config.adapters else config.model  # an adapter names what it was trained on
+    base_name = config.base_name or _name_from(below, config.output)
+    if config.train == "lora":
+        _check_named(config)
     if not has_rules and values is not None and config.train == "lora":
         # The adapter's folder will be an LLM2Vec one: its rules hold while training, too.
-        checkpoint.spec = llm2vec_spec(values, {}, own, checkpoint.spec.base_model)
-    _check_rules(config, checkpoint.spec)
+        settings = read_object(path / SETTINGS_FILE) if (path / SETTINGS_FILE).is_file() else {}
+        checkpoint.spec = llm2vec_spec(values, settings, own, checkpoint.spec.base_model or base_name)
+    _check_rules(config, checkpoint.spec, has_rules)
     device = own_device(config.device)
     if config.dtype is None:
         dtype = torch.bfloat16 if has_hardware_bf16(device) else torch.float32
     else:
         dtype = choose_dtype(config.dtype)
-    read_head = _head_reader(checkpoint, values or {}, dtype, device) if wants_head else None
+    read_head = _head_reader(checkpoint, config.model, dtype, device) if wants_head else None
     loader = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device)
     if config.loop.shard_base and world is not None and world.size > 1:
         shards = Shards(world)
@@ -197,8 +204,6 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
         decoder.parts = shards
     else:
         decoder = loader.load()
-    below = config.adapters[-1] if config.adapters else config.model  # an adapter names what it was trained on
-    base_name = config.base_name or _name_from(below, config.output)
     trainable = _trainable(config, decoder, base_name)
     return Model(
         replace(checkpoint.spec, decoder=decoder.spec),
@@ -208,7 +213,7 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
         base_name,
         values,
         None if read_head is None else read_head(decoder),
-        (values or {}).get("final_logit_softcapping"),
+        checkpoint.spec.decoder.head_softcap,
     )
 
 
@@ -217,7 +222,27 @@ def states_rules(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (SPEC_FILE, MODULES_FILE))
 
 
-def _check_rules(config: TrainConfig, spec: ModelSpec) -> None:
+def _check_named(config: TrainConfig) -> None:
+    """Of several adapters the new one names the last alone: that one must name those below it."""
+    for below, above in pairwise(config.adapters):
+        folder = Path(above).expanduser()
+        stated = read_adapter_config(folder).get("base_model_name_or_path")
+        if base_part(stated, folder) != base_part(below, Path()):
+            raise ConfigError(
+                f"adapters: {above} is of base {stated!r}, not of {below}, which would be lost: an adapter names one "
+                "folder below it; merge them first (Encoder.load(model, adapters=[...]).save(folder))"
+            )
+
+
+def _check_rules(config: TrainConfig, spec: ModelSpec, has_rules: bool) -> None:
+    if spec.dense or spec.default_prompt_name:
+        what = "dense heads" if spec.dense else f"a default prompt ({spec.default_prompt_name})"
+        raise ConfigError(f"model: {config.model} has {what}, which training leaves out: name the decoder below it")
+    if config.train == "lora" and not has_rules and not set(spec.pooling) <= POOLING_NAMES.keys():
+        raise ConfigError(
+            f"pooling is {'+'.join(spec.pooling)}, which an adapter's folder cannot state; one of "
+            f"{', '.join(POOLING_NAMES)}, or convert {config.model} with that pooling first"
+        )
     if spec.attention != "bidirectional":
         raise ConfigError(
             f"model: {config.model} states causal attention, which an adapter cannot change: convert it with "
@@ -241,13 +266,22 @@ def _trainable(config: TrainConfig, decoder: Decoder, base_name: str) -> Trainab
 
 
 def _head_reader(
-    checkpoint: Checkpoint, values: dict[str, Any], dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, model: str, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Decoder], Tensor]:
-    """The head must be read before the loader closes the files, the tied one after it has read the embeddings."""
-    if HEAD in checkpoint.source.names() and not values.get("tie_word_embeddings"):
-        head = checkpoint.source.read(HEAD).to(device, dtype)
-        return lambda decoder: head
-    return lambda decoder: decoder.embedding_VD
+    """The head must be read before the loader closes the files, the tied one after it has read the embeddings.
+
+    Raises:
+        ConfigError: a model whose head is one of its own, and not there.
+    """
+    if checkpoint.spec.decoder.tied_head:
+        return lambda decoder: decoder.embedding_VD
+    if HEAD not in checkpoint.source.names():
+        raise ConfigError(
+            f"model: {model} has no {HEAD}, and its token embeddings are not its head: an encoder is stored without "
+            "one; name the original model"
+        )
+    head = checkpoint.source.read(HEAD).to(device, dtype)
+    return lambda decoder: head
 
 
 def _name_from(model: str, output: str) -> str:

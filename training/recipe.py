@@ -23,7 +23,6 @@ import numpy as np
 from flashvec.training.average import average_adapters
 from flashvec.training.config import DistillConfig, read_config
 from flashvec.training.data import DataError
-from flashvec.training.loop import TrainingStopped
 from flashvec.training.run import run_training
 from flashvec.training.sentences import training_lines, write_lines
 
@@ -148,7 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         make(options)
-    except (ValueError, TrainingStopped) as error:  # files, settings, a model: each says what and where
+    except (ValueError, RuntimeError, OSError) as error:  # files, settings, a model, the disk: each says what and where
         sys.exit(f"recipe: {error}")
 
 

@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from flashvec.runtime.checkpoint.open import resolve
+from flashvec.runtime.checkpoint.peft import read_adapter_config
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.encoder import Encoder, TruncationWarning
+from flashvec.training.adapter import base_part
 from flashvec.training.config import ConfigError, DistillConfig
 from flashvec.training.distributed import World
 from flashvec.training.model import Model
@@ -163,10 +167,20 @@ def _smooth(variances: Tensor) -> Tensor:
 
 def _earlier(folder: str, model: Model, config: DistillConfig) -> Encoder:
     """The encoder that an adapter made of the model's weights before."""
+    stated = read_adapter_config(resolve(folder)).get("base_model_name_or_path")
+    base = base_part(model.base_name, Path(config.output))
+    if base_part(stated, resolve(folder)) not in ("", base):
+        raise ConfigError(
+            f"teachers: {folder} is of base {stated!r}, the run's base is {base!r}; if both are one model, set "
+            "base_name to the former"
+        )
     encoder = Encoder.load(
-        config.model, adapters=(folder,), dtype=str(model.decoder.embedding_VD.dtype).removeprefix("torch."),
-        device=model.decoder.device, max_length=model.spec.max_length,
-    )  # fmt: skip
+        config.model,
+        adapters=(*config.adapters, folder),
+        dtype=str(model.decoder.embedding_VD.dtype).removeprefix("torch."),
+        device=model.decoder.device,
+        max_length=model.spec.max_length,
+    )
     given, width = encoder.spec.embedding_size, model.decoder.spec.hidden_size
     if given != width:
         raise ConfigError(f"teachers: {folder} gives vectors of {given} numbers, the model's states have {width}")

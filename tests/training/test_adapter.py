@@ -11,14 +11,14 @@ import transformers
 from family_models import models
 from safetensors.torch import load_file
 from tiny_models import PROJECTIONS, tiny_adapter, tiny_checkpoint, tiny_model
-from training_runs import config_for, write_texts
+from training_runs import config_for, tiny_base, write_texts
 
 from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.decoder import Training
 from flashvec.runtime.encoder import Encoder
 from flashvec.training.adapter import read_adapter, write_adapter
-from flashvec.training.config import LoraConfig, MntpConfig, build
+from flashvec.training.config import ConfigError, LoraConfig, MntpConfig, build
 from flashvec.training.encode import run_rows, token_rows
 from flashvec.training.evaluate import embed_with
 from flashvec.training.lora import PRODUCTS, Lora
@@ -184,6 +184,59 @@ def test_an_adapter_of_another_base_is_no_start_unless_both_are_said_to_be_one(t
     with pytest.raises(CheckpointError, match=r"theirs/adapter_config.json: .* is 'owner/other', .* base is 'base';"):
         load_model(config_for("contrastive", tmp_path, lora=start))
     load_model(config_for("contrastive", tmp_path, lora=start, base_name="another/other"))
+
+
+def test_an_adapter_that_nothing_would_name_is_refused(tmp_path):
+    """The new adapter names the last one below it alone."""
+    lora = load_model(config_for("contrastive", tmp_path)).trainable.lora
+    write_adapter(tmp_path / "first", lora, "../base")
+    for stated, is_lost in (("../base", True), ("../first", False)):
+        write_adapter(tmp_path / "second", lora, stated)
+        config = config_for("contrastive", tmp_path, adapters=[str(tmp_path / "first"), str(tmp_path / "second")])
+        if is_lost:
+            with pytest.raises(
+                ConfigError, match=r"second is of base '\.\./base', not of .*first, which would be lost"
+            ):
+                load_model(config)
+        else:
+            load_model(config)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean_sqrt_len"])
+def test_a_pooling_that_an_adapter_cannot_state_is_refused(pooling, tmp_path):
+    with pytest.raises(ConfigError, match=f"pooling is {pooling}, which an adapter's folder cannot state; one of mean"):
+        load_model(config_for("contrastive", tmp_path, pooling=pooling))
+
+
+def test_heads_and_default_prompts_are_not_trained_past(tmp_path):
+    encoder = Encoder.load(tiny_base(tmp_path / "base"), attention="bidirectional")
+    encoder.spec = dataclasses.replace(encoder.spec, prompts={"q": "Query: "}, default_prompt_name="q")
+    encoder.save(tmp_path / "prompted")
+    with pytest.raises(ConfigError, match=r"prompted has a default prompt \(q\), which training leaves out"):
+        load_model(config_for("contrastive", tmp_path, model=str(tmp_path / "prompted")))
+
+
+def test_a_second_run_pools_as_the_first_was_told_to(tmp_path):
+    first = config_for("contrastive", tmp_path, pooling="last", loop={"steps": 2}, output=str(tmp_path / "first"))
+    run_training(first)
+    second = config_for("contrastive", tmp_path, model=str(tmp_path / "first"), output=str(tmp_path / "second"))
+    run_training(second)
+    assert load_model(second).spec.pooling == Encoder.load(tmp_path / "second").spec.pooling == ("last",)
+    settings = tmp_path / "first" / "llm2vec_config.json"
+    settings.write_text(settings.read_text().replace("last_token", "eos_token"))  # a textual end after every text
+    ended = dataclasses.replace(second, output=str(tmp_path / "ended"))
+    run_training(ended)
+    spec = Encoder.load(tmp_path / "ended").spec
+    assert load_model(ended).spec.text_suffix == spec.text_suffix == " </s>" and spec.pooling == ("last",)
+
+
+def test_the_template_of_a_known_base_stands_around_texts_while_training(tmp_path):
+    name = "mistralai/Mistral-7B-Instruct-v0.2"
+    config = config_for("contrastive", tmp_path, base_name=name, loop={"steps": 2})
+    run_training(config)
+    template = load_model(config).spec.template
+    loaded_back = Encoder.load(tmp_path / "base", adapters=(tmp_path / "out",))
+    assert template == "[INST] {text} [/INST]" and loaded_back.spec.template in (template, None)
 
 
 def test_trained_text_is_read_as_it_will_be_embedded(tmp_path):

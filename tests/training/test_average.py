@@ -29,6 +29,17 @@ def trained(base, name, **config):
     return folder, {key: value.detach().clone() for key, value in merged.state_dict().items()}
 
 
+def test_a_base_that_is_named_by_a_path_from_the_folder_is_found_from_the_mean(base, tmp_path):
+    folders = []
+    for name in ("one", "two"):
+        folder, _ = trained(base, f"runs/{name}", r=4)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "../../base"}))
+        folders.append(folder)
+    average_adapters(folders, base.parent / "mean")
+    assert json.loads((base.parent / "mean/adapter_config.json").read_text())["base_model_name_or_path"] == "../base"
+
+
 @pytest.mark.parametrize("others", [{"r": 4, "lora_alpha": 8}, {"r": 6, "lora_alpha": 3, "use_rslora": True}])
 def test_it_is_the_mean_of_the_updates(base, others):
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import pytest
 from flashvec.training.data import (
     DataError,
     SourceBatches,
+    epoch_order,
     read_pairs,
     read_texts,
     rows_of_step,
@@ -43,6 +44,47 @@ def test_pairs_in_the_forms_that_people_have(tmp_path):
     ]
     scored = write(tmp_path / "c.jsonl", {"sentence1": "a", "sentence2": "b", "score": 3})
     assert read_pairs([scored])[0].score == 3
+
+
+def test_each_positive_of_a_line_is_a_pair(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", {"query": "q", "pos": ["p1", "p2", "p3"], "neg": ["n"]}, {"query": "r", "pos": "p4"}
+    )
+    pairs = read_pairs([path])
+    assert [(p.query, p.positive, p.negatives) for p in pairs] == [
+        *(("q", f"p{i}", ("n",)) for i in (1, 2, 3)),
+        ("r", "p4", ()),
+    ]
+    assert pairs[2].where == "a.jsonl line 1" and pairs[3].where == "a.jsonl line 2"
+    with pytest.raises(DataError, match=r"a\.jsonl line 1: a text is empty"):
+        read_pairs([write(tmp_path / "a.jsonl", {"query": "q", "pos": ["p1", " "]})])
+    with pytest.raises(DataError, match=r"a\.jsonl line 1: has 2 queries; give each a line"):
+        read_pairs([write(tmp_path / "a.jsonl", {"query": ["q", "r"], "pos": ["p1"]})])
+    with pytest.raises(DataError, match="line 1: has a score and negatives"):
+        read_pairs([write(tmp_path / "a.jsonl", {"text1": "q", "text2": "r", "score": 1, "neg": ["n"]})])
+
+
+def test_marks_of_encodings_and_half_characters(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert read_texts([str(file)]) == ["one", "two"]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "ok \\ud83d"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl line 2: holds half of a surrogate pair, '\\ud83d'"):
+        read_texts([str(file)])
+    pair = {"query": "q", "positive": "p", "instruction": "\udc00"}
+    with pytest.raises(DataError, match=r"b\.jsonl line 1: holds half"):
+        read_pairs([write(tmp_path / "b.jsonl", pair)])
+
+
+def test_an_epoch_that_fills_no_batch_is_named():
+    """Row 0 keeps both others out of its batch; where one of those comes first, they make one."""
+    names = [frozenset(own) for own in ({0, 1}, {0, 2}, {1, 3})]
+    seeds = [seed for seed in range(40) if epoch_order(3, seed, 0)[0] != 0 and epoch_order(3, seed, 1)[0] == 0]
+    batches = SourceBatches(np.zeros(3, int), names, 2, seeds[0])
+    assert sorted(batches.rows(0)) == [1, 2]
+    with pytest.raises(DataError, match="batch_size is 2: epoch 2 fills no batch"):
+        batches.rows(1)
 
 
 def test_a_folder_stands_for_its_files_and_queries_take_the_instructions_of_theirs(tmp_path):

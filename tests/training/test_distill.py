@@ -209,6 +209,19 @@ def test_an_earlier_adapter_teaches_beside_the_prompt(tmp_path):
         run_training(objective.config)
 
 
+def test_a_teacher_of_another_base_is_refused_and_one_over_adapters_stands_on_them(tmp_path):
+    run_training(config_for("distill", tmp_path, output=str(tmp_path / "below"), dtype="float32"))
+    over = {"adapters": [str(tmp_path / "below")]}
+    run_training(config_for("distill", tmp_path, output=str(tmp_path / "first"), dtype="float32", **over))
+    with pytest.raises(ConfigError, match=r"first is of base '\.\./below', the run's base is 'base'"):
+        objective_for(tmp_path, teachers=[str(tmp_path / "first")])
+    objective = objective_for(tmp_path, teachers=[str(tmp_path / "first")], **over)
+    both = (tmp_path / "below", tmp_path / "first")
+    want = Encoder.load(tmp_path / "base", adapters=both, max_length=24).embed(objective.texts[:3], normalize=False)
+    got = objective.teacher._readings[-1](objective.texts[:3], normalize=False)
+    np.testing.assert_array_equal(got, want)
+
+
 def test_depths_are_what_a_model_cut_there_gives_and_all_are_taught(tmp_path):
     weights = {**COSINES, "vector_weight": 10.0}
     objective = objective_for(tmp_path, depths=[1, 2], attention_dropout=0.0, lora={"dropout": 0.0}, **weights)

@@ -52,6 +52,7 @@ def test_correlations_are_scipys(tmp_path):
         ("a.csv", "m\tf\t1\t2\thigh\ta\tb\n" * 2, "a.csv line 1: expected two texts and a score"),
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\t3\ta\n", "a.csv line 2: expected"),
         ("a.jsonl", "{}\n{}\n", "line 1: expected"),
+        ("a.jsonl", '{"sentence1": null, "sentence2": "b", "score": 1}\n' * 2, "line 1: expected"),
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\tnan\ta\tb\n", "a.csv line 2: expected two texts and a score"),
         ("a.tsv", "score\tsentence1\tsentence2\n1\ta\tb\n", "1 pairs; a correlation needs two"),
         ("a.tsv", "", "holds no line"),

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_checkpoint, tiny_tokenizer
 from training_runs import config_for, sentences
 
+from flashvec.runtime.checkpoint.export import convert
+from flashvec.runtime.checkpoint.open import Overrides
 from flashvec.runtime.tokenize import Tokenizer
 from flashvec.training.config import ConfigError
 from flashvec.training.data import DataError, rows_of_step
@@ -105,6 +107,27 @@ def test_loss_is_hugging_faces_on_the_same_labels(tied, tmp_path):
             with torch.no_grad():
                 total += float(theirs(input_ids=ids, labels=labels).loss) * inside.sum()
     assert objective.step(1)["loss"] == pytest.approx(total / len(masked.positions), abs=1e-4)
+
+
+def test_a_head_that_is_not_there_is_no_embedding(tmp_path):
+    """An encoder is stored without its head: taken for the embeddings, an untied one would train towards noise."""
+    from tiny_models import tiny_model
+
+    for name, tied in (("untied", False), ("tied", True)):
+        (tmp_path / name).mkdir()
+        tiny_tokenizer(tmp_path / name)
+        tiny_model(tmp_path / name, causal_lm=True, num_hidden_layers=2, tie_word_embeddings=tied)
+        convert(tmp_path / name, tmp_path / f"{name} encoder", overrides=Overrides(attention="bidirectional"))
+    with pytest.raises(ConfigError, match=r"untied encoder has no lm_head\.weight, .*; name the original model"):
+        objective_for(tmp_path, model=str(tmp_path / "untied encoder"))
+    objective = objective_for(tmp_path, model=str(tmp_path / "tied encoder"))
+    assert torch.equal(objective.head_VD, objective.model.decoder.embedding_VD)
+
+
+def test_the_heads_soft_cap_survives_conversion(tmp_path):
+    tiny_checkpoint(tmp_path / "gemma", "gemma2", final_logit_softcapping=7.0)
+    convert(tmp_path / "gemma", tmp_path / "encoder", overrides=Overrides(attention="bidirectional"))
+    assert objective_for(tmp_path, model=str(tmp_path / "encoder")).model.head_softcap == 7.0
 
 
 def test_head_is_trained_only_where_asked_for(tmp_path):

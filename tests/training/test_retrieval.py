@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from flashvec.runtime.cli import app
 from flashvec.training.data import DataError
 from flashvec.training.hf_encoder import HfEncoder
-from flashvec.training.retrieval import ndcg, read_collection, retrieval_score
+from flashvec.training.retrieval import Collection, ndcg, ranking_score, read_collection, retrieval_score
 
 MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
 SMART = {
@@ -91,6 +91,23 @@ def test_score_of_a_known_ranking(tmp_path):
     found = retrieval_score(embed, embed, collection)
     assert found["ndcg@10"] == pytest.approx(100 * (1 + 1 / np.log2(3)) / 2, abs=1e-3)
     assert (found["recall@100"], found["queries"], found["documents"]) == (100, 2, 2)
+
+
+def test_a_document_that_is_the_query_itself_is_left_out(tmp_path):
+    """As BEIR's measures do it; two that only share a name are two."""
+    documents = {"q1": "a river", "d2": "a stream", "q2": "stones"}
+    collection = Collection(documents, {"q1": "a river", "q2": "a pebble"}, {"q1": {"d2": 1.0}, "q2": {"q2": 1.0}})
+    found = ranking_score([np.array([1.0, 0.9, 0.1]), np.array([0.1, 0.2, 0.9])], collection)
+    assert found["ndcg@10"] == 100 and found["recall@100"] == 100
+
+
+def test_a_query_may_be_named_query(tmp_path):
+    folder = write_beir(tmp_path / "beir")
+    for name, text in (("queries.jsonl", '{"_id": "query1", "text": "x"}\n'), ("qrels/test.tsv", "query1\td1\t1\n")):
+        (folder / name).write_text(text)
+    assert read_collection(folder).relevance == {"query1": {"d1": 1}}
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nquery1\td2\t1\n")
+    assert read_collection(folder).relevance == {"query1": {"d2": 1}}
 
 
 @pytest.mark.parametrize(
