@@ -5,12 +5,14 @@ another number of tokens are another column. Columns of one table may be of diff
 """
 
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any
 
 from flashvec.bench.rows import comparable, fullest_run, read_rows, where
 
 PROFILE_ORDER = ("queries", "sentences", "passages", "pages", "long tail")
 README_PROFILES = PROFILE_ORDER[:3]
+LONGEST_REASON = 110  # characters of what a library failed with; its row has more
 OWN_LENGTH = 512  # tokens at which the demo's model cuts texts; so did all rows from before rows said it
 
 Row = dict[str, Any]
@@ -81,7 +83,10 @@ def _did_not_run(rows: list[Row]) -> list[str]:
     for row in rows:
         if "failed" in row:
             found.setdefault((row["variant"], row["failed"]), []).append(column_name(column_of(row)))
-    shown = [f"Did not run: {name}, {', '.join(columns)} ({why})." for (name, why), columns in found.items()]
+    shown = [
+        f"Did not run: {name}, {', '.join(columns)} ({shorten(why, LONGEST_REASON, placeholder=' ...')})."
+        for (name, why), columns in found.items()
+    ]
     return [line for paragraph in shown for line in (paragraph, "")]
 
 

@@ -1,4 +1,4 @@
-"""Embedding on a GPU, from token ids on the host to vectors on the host: ours against transformers.
+"""Embedding on a GPU, from token ids on the host to vectors on the host: ours, transformers and what else is installed.
 
 Random weights at the shapes of real models, texts with log-normal lengths, all variants in turn on the same texts, new
 ones in every repetition. Vectors are compared before time is taken: with transformers' model in fp32 where it fits
@@ -28,7 +28,7 @@ from flashvec.bench.gpu_models import (
     weight_bytes,
 )
 from flashvec.bench.gpu_session import Row, Session, describe, named
-from flashvec.bench.peers_embed import HuggingFacePadded, Ours, SentenceTransformers, packs_of
+from flashvec.bench.peers_embed import HuggingFacePadded, Ours, SentenceTransformers, Vllm, packs_of
 from flashvec.bench.timing import interleave, spread
 from flashvec.kernels.schedule import build_schedule
 from flashvec.runtime.batches import Batch
@@ -71,7 +71,7 @@ def contenders(model: RandomModel, vocabulary: int = VOCABULARY) -> dict[str, Ca
         found[f"transformers sdpa, sorted, {budget:,} padded"] = partial(HuggingFacePadded, model.module, budget)
     found["transformers sdpa, batches of 32"] = partial(HuggingFacePadded, model.module, None)
     flattened = partial(SentenceTransformers, model.module, vocabulary, "flash_attention_2")
-    return found | {"sentence-transformers, flattened": flattened}
+    return found | {"sentence-transformers, flattened": flattened, "vllm, pooling runner": partial(Vllm, model.module)}
 
 
 def product_rate(session: Session, model: RandomModel, rows: int) -> float:

@@ -113,6 +113,43 @@ class SentenceTransformers:
         return self.model.encode(words, normalize_embeddings=True, show_progress_bar=False, batch_size=64)
 
 
+class Vllm:
+    """vLLM's pooling runner over a saved copy of the model, from token ids, without a tokenizer.
+
+    It schedules tokens of all requests together, as we do, by settings of its own; a process of its own holds its
+    weights, and as much memory as it is told it may take.
+    """
+
+    TOKENS_AT_ONCE = 16_384
+    ACTIVATIONS_GIB = 6.0  # beside its weights
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+
+        first = next(module.parameters())
+        weights = sum(p.numel() * p.element_size() for p in module.parameters())
+        total = torch.cuda.get_device_properties(first.device).total_memory
+        with tempfile.TemporaryDirectory() as folder:
+            save: Any = module.save_pretrained
+            save(folder)
+            self.model = LLM(
+                folder,
+                runner="pooling",
+                convert="embed",
+                pooler_config=PoolerConfig(pooling_type="MEAN", use_activation=True),  # "activation": to unit length
+                skip_tokenizer_init=True,
+                dtype=str(first.dtype).removeprefix("torch."),
+                max_model_len=8192,
+                max_num_batched_tokens=self.TOKENS_AT_ONCE,
+                gpu_memory_utilization=min(0.9, (weights + self.ACTIVATIONS_GIB * 2**30) / total),
+            )
+
+    def embed(self, texts: Sequence[np.ndarray]) -> np.ndarray:
+        answers = self.model.embed([{"prompt_token_ids": text.tolist()} for text in texts], use_tqdm=False)
+        return np.array([answer.outputs.embedding for answer in answers], np.float32)
+
+
 def packs_of(texts: Sequence[np.ndarray], budget: int) -> list[np.ndarray]:
     """The packs that ours runs these texts in."""
     return list(pack(np.array([len(t) for t in texts]), budget))

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flashvec.bench.embed_tables import column_name, column_of, newest_embed_rows
-from flashvec.bench.report import GPU_LENGTHS, ROOT, gpu_attention_rows
+from flashvec.bench.gpu_tables import GPU_LENGTHS, gpu_attention_rows
+from flashvec.bench.report import ROOT
 from flashvec.bench.rows import comparable, read_rows, runs
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def embed_plot(figure: Any) -> None:
     axes.set_title(
         f"{group[-1]['model']}, {group[-1]['cores']} cores of {group[-1]['cpu']} ({group[-1]['instructions']})"
     )
-    _plain(axes)
+    _plain(axes, legend=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside bars, which fill the plot
 
 
 def gpu_attention_plot(figure: Any) -> None:
@@ -173,7 +175,7 @@ def _plain(axes: "Axes", *, legend: bool = True, zero: bool = True) -> None:
 
 
 PLOTS: dict[str, tuple[Callable[[Any], None], float, float]] = {
-    "embed": (embed_plot, 8, 3.2),
+    "embed": (embed_plot, 11, 3.2),
     "gpu_attention": (gpu_attention_plot, 10, 2.8),
     "scaling": (scaling_plot, 10, 2.8),
     "roofline": (roofline_plot, 10, 3.4),

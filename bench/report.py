@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from flashvec.bench.embed_tables import embed_memory_table, embed_table, newest_embed_table, readme_rows
+from flashvec.bench.gpu_tables import gpu_attention_table, gpu_embed_table
 from flashvec.bench.rerun import rerun
-from flashvec.bench.rows import Row, comparable, fullest_run, groups, read_rows, where
+from flashvec.bench.rows import Row, comparable, fullest_run, read_rows, where
 from flashvec.bench.timing import RESULTS
 
 ROOT = RESULTS.parents[1]
@@ -59,79 +60,6 @@ def verify_table(rows: list[Row]) -> list[str]:
     return lines[:-1]
 
 
-def where_gpu(rows: list[Row]) -> str:
-    """The GPU, the versions, the commits and the newest day of rows that share a table."""
-    last = rows[-1]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return (
-        f"{last['gpu']}, torch {last['torch']}, triton {last['triton']},\n"
-        f"commit {commits}, {max(row['date'] for row in rows)}"
-    )
-
-
-GPU_PEERS = {"torch varlen": "torch varlen_attn", "cuDNN": "torch sdpa, cuDNN"}
-GPU_LENGTHS = ("log-normal 64", "log-normal 128", "log-normal 256", "log-normal 512", "512", "2048")
-
-
-def gpu_attention_rows(rows: list[Row]) -> list[dict[tuple[str, int, str, str], Row]]:
-    """For each GPU the newest run's rows of 32 heads over 8, by direction, head size, lengths, variant."""
-    shown = [
-        row for row in rows if row["heads"] == "32/8" and row.get("rotation", "none") == "none" and "tflops" in row
-    ]
-    found = []
-    for group in groups(shown, "gpu"):
-        newest = {(r["direction"], r["head_size"], r["lengths"]): r["commit"] for r in group}
-        found.append(
-            {
-                (r["direction"], r["head_size"], r["lengths"], r["variant"]): r
-                for r in group
-                if r["commit"] == newest[r["direction"], r["head_size"], r["lengths"]]
-            }
-        )
-    return found
-
-
-def gpu_attention_table(rows: list[Row]) -> list[str]:
-    """Useful TFLOP/s by lengths, of ours and of the peers that were timed beside it; a table a GPU."""
-    lines: list[str] = []
-    columns = [(d, k) for d in ("forward", "backward") for k in (128, 64)]
-    for found in gpu_attention_rows(rows):
-        lines += [
-            "| TFLOP/s | " + " | ".join(f"{d}, head {k}" for d, k in columns) + " |",
-            "|---" * (len(columns) + 1) + "|",
-        ]
-        for lengths in GPU_LENGTHS:
-            cells = []
-            for direction, head_size in columns:
-                own = found.get((direction, head_size, lengths, "flashvec"))
-                peers = {
-                    name: found.get((direction, head_size, lengths, variant)) for name, variant in GPU_PEERS.items()
-                }
-                shown = [f"{name} {row['tflops']:.0f}" for name, row in peers.items() if row]
-                cells.append(f"{own['tflops']:.0f} ({', '.join(shown)})" if own else "")
-            lines.append(f"| {lengths} | " + " | ".join(cells) + " |")
-        ours_and_peers = ("flashvec", *GPU_PEERS.values())
-        used = [row for (*_, n, variant), row in found.items() if n in GPU_LENGTHS and variant in ours_and_peers]
-        lines += ["", *f"{where_gpu(used)}; medians of {used[-1]['repetitions']} interleaved repetitions.".splitlines()]
-    return lines
-
-
-def gpu_embed_table(rows: list[Row]) -> list[str]:
-    """Tokens per second of whole models, ids on the host to vectors on the host."""
-    timed = [row for row in rows if "tokens_per_s" in row]
-    lines: list[str] = []
-    for group in groups(timed, "gpu"):
-        newest = {(r["model"], r["lengths"], r["variant"]): r for r in group}
-        lines += ["| model | lengths | | tokens/s | of 989 TFLOP/s | of its products | cosine |", "|---" * 7 + "|"]
-        for row in newest.values():
-            lines.append(
-                f"| {row['model']} | {row['lengths']} | {row['variant']} | {row['tokens_per_s']:,} {row['spread']} | "
-                f"{row['share_of_989']:.0%} | {row['share_of_products']:.0%} | {row['median_cosine']:.5f} |"
-            )
-        lines += ["", *f"{where_gpu(list(newest.values()))}.".splitlines()]
-    return lines
-
-
 def _stage(variant: str) -> int:
     """Where a reading stands in the table: what needs no training, what led to the model, the model, others."""
     if variant.startswith(("untrained", "BM25")):
@@ -155,6 +83,50 @@ def quality_table(rows: list[Row]) -> list[str]:
     return lines[:-1]
 
 
+def parity_tables(rows: list[Row]) -> list[str]:
+    """Largest differences to the libraries that models come from: by family and direction, then by layout."""
+    lines: list[str] = []
+    for group in comparable(rows)[-1:]:
+        newest = {(row["kind"], row["what"], row["beside"]): row for row in group}
+        shown = {key: f"{row['largest_difference']:.1e}" for key, row in newest.items()}
+        lines += ["| family, beside transformers | bidirectional | causal |", "|---|---|---|"]
+        for name in dict.fromkeys(what for kind, what, _ in newest if kind == "family"):
+            cells = [shown.get(("family", name, direction), "") for direction in ("bidirectional", "causal")]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines += ["", "| layout | beside | |", "|---|---|---|"]
+        lines += [f"| {what} | {beside} | {cell} |" for (kind, what, beside), cell in shown.items() if kind == "layout"]
+        lines += ["", *f"On {where(list(newest.values()))}.".splitlines()]
+    return lines
+
+
+def train_table(rows: list[Row]) -> list[str]:
+    """A training step's tokens per second and memory; a table for each model, dtype, lengths and machine."""
+    lines: list[str] = []
+    for group in comparable(rows, "model", "dtype", "profile"):
+        newest = list({row["variant"]: row for row in group}.values())
+        lines += [f"| {group[-1]['profile']} | tokens/s | to transformers + PEFT | of the products | MiB a step |"]
+        lines += ["|---" * 5 + "|"]
+        for row in newest:
+            speed = f"{row['tokens_per_s']:.0f} | {row['over_peft']:.2f} | {row['of_ceiling']:.0%}"
+            lines.append(f"| {row['variant']} | {speed} | {row['step_mib']:,} |")
+        lines += ["", *f"{group[-1]['model']}, {group[-1]['dtype']}, on {where(newest)}.".splitlines(), ""]
+    return lines[:-1]
+
+
+def load_table(rows: list[Row]) -> list[str]:
+    """Seconds, weights and peak of anonymous memory by format and dtype; a table for each model and machine."""
+    lines: list[str] = []
+    for group in comparable(rows, "model"):
+        newest = {(row["format"], row["dtype"]): row for row in group}.values()
+        lines += ["| loading | dtype | seconds | MiB of weights | MiB allocated at most |", "|---" * 5 + "|"]
+        lines += [
+            f"| {r['format']} | {r['dtype']} | {r['seconds']:.1f} | {r['weights_mib']:,} | {r['peak_mib']:,} |"
+            for r in newest
+        ]
+        lines += ["", *f"{group[-1]['model']} on {where(list(newest))}.".splitlines(), ""]
+    return lines[:-1]
+
+
 TABLES = {
     "embed": embed_table,
     "embed newest": newest_embed_table,
@@ -164,6 +136,9 @@ TABLES = {
     "gpu embed": gpu_embed_table,
     "start": start_table,
     "quality": quality_table,
+    "parity": parity_tables,
+    "load": load_table,
+    "train": train_table,
 }
 
 

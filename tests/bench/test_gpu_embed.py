@@ -1,10 +1,13 @@
 """Whole models in the GPU benchmark, tiny and on the CPU."""
 
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from flashvec.bench import compile_ahead, gpu_embed, gpu_models, peers_embed
 from flashvec.bench.device_time import HostStopwatch
@@ -49,6 +52,36 @@ def test_everyone_gives_the_same_vectors(model):
     np.testing.assert_allclose(theirs.embed(texts), ours, atol=1e-5)
 
 
+def test_vllm_is_given_ids_and_a_share_of_the_memory(model, monkeypatch):
+    """A stand-in of its shape; vLLM itself runs on a GPU alone."""
+    settings = {}
+
+    class LLM:
+        def __init__(self, folder, **given):
+            loaded = transformers.AutoModel.from_pretrained(folder)  # vLLM reads the folder in this call, as here
+            settings.update(given, ours=peers_embed.HuggingFacePadded(loaded.eval(), None))
+
+        def embed(self, prompts, use_tqdm):
+            vectors = settings["ours"].embed([np.array(prompt["prompt_token_ids"]) for prompt in prompts])
+            return [
+                types.SimpleNamespace(outputs=types.SimpleNamespace(embedding=vector.tolist())) for vector in vectors
+            ]
+
+    config = types.ModuleType("vllm.config")
+    config.PoolerConfig = lambda **given: given
+    vllm = types.ModuleType("vllm")
+    vllm.LLM = LLM
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.config", config)
+    memory = types.SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    texts = draw_texts(300, 20, 1, 60)
+    theirs = peers_embed.Vllm(model.module).embed(texts)
+    np.testing.assert_allclose(theirs, peers_embed.Ours(model, 64).embed(texts), atol=1e-5)
+    assert settings["pooler_config"] == {"pooling_type": "MEAN", "use_activation": True}
+    assert settings["dtype"] == "float32" and 0.07 < settings["gpu_memory_utilization"] < 0.08
+
+
 def test_rows_of_a_profile(model, small, tmp_path):
     s = session(tmp_path)
     gpu_embed.time_profile(s, PROFILE, model, 60)
@@ -59,7 +92,8 @@ def test_rows_of_a_profile(model, small, tmp_path):
     for name in timed:
         assert rows[name]["median_cosine"] > 0.999 and rows[name]["share_of_products"] > 0
     lines = gpu_embed.summary(s.rows)
-    assert len(lines) == 7 and "ImportError" in lines[1] and "tokens/s" in lines[2]
+    assert "missing" in rows["vllm, pooling runner"]
+    assert len(lines) == 8 and all("Error" in line for line in lines[1:3]) and "tokens/s" in lines[3]
 
 
 def test_another_model_is_not_timed(model, small, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashvec.bench import embed_tables, plots, report
+from flashvec.bench import embed_tables, gpu_tables, plots, report
 from flashvec.bench.rows import NOT_INSTALLED, fullest_run
 
 
@@ -136,6 +136,27 @@ def test_a_group_in_which_nothing_ran_has_no_table():
 def test_peak_memory_of_rows_that_have_it():
     lines = embed_tables.embed_memory_table([embed_row(), embed_row(peak_mib=2345), embed_row(variant="b", peak_mib=1)])
     assert "| ours | 2,345 |" in lines and "| b | 1 |" in lines and lines[-2].startswith("m on 2 cores")
+
+
+def test_attention_on_a_gpu_is_shown_by_lengths_beside_its_peers():
+    row = {
+        **embed_row(variant="flashvec", repetitions=15), "gpu": "G", "triton": "3.6", "heads": "32/8", "head_size": 128,
+        "direction": "forward", "lengths": "512", "tflops": 477.2,
+    }  # fmt: skip
+    peer = {**row, "variant": "torch varlen_attn", "tflops": 291.4}
+    older = {**row, "commit": "zzz", "tflops": 1.0}
+    lines = gpu_tables.gpu_attention_table([older, row, peer])
+    assert "| 512 | 477 (torch varlen 291) |  |  |  |" in lines and "| 2048 |  |  |  |  |" in lines
+    assert lines[-1] == "commit aaa, 2026-01-01; medians of 15 interleaved repetitions."
+
+
+def test_training_is_shown_beside_peft_and_the_products():
+    row = embed_row(
+        dtype="float32", profile="sentences", over_peft=2.5, of_ceiling=0.66, step_mib=2202, tokens_per_s=238.1
+    )
+    lines = report.train_table([{**row, "tokens_per_s": 1.0}, row, {**row, "variant": "bare products"}])
+    assert lines[2] == "| ours | 238 | 2.50 | 66% | 2,202 |" and lines[3].startswith("| bare products")
+    assert lines[0].startswith("| sentences |") and len(tables(lines)[0].splitlines()) == 4
 
 
 def test_starting_is_shown_quickest_first():

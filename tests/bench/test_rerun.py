@@ -42,7 +42,8 @@ def test_claims_of_a_machine_without_bf16_are_measured_on_one_that_has_it():
 
 
 def test_every_line_of_readme_is_claimed():
-    shown = {(row["profile"], row["variant"]) for row in readme_rows() if not row["variant"].startswith("flashvec")}
+    rows = [row for row in readme_rows() if "failed" not in row]
+    shown = {(row["profile"], row["variant"]) for row in rows if not row["variant"].startswith("flashvec")}
     claimed = {(claim.profile, claim.other) for claim in claims_of(readme_rows()) if claim.other != CEILING}
     assert shown == claimed and any("int8" in name for _, name in claimed)
 

@@ -26,7 +26,12 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "quality": (("model", "variant", "dtype", "data", "measure"), ("score",)),
     "corpus": (("model", "variant"), ()),
-    "train": (("model", "variant", "dtype", "profile"), (*RATE, "of_ceiling", "over_peft", "tokens", "clock")),
+    "load": (("model", "format", "dtype"), ("seconds", "weights_mib", "peak_mib", "repetitions")),
+    "parity": (("kind", "what", "beside"), ("largest_difference", "comparisons")),
+    "train": (
+        ("model", "variant", "dtype", "profile"),
+        (*RATE, "of_ceiling", "over_peft", "step_mib", "tokens", "clock"),
+    ),
     "compiled_forms": (("model", "variant", "dtype", "op", "tokens"), ("eager_ms", "compiled_ms")),
     "gpu check": ((*GPU, "variant", "dtype"), ("passed", "share_of_allowed", "faults")),
     "gpu attention": (
