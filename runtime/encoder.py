@@ -57,7 +57,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         self.engine = Engine(decoder)
         self.tokenizer = tokenizer
         self.heads = list(heads)
-        self.num_tokens_run = 0  # since loading: a job reads its rate off it
+        self.num_texts_run = self.num_tokens_run = 0  # since loading: a job reads off them how far it is
         self.workers = 1  # packs at the same time, one thread each (see `Engine.run`); more was slower where measured
         # A text whose vector overflows is run again in fp32: float16 ends at 65,504, below some models' states.
         narrow = decoder.dtype == torch.float16
@@ -411,6 +411,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
                 if self.retry_non_finite:
                     overflown.look_at(done)
                 yield done
+                self.num_texts_run += len(done.rows)
                 self.num_tokens_run += done.ran.num_tokens
                 progress.advance(len(done.rows), done.ran.num_tokens)
         yield from self._run_again(call, overflown.rows(), settings.first_row)

@@ -6,11 +6,12 @@ Reading runs ahead on one thread and writing follows on another; between them at
 import fcntl
 import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from flashvec.runtime.corpus.windows import Window, read_windows
 from flashvec.runtime.corpus.writers import PartWriter, facts_schema, part_names
 
 LOCKS = "_locks"
+TELL_EVERY_S = 2.0  # of a window that is being worked on
 LOCK_WAIT_S = 60.0  # for a process that is being stopped to let go of a shard
 
 
@@ -47,13 +49,50 @@ class ShardInUse(RuntimeError):
 
 
 class Step(NamedTuple):
-    """A window is done: what it held and where its time went."""
+    """A window is done, or a part of it: what it held and where its time went."""
 
     rows: int
     tokens: int
     read_s: float  # the model waited for rows
     embed_s: float
     write_s: float  # the model waited for the writer
+
+
+class _Telling:
+    """While the model works on a window, says now and then how far it is: on a CPU one takes minutes."""
+
+    def __init__(self, encoder: TextEncoder, num_rows: int, on_step: Callable[[Step], None]) -> None:
+        self.encoder, self.num_rows, self.on_step = encoder, num_rows, on_step
+        self.told = Step(0, 0, 0.0, 0.0, 0.0)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="flashvec-teller", daemon=True)
+
+    def __enter__(self) -> "_Telling":
+        self._before, self._clock = self._counts(), time.perf_counter()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def rest(self, num_rows: int, read_s: float, embed_s: float, write_s: float) -> Step:
+        """What was not told yet, once the window is done."""
+        tokens = self._counts()[1] - self._before[1]
+        told = self.told
+        return Step(num_rows - told.rows, tokens - told.tokens, read_s, max(0.0, embed_s - told.embed_s), write_s)
+
+    def _tell(self) -> None:
+        with suppress(OSError):  # nobody listens any more: the window's own step says so
+            while not self._done.wait(TELL_EVERY_S):
+                texts, tokens = (now - before for now, before in zip(self._counts(), self._before, strict=True))
+                rows, seconds, told = min(texts, self.num_rows), time.perf_counter() - self._clock, self.told
+                if tokens > told.tokens:
+                    self.on_step(Step(rows - told.rows, tokens - told.tokens, 0.0, seconds - told.embed_s, 0.0))
+                    self.told = Step(rows, tokens, 0.0, seconds, 0.0)
+
+    def _counts(self) -> tuple[int, int]:
+        return getattr(self.encoder, "num_texts_run", 0), getattr(self.encoder, "num_tokens_run", 0)
 
 
 def run_shard(
@@ -77,7 +116,7 @@ def run_shard(
         known: vectors of the job that the plan reuses.
         max_errors: rows without a vector beyond which to stop.
         machine: facts of this machine, kept in the manifest where the plan allows several kinds.
-        on_step: told after every window.
+        on_step: told after every window, and of one that takes longer every `TELL_EVERY_S`, by another thread.
 
     Returns:
         The shard's manifest, which is in the folder when this returns, after all other files.
@@ -128,9 +167,8 @@ def _run(
             with closing(ahead(read_windows(plan, plan.shards[shard].pieces))) as windows:
                 for window in windows:
                     read_s, clock = _lap(clock)
-                    tokens_before = getattr(encoder, "num_tokens_run", 0)
-                    window, hashes, own, counts = vectors.make(window)
-                    tokens = getattr(encoder, "num_tokens_run", 0) - tokens_before
+                    with _Telling(encoder, window.num_read, on_step) as told:
+                        window, hashes, own, counts = vectors.make(window)
                     embed_s, clock = _lap(clock)
                     writing.result()  # at most one window waits to be written
                     writing = thread.submit(_write, plan, part, errors, window, hashes, own)
@@ -140,7 +178,7 @@ def _run(
                     found.update(reason.code for reason in window.bad.values())
                     if max_errors is not None and found.total() > max_errors:
                         raise TooManyErrors(too_many(found, max_errors))
-                    on_step(Step(window.num_read, tokens, read_s, embed_s, write_s))
+                    on_step(told.rest(window.num_read, read_s, embed_s, write_s))
             writing.result()
         files = part.finish()
         files += errors.finish()

@@ -147,9 +147,12 @@ class _Sender(logging.Handler):
     def __init__(self, file: IO[str]) -> None:
         super().__init__(logging.WARNING)
         self.file = file
+        self._writing = threading.Lock()  # steps come from another thread
 
     def __call__(self, event: str, **values: Any) -> None:
-        self.file.write(json.dumps({"event": event, **values}) + "\n")
+        line = json.dumps({"event": event, **values}) + "\n"
+        with self._writing:
+            self.file.write(line)
 
     def emit(self, record: logging.LogRecord) -> None:
         self("note", text=record.getMessage())

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from stand_in import NOT_FINITE, StandIn, facts, tree
 
+from flashvec.runtime.corpus import shard as shard_module
 from flashvec.runtime.corpus import windows
 from flashvec.runtime.corpus.cuts import cut
 from flashvec.runtime.corpus.inspect import inspect_sources, resolve_columns
@@ -53,6 +56,31 @@ def test_good_rows_have_vectors_and_bad_ones_reasons(table_file, tmp_path):
     errors = [json.loads(line) for line in (tmp_path / "out" / "_errors" / "00000.jsonl").read_text().splitlines()]
     assert [(e["row"], e["code"]) for e in errors] == [(1, "null"), (4, "empty"), (5, "not_finite"), (7, "not_finite")]
     assert NOT_FINITE not in (tmp_path / "out" / "_errors" / "00000.jsonl").read_text()
+
+
+def test_a_window_that_takes_long_is_told_of_in_parts(tmp_path, monkeypatch):
+    """Ten texts a pack, each pack longer than between two looks; in the end every row and token is told once."""
+
+    class Slow(StandIn):
+        num_texts_run = num_tokens_run = 0
+
+        def embed(self, texts, **settings):
+            for start in range(0, len(texts), 10):
+                time.sleep(0.1)
+                self.num_texts_run += len(texts[start : start + 10])
+                self.num_tokens_run += 7
+            return super().embed(texts, **settings)
+
+    monkeypatch.setattr(shard_module, "TELL_EVERY_S", 0.02)
+    (tmp_path / "in.txt").write_text("".join(f"text {i % 40}\n" for i in range(60)))  # a third comes again
+    steps = []
+    run_shard(plan_of(tmp_path / "in.txt"), 0, Slow(), Storage(tmp_path / "out"), on_step=steps.append)
+    assert len(steps) > 2 and all(step.rows >= 0 and step.tokens >= 0 and step.embed_s >= 0 for step in steps)
+    assert sum(step.rows for step in steps) == 60 and sum(step.tokens for step in steps) == 28
+    assert 0 < steps[0].rows < 60 and 0.3 < sum(step.embed_s for step in steps) < 5
+    (last,) = [step for step in steps if step.read_s > 0]
+    assert last is steps[-1] and last.rows >= 20
+    assert not [thread for thread in threading.enumerate() if thread.name == "flashvec-teller"]
 
 
 def test_again_does_nothing_and_the_same_elsewhere(table_file, tmp_path):
