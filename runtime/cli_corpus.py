@@ -105,10 +105,15 @@ def embed(
     if dry_run:
         from flashvec.runtime.corpus.estimate import estimate_job, estimate_lines
 
-        estimate = estimate_job(inputs, model=model, settings=settings, load=load, device=device)
+        first = devices_of(device)[0]
+        estimate = estimate_job(inputs, model=model, settings=settings, load=load, device=first)
         print(json.dumps(asdict(estimate))) if as_json else print("\n".join(estimate_lines(estimate)))
         return
     assert out is not None
+    if engine == "ray" and device is not None:
+        raise typer.BadParameter(
+            "--device names devices of this machine; with --engine ray the cluster gives each its own"
+        )
     with Reporter(as_json) as report:
         result = embed_corpus(
             inputs,
@@ -148,7 +153,9 @@ def embed(
 def embed_shard(
     plan: Annotated[str, typer.Option(help="A job's folder, or the plan.json in it.", show_default=False)],
     shard: Annotated[int | None, typer.Option(help="Default: SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX.")] = None,
-    device: Device = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default the first GPU, else the CPU.")
+    ] = None,
     max_errors: Annotated[int, typer.Option(help="Of this shard; -1: any.", min=-1)] = 1000,
     as_json: Json = False,
 ) -> None:

@@ -1,8 +1,10 @@
 """Are the columns that a job needs in its inputs, and of what type are they: asked before any work."""
 
 import json
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 
@@ -10,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from flashvec.runtime.corpus.readers import open_arrow, open_parquet, read_rows
-from flashvec.runtime.corpus.records import csv_header, read_lines
+from flashvec.runtime.corpus.records import Stream, csv_header, read_lines
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.sources import Source, SourceError
 
@@ -26,10 +28,14 @@ class Inspected:
         schema: columns and types; `OPEN` where only text decides.
         group_rows: rows of each row group (Parquet, Arrow), else none.
         data_start: first byte of the first record (CSV), else 0.
+        is_empty: a file without a byte, which has no columns to be asked for.
     """
 
-    def __init__(self, schema: pa.Schema, group_rows: Sequence[int] = (), data_start: int = 0) -> None:
+    def __init__(
+        self, schema: pa.Schema, group_rows: Sequence[int] = (), data_start: int = 0, is_empty: bool = False
+    ) -> None:
         self.schema, self.group_rows, self.data_start = schema, tuple(group_rows), data_start
+        self.is_empty = is_empty
 
     @property
     def num_rows(self) -> int:
@@ -54,7 +60,7 @@ def resolve_columns(
     Raises:
         SourceError: a column that a file lacks or that is no text, or types that differ between files.
     """
-    filled = [(source, found) for source, found in zip(sources, inspected, strict=True) if source.size]
+    filled = [(source, found) for source, found in zip(sources, inspected, strict=True) if not found.is_empty]
     if not filled:
         raise SourceError(f"{sources[0].uri}: the inputs hold no rows")
     if not settings.text_fields():
@@ -117,8 +123,12 @@ def _inspect(source: Source) -> Inspected:
     if source.format == "arrow":
         with open_arrow(source) as reader:
             return Inspected(reader.schema, [len(reader.get_batch(i)) for i in range(reader.num_record_batches)])
-    if not source.size:
-        return Inspected(pa.schema([]))  # as jobs that write many files leave: no rows, no complaint
+    with closing(Stream(source)) as stream:
+        first = stream.read(2)
+    if not first:  # also of compressed files
+        return Inspected(pa.schema([]), is_empty=True)  # as jobs that write many files leave: no rows, no complaint
+    if first in (BOM_UTF16_LE, BOM_UTF16_BE):
+        raise SourceError(f"{source.uri}: is UTF-16; convert it, as with iconv -f utf-16 -t utf-8")
     if source.format in ("csv", "tsv"):
         names, start = csv_header(source)
         return Inspected(pa.schema([(name, pa.large_string()) for name in names]), data_start=start)

@@ -139,6 +139,9 @@ def embed_corpus(
         if plan is not None:
             again = None if reuse is None else _location(reuse)
             check_resumable(plan, settings, sources, arguments, again, mixed_machines)
+            if unique_ids:
+                spans = ((piece.file, piece.start, piece.stop) for shard in plan.shards for piece in shard.pieces)
+                check_unique_ids(plan.settings, plan.sources, spans)
         else:
             check_empty(storage)
             plan = draft_plan(sources, settings, arguments, unique_ids, reuse, mixed_machines)
@@ -164,6 +167,9 @@ def embed_corpus(
                     done = f"{len(entries)} of {len(plan.shards)} shards are finished"
                     raise Interrupted(f"stopped: {done}; the same command goes on from there") from None
         ordered = [entries[i] for i in sorted(entries)]
+        errors = sum(entry.errors for entry in ordered)
+        if max_errors is not None and errors > max_errors:  # of shards that ran at the same time, or elsewhere
+            raise TooManyErrors(too_many({"in all": errors}, max_errors))
         if not set_aside:
             if storage.read(SUCCESS_FILE) != success_json(ordered):
                 storage.write(SUCCESS_FILE, success_json(ordered))

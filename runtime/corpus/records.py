@@ -4,6 +4,8 @@ Places are bytes of the decompressed file. A record longer than `MAX_RECORD` is 
 """
 
 import csv
+from codecs import BOM_UTF8
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -98,15 +100,27 @@ class _Lines:
 
     def __init__(self, source: Source, start: int) -> None:
         self.records = read_lines(source, start)
-        self.stop, self.too_long = start, False
+        self.stop = start
+        self.taken: list[Record] = []  # by the record that is being read
+        self.waiting: deque[Record] = deque()  # taken by one that was none
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        record = next(self.records)
-        self.stop, self.too_long = record.stop, self.too_long or record.content is None
-        return "\n" if record.content is None else record.content.decode("latin-1") + "\n"
+        record = self.waiting.popleft() if self.waiting else next(self.records)
+        self.taken.append(record)
+        self.stop = record.stop
+        if record.content is None:
+            return "\n"
+        content = record.content.removeprefix(BOM_UTF8) if record.start == 0 else record.content
+        return content.decode("latin-1") + "\n"
+
+    def give_back(self) -> None:
+        """All lines of a broken record but its first: a stray quote must not take what follows it."""
+        self.waiting.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+        self.stop = self.taken[0].stop
 
 
 def read_csv(source: Source, start: int, stop: int | None = None) -> Iterator[Record]:
@@ -117,16 +131,18 @@ def read_csv(source: Source, start: int, stop: int | None = None) -> Iterator[Re
     at = start
     try:
         while stop is None or at < stop:
-            lines.too_long = False
+            lines.taken.clear()
             try:
                 fields: list[bytes] | None = [field.encode("latin-1") for field in next(rows)]
             except StopIteration:
                 return
             except csv.Error:
                 fields = None
+                lines.give_back()
                 rows = csv.reader(lines, delimiter="\t" if source.format == "tsv" else ",", strict=True)
             if fields != []:  # a blank line is no record
-                yield Record(at, lines.stop, None if lines.too_long else b"", fields)
+                is_too_long = any(line.content is None for line in lines.taken)
+                yield Record(at, lines.stop, None if is_too_long else b"", fields)
             at = lines.stop
     finally:
         lines.records.close()  # type: ignore[attr-defined]

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flashvec.runtime.corpus.manifest import SUCCESS_FILE
+from flashvec.runtime.corpus.manifest import SUCCESS_FILE, is_done
 from flashvec.runtime.corpus.plan import ModelFacts, Plan, PlanError, read_plan
 from flashvec.runtime.corpus.settings import JobSettings
-from flashvec.runtime.corpus.storage import Storage
+from flashvec.runtime.corpus.storage import Storage, digest
 from flashvec.runtime.corpus.writers import part_names
 
 SAME = ("instruction", "prompt_name", "max_length", "long", "chunks", "dims", "precision", "normalize")
@@ -86,6 +86,11 @@ class EarlierVectors:
         return known, vectors
 
     def _read_part(self, shard: int) -> np.ndarray:
+        entry, name = is_done(self.storage, shard), part_names(self.plan, shard)[0]
+        facts = next((each for each in entry.files if each.name == name), None) if entry is not None else None
+        with self.storage.open(name) as file:
+            if facts is None or digest(file) != facts.xxh3:
+                raise PlanError(f"reuse: {self.storage.location}: {name} is not as its job wrote it: make it again")
         return part_vectors(self.storage, self.plan, shard)
 
 

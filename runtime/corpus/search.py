@@ -1,5 +1,6 @@
 """Exact nearest neighbours over a job's output, block by block, with nothing but the block and the best in memory."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flashvec.runtime.corpus.manifest import is_done
 from flashvec.runtime.corpus.plan import Plan, PlanError, read_plan
 from flashvec.runtime.corpus.readers import read_rows
 from flashvec.runtime.corpus.reuse import as_matrix, part_vectors
@@ -16,6 +18,8 @@ from flashvec.runtime.corpus.vectors import embed_settings
 from flashvec.runtime.corpus.writers import part_names
 
 BLOCK_ROWS = 16_384
+
+logger = logging.getLogger("flashvec")
 
 
 class Hit(NamedTuple):
@@ -45,6 +49,8 @@ def search_job(storage: Storage, queries: np.ndarray, top: int) -> list[list[tup
     if queries.shape[1] != plan.dim:
         raise ValueError(f"the query has {queries.shape[1]} dimensions, the job's vectors have {plan.dim}")
     unit = _unit(queries)
+    if missing := sum(is_done(storage, shard) is None for shard in range(len(plan.shards))):
+        logger.warning("%d of %d shards are not finished: their rows are not looked at", missing, len(plan.shards))
     scores = np.full((len(queries), 0), 0.0, np.float32)
     places = np.zeros((len(queries), 0, 2), np.int64)
     for shard in range(len(plan.shards)):

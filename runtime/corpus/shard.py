@@ -167,7 +167,8 @@ def _run(
             with closing(ahead(read_windows(plan, plan.shards[shard].pieces))) as windows:
                 for window in windows:
                     read_s, clock = _lap(clock)
-                    with _Telling(encoder, window.num_read, on_step) as told:
+                    countable = window.num_read if plan.settings.long != "chunk" else 0  # a chunk is no row
+                    with _Telling(encoder, countable, on_step) as told:
                         window, hashes, own, counts = vectors.make(window)
                     embed_s, clock = _lap(clock)
                     writing.result()  # at most one window waits to be written

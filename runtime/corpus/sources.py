@@ -96,7 +96,7 @@ def stat_source(uri: str) -> Source:
         FileNotFoundError: there is no such file.
         SourceError: an ending that no format has.
     """
-    format_name, compression = _format(uri.split("?")[0])
+    format_name, compression = _format(uri.split("?")[0] if is_uri(uri) else uri)
     if is_uri(uri):
         filesystem, path = open_uri(uri)
         info = filesystem.get_file_info(path)

@@ -59,6 +59,7 @@ class Staged:
         self.storage, self.name = storage, name
         if storage.root is None:
             handle, path = tempfile.mkstemp(prefix="flashvec-")  # 0600
+            os.unlink(path)  # the handle is all that is used: a process that is stopped leaves nothing
         else:
             place = storage.root / name
             path = str(place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp"))

@@ -22,6 +22,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import IO, Any
 
+import numpy as np
+
 from flashvec.runtime.corpus.plan import ModelFacts, Plan, PlanError, check_same, read_plan
 from flashvec.runtime.corpus.settings import JobSettings, settings_from_dict
 from flashvec.runtime.corpus.shard import Step, run_shard
@@ -55,6 +57,8 @@ class ShardRunner:
         from flashvec.runtime.placement import choose_devices
 
         device = arguments.get("device")
+        if device == "all":
+            raise ValueError("device is 'all', and one shard runs on one device: give cpu, cuda, cuda:1 and so on")
         if device is not None and choose_devices(device)[0].type == "cuda":
             torch.cuda.set_device(device)  # or every worker would also open the first GPU
         encoder = Encoder.load(**arguments)
@@ -73,8 +77,9 @@ class ShardRunner:
             check_same(plan, self.facts)
             known: KnownVectors | None = None
             if plan.reuse is not None:
-                from flashvec.runtime.corpus.reuse import EarlierVectors
+                from flashvec.runtime.corpus.reuse import EarlierVectors, earlier_plan
 
+                earlier_plan(plan.reuse, plan.settings, plan.model)  # it may have been made anew since
                 known = EarlierVectors(plan.reuse)
             self._job = (job, plan, known)
         _, plan, known = self._job
@@ -93,6 +98,9 @@ class ShardRunner:
     def ranges(self, texts: list[str], settings: JobSettings) -> dict[str, Any]:
         """Per dimension minimum and maximum over some texts."""
         vectors, _ = embed_texts(self.encoder, texts, settings)
+        vectors = vectors[np.isfinite(vectors).all(1)]  # a row that is no number is an error of its own, later
+        if len(vectors) < 2:
+            raise ValueError("precision 'int8' measures ranges on a sample, of which fewer than two vectors are finite")
         return {"ranges": [vectors.min(0).tolist(), vectors.max(0).tolist()]}
 
     def speed(self, texts: list[str], settings: JobSettings) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import gzip
 import time
 
 import pyarrow as pa
@@ -56,6 +57,24 @@ def test_json_lines_keys(tmp_path):
         resolve([tmp_path / "a.jsonl"], text_columns=("n",))
     with pytest.raises(SourceError, match="Name it with text_columns; there is title, body"):
         resolve([tmp_path / "a.jsonl"])
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_empty_files_are_no_complaint_also_compressed(ending, tmp_path):
+    texts = {"jsonl": '{"text": "a"}\n', "csv": "text\na\n", "txt": "a\n"}
+    (tmp_path / f"a.{ending}").write_text(texts[ending])
+    (tmp_path / f"b.{ending}.gz").write_bytes(gzip.compress(b""))
+    sources = find_sources([tmp_path])
+    assert len(sources) == 2
+    resolve_columns(JobSettings(), sources, inspect_sources(sources))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_refused_with_the_cure(encoding, tmp_path):
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    (tmp_path / "a.txt").write_bytes((mark + "words\nand more\n").encode(encoding))
+    with pytest.raises(SourceError, match=r"a\.txt: is UTF-16; convert it, as with iconv"):
+        inspect_sources(find_sources([tmp_path / "a.txt"]))
 
 
 def test_unique_ids(tmp_path):

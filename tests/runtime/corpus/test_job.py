@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stand_in import DIM, StandIn, embed_with_stand_in, facts, tree
+from stand_in import DIM, NOT_FINITE, StandIn, embed_with_stand_in, facts, tree
 
 from flashvec.runtime.corpus.job import embed_corpus
 from flashvec.runtime.corpus.local import WorkerError
 from flashvec.runtime.corpus.manifest import check_job
 from flashvec.runtime.corpus.plan import PlanError
+from flashvec.runtime.corpus.shard import TooManyErrors
 from flashvec.runtime.corpus.storage import Storage
 from flashvec.runtime.corpus.worker import ShardRunner
 
@@ -151,6 +152,35 @@ def test_changed_inputs_are_refused(texts_file, tmp_path):
     more = write_jsonl(tmp_path / "more.jsonl", ["x"])
     with pytest.raises(PlanError, match=r"more\.jsonl is new"):
         embed_with_stand_in([texts_file, more], tmp_path / "out", shard_size=30)
+
+
+def test_too_many_errors_stay_too_many_when_all_shards_are_done(tmp_path):
+    """Two workers may both finish within what was left; called again, nothing is left to do."""
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": ""}\n' * 20)
+    embed_with_stand_in(tmp_path / "in.jsonl", tmp_path / "out", shard_size=20, max_errors=30)
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    for limit in (10, 19):
+        with pytest.raises(TooManyErrors, match="20"):
+            embed_with_stand_in(tmp_path / "in.jsonl", tmp_path / "out", shard_size=20, max_errors=limit)
+        assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_ids_are_looked_at_again_where_a_plan_is_there(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 1}\n')
+    embed_with_stand_in(tmp_path / "in.jsonl", tmp_path / "out", id_column="id", plan_only=True)
+    with pytest.raises(ValueError, match="1 of 2 ids are repetitions"):
+        embed_with_stand_in(tmp_path / "in.jsonl", tmp_path / "out", id_column="id", unique_ids=True)
+
+
+def test_ranges_are_those_of_finite_vectors(tmp_path):
+    (tmp_path / "in.txt").write_text(f"one\n{NOT_FINITE}\ntwo\nthree\n")
+    result = embed_with_stand_in(tmp_path / "in.txt", tmp_path / "out", precision="int8")
+    assert (result.rows, result.errors) == (3, 1)
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert np.isfinite(plan["int8_ranges"]).all()
+    (tmp_path / "bad.txt").write_text(f"one\n{NOT_FINITE}\n")
+    with pytest.raises(Exception, match="fewer than two vectors are finite"):
+        embed_with_stand_in(tmp_path / "bad.txt", tmp_path / "bad", precision="int8")
 
 
 def test_planned_here_and_run_elsewhere(texts_file, tmp_path):

@@ -92,6 +92,25 @@ def test_csv_places_and_broken_records(tmp_path):
         assert list(read_records(source, record.start, record.start + 1)) == [record]
 
 
+def test_a_stray_quote_takes_no_row_with_it(tmp_path):
+    source = source_of(
+        tmp_path / "a.csv", b'id,text\n1,"He said\n2,good\n3,also "fine"\n4,ok\n5,"two\nlines"\n6,"open\n7,last\n'
+    )
+    found = list(read_records(source, csv_header(source)[1]))
+    assert [record.fields for record in found] == [
+        None, [b"2", b"good"], [b"3", b'also "fine"'], [b"4", b"ok"], [b"5", b"two\nlines"], None, [b"7", b"last"]
+    ]  # fmt: skip
+    assert [record.stop for record in found[:-1]] == [record.start for record in found[1:]]
+    assert found[-1].stop == source.size
+
+
+def test_a_quoted_header_may_follow_a_mark_of_its_encoding(tmp_path):
+    source = source_of(tmp_path / "a.csv", b'\xef\xbb\xbf"a, b","text"\n1,x\n')
+    names, start = csv_header(source)
+    assert names == ["a, b", "text"]
+    assert [record.fields for record in read_records(source, start)] == [[b"1", b"x"]]
+
+
 def test_csv_header_is_needed(tmp_path):
     with pytest.raises(SourceError, match="no header"):
         csv_header(source_of(tmp_path / "a.csv", b""))

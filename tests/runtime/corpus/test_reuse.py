@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -52,6 +53,24 @@ def test_other_vectors_are_refused(tmp_path):
     (tmp_path / "a" / "_SUCCESS").unlink()
     with pytest.raises(PlanError, match="holds no finished job"):
         embed_with_stand_in(tmp_path / "a.txt", tmp_path / "d", reuse=tmp_path / "a")
+
+
+def test_an_earlier_job_that_was_made_anew_or_is_damaged_is_not_taken_from(tmp_path):
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "old")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "new", reuse=tmp_path / "old", plan_only=True)
+    shutil.rmtree(tmp_path / "old")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "old", instruction="Passage: ")  # meanwhile
+    with pytest.raises(Exception, match="holds other vectors: instruction was 'Passage: ' and is None"):
+        embed_with_stand_in(tmp_path / "a.txt", tmp_path / "new", reuse=tmp_path / "old")
+    shutil.rmtree(tmp_path / "old")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "old", format="npy")
+    (part,) = (tmp_path / "old").glob("part*.npy")
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(Exception, match=r"part-00000\.npy is not as its job wrote it: make it again"):
+        embed_with_stand_in(tmp_path / "a.txt", tmp_path / "new", reuse=tmp_path / "old")
 
 
 def test_find(tmp_path):

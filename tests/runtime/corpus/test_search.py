@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from stand_in import StandIn, embed_with_stand_in
@@ -29,6 +31,16 @@ def test_as_by_hand(texts_file, tmp_path, format, precision):
         np.testing.assert_allclose([s for s, _, _ in hits], np.sort(expected)[::-1][:5], atol=tolerance)
     (best, *_) = describe_hits(Storage(tmp_path / "out"), found[0])
     assert best.text == "row 17" and best.file == str(texts_file) and best.row == sum(len(t) + 1 for t in TEXTS[:17])
+
+
+def test_an_unfinished_job_is_said_to_be_one(texts_file, tmp_path, caplog):
+    embed_with_stand_in(texts_file, tmp_path / "out", shard_size=20)
+    query = StandIn().embed(["x"])
+    search_job(Storage(tmp_path / "out"), query, 3)
+    assert not caplog.text
+    (tmp_path / "out" / "_manifest" / "00000.json").unlink()
+    search_job(Storage(tmp_path / "out"), query, 3)
+    assert re.search(r"1 of \d+ shards are not finished: their rows are not looked at", caplog.text)
 
 
 def test_text_only_while_the_input_is_there(texts_file, tmp_path):

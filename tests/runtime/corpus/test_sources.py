@@ -27,6 +27,14 @@ def test_files_folders_and_globs(folder):
     assert names(find_sources([f"file://{folder}/*.gz"])) == ["a.csv.gz"]
 
 
+def test_a_question_mark_is_part_of_a_local_name(tmp_path):
+    (tmp_path / "faq?").mkdir()
+    for name in ("Who am I?.txt", "faq?/a.jsonl"):
+        (tmp_path / name).write_text("x")
+    assert [source.format for source in find_sources([tmp_path])] == ["text", "jsonl"]
+    assert find_sources([tmp_path / "Who am I?.txt"])[0].format == "text"
+
+
 def test_refused(folder):
     with pytest.raises(SourceError, match="no input file there"):
         find_sources([folder / "missing"])
