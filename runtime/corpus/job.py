@@ -280,7 +280,7 @@ def _done(storage: Storage, plan: Plan, shard: int) -> Entry | None:
 
 def _result(plan: Plan, storage: Storage, entries: list[Entry], set_aside: tuple[int, ...]) -> Result:
     changes = None
-    if plan.reuse is not None and len(entries) == len(plan.shards):
+    if plan.reuse is not None and len(entries) == len(plan.shards) and read_plan(Storage(plan.reuse)) is not None:
         from flashvec.runtime.corpus.reuse import find_changes
 
         changes = find_changes(Storage(plan.reuse), storage)

@@ -1,5 +1,8 @@
 """What can be wrong with a job, found before any work: another job's folder, inputs in the way, no space."""
 
+import fnmatch
+import glob
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +17,7 @@ from flashvec.runtime.corpus.sources import Source
 from flashvec.runtime.corpus.storage import Storage, is_uri
 
 LOCK_FILE = "_lock"
+OWN_FILES = ("part-00000.parquet", "part-00000.ids.parquet", f"{ERRORS}/00000.jsonl")  # of a job, that inputs may be
 
 
 def check_resumable(
@@ -60,12 +64,28 @@ def check_apart(given: Sequence[str | Path], sources: Sequence[Source], storage:
     else:
         root = storage.root.resolve()
         within = [s.uri for s in sources if not is_uri(s.uri) and Path(s.uri).resolve().is_relative_to(root)]
-        folders = [Path(str(g).split("*")[0]).expanduser().resolve() for g in given if not is_uri(str(g))]
-        around = [str(folder) for folder in folders if folder.is_dir() and root.is_relative_to(folder)]
+        around = [str(g) for g in given if not is_uri(str(g)) and _would_take(Path(g).expanduser(), root)]
     if within:
         raise ValueError(f"out is {storage.location}, and the input {within[0]} lies in it: give a folder of its own")
     if around:
         raise ValueError(f"out is {storage.location}, inside the input {around[0]}: its parts would become inputs")
+
+
+def _would_take(given: Path, out: Path) -> bool:
+    """Does an input, a folder or a glob, name files that a job writes into `out`?"""
+    if given.is_dir():
+        return out.is_relative_to(given.resolve())
+    fixed = Path(*itertools.takewhile(lambda part: "**" not in part, given.parts))
+    if fixed != given:  # files of any depth below it
+        while glob.has_magic(str(fixed)):
+            fixed = fixed.parent
+        return out.is_relative_to(fixed.resolve())
+    wanted = given.absolute().parts
+    for name in OWN_FILES:
+        written = (out / name).parts
+        if len(written) == len(wanted) and all(map(fnmatch.fnmatchcase, written, wanted)):
+            return True
+    return False
 
 
 def check_empty(storage: Storage) -> None:

@@ -3,6 +3,8 @@
 import fcntl
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from stand_in import embed_with_stand_in
 
@@ -20,10 +22,19 @@ def texts_file(tmp_path):
 def test_output_among_inputs(texts_file, tmp_path):
     with pytest.raises(ValueError, match="lies in it"):
         embed_with_stand_in(texts_file, tmp_path / "in")
-    for given in (tmp_path / "in", f"{tmp_path}/in/*.txt"):
+    for given in (tmp_path / "in", f"{tmp_path}/in/**/*.txt", f"{tmp_path}/**", f"{tmp_path}/in/*/*.parquet"):
+        if "parquet" in str(given):
+            (tmp_path / "in" / "older").mkdir()
+            pq.write_table(pa.table({"text": ["a"]}), tmp_path / "in" / "older" / "a.parquet")
         with pytest.raises(ValueError, match="its parts would become inputs"):
             embed_with_stand_in(given, tmp_path / "in" / "out")
     assert not (tmp_path / "in" / "out").exists()
+
+
+def test_output_beside_inputs_that_a_glob_names(texts_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "in")
+    for given in ("*.txt", f"{tmp_path}/in/*.txt"):
+        assert embed_with_stand_in(given, tmp_path / "in" / "out").rows == 2
 
 
 def test_a_folder_with_other_things(texts_file, tmp_path):

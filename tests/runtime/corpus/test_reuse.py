@@ -73,6 +73,15 @@ def test_an_earlier_job_that_was_made_anew_or_is_damaged_is_not_taken_from(tmp_p
         embed_with_stand_in(tmp_path / "a.txt", tmp_path / "new", reuse=tmp_path / "old")
 
 
+def test_a_finished_job_is_left_alone_where_the_earlier_one_is_gone(tmp_path):
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "old")
+    assert embed_with_stand_in(tmp_path / "a.txt", tmp_path / "new", reuse=tmp_path / "old").changes == (0, 0, 0)
+    shutil.rmtree(tmp_path / "old")
+    again = embed_with_stand_in(tmp_path / "a.txt", tmp_path / "new", reuse=tmp_path / "old")
+    assert again.changes is None and again.rows == 2
+
+
 def test_find(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{i}\n" for i in range(50)))
     embed_with_stand_in(tmp_path / "a.txt", tmp_path / "a", shard_size=8)
