@@ -18,8 +18,7 @@ out modules.json instead, and the folder opens with this package only.
 """
 
 import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from flashvec.runtime.checkpoint.hf_config import hf_config
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
-from flashvec.runtime.checkpoint.safetensors_files import INDEX_FILE, WEIGHTS_FILE
+from flashvec.runtime.checkpoint.placing import target_folder, write_among_others, write_whole
 from flashvec.runtime.checkpoint.saved import SPEC_FILE, dense_folder
 from flashvec.runtime.checkpoint.sentence_transformers import (
     ACTIVATIONS,
@@ -51,8 +50,6 @@ SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = (torch.float16, torch.bfloat16, torch.float32)  # later: wider, for config.json's dtype
 MODULE_TYPES = "sentence_transformers.models."
-# Of a model written before into the same folder: beside files of the new one they would be read as its own.
-REPLACED_FILES = (WEIGHTS_FILE, INDEX_FILE, MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILE)
 PROMPT_NOTICE = (
     "with a prompt, sentence-transformers leaves out as many tokens as the prompt has alone, this package "
     "the tokens "
@@ -95,7 +92,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
     path = resolve(model, revision, local_files_only)
-    target = _target(folder, overwrite, path)
+    target = target_folder(folder, overwrite, path)
     checkpoint = open_checkpoint(path, overrides or Overrides(), tuple(map(str, adapters)), local_files_only)
     spec, notices = checkpoint.spec, list(checkpoint.notices)
     if rules := unheld_rules(spec, bool(checkpoint.tokenizer.prefix_ids)):
@@ -116,7 +113,7 @@ def convert(
         _write_modules(into, spec)
 
     try:
-        _write_whole(target, write)
+        write_whole(target, write)
     finally:
         checkpoint.source.close()
     return notices
@@ -152,9 +149,9 @@ def save(
             _write_modules(into, spec)
 
     if among_others:
-        _write_among_others(Path(folder).expanduser(), write)
+        write_among_others(Path(folder).expanduser(), write)
     else:
-        _write_whole(_target(folder, overwrite), write)
+        write_whole(target_folder(folder, overwrite), write)
     if not rules:
         return []
     return [f"opens with this package only, because a sentence-transformers folder cannot hold: {'; '.join(rules)}"]
@@ -427,49 +424,3 @@ def _write_modules(folder: Path, spec: ModelSpec) -> None:
 
 def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _target(folder: str | Path, overwrite: bool, source: Path | None = None) -> Path:
-    """The folder to write, if it may be written."""
-    target = Path(folder).expanduser().resolve()
-    if source is not None and target == source.resolve():
-        raise ValueError(f"{folder}: is the model's own folder; write to another")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        if not overwrite:
-            raise ValueError(f"{folder}: exists and is not empty; choose another folder, or overwrite=True")
-        if not any((target / name).is_file() for name in ("config.json", SPEC_FILE)):
-            raise ValueError(f"{folder}: is not a model folder, so it is not replaced; choose another")
-    return target
-
-
-def _write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Write into a folder beside the target, then put it in its place: nobody ever sees half a model."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
-        new, old = Path(beside) / "new", Path(beside) / "old"
-        new.mkdir()
-        write(new)
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-
-
-def _write_among_others(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a whole model into a folder inside this one, then move its files here; nothing else here is touched."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".flashvec.", dir=folder) as inside:
-        new = Path(inside)
-        write(new)
-        for name in REPLACED_FILES:
-            (folder / name).unlink(missing_ok=True)
-        for path in sorted(new.rglob("*")):
-            target = folder / path.relative_to(new)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                path.replace(target)

@@ -1,0 +1,58 @@
+"""Where a written model comes to lie: in a folder of its own, whole or not at all, or among other files."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from flashvec.runtime.checkpoint.safetensors_files import INDEX_FILE, WEIGHTS_FILE
+from flashvec.runtime.checkpoint.saved import SPEC_FILE
+from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILE
+
+# Of a model written before into the same folder: beside files of the new one they would be read as its own.
+REPLACED_FILES = (WEIGHTS_FILE, INDEX_FILE, MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILE)
+
+
+def target_folder(folder: str | Path, overwrite: bool, source: Path | None = None) -> Path:
+    """The folder to write, if it may be written."""
+    target = Path(folder).expanduser().resolve()
+    if source is not None and target == source.resolve():
+        raise ValueError(f"{folder}: is the model's own folder; write to another")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if not overwrite:
+            raise ValueError(f"{folder}: exists and is not empty; choose another folder, or overwrite=True")
+        if not any((target / name).is_file() for name in ("config.json", SPEC_FILE)):
+            raise ValueError(f"{folder}: is not a model folder, so it is not replaced; choose another")
+    return target
+
+
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Write into a folder beside the target, then put it in its place: nobody ever sees half a model."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
+        new, old = Path(beside) / "new", Path(beside) / "old"
+        new.mkdir()
+        write(new)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+
+
+def write_among_others(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a whole model into a folder inside this one, then move its files here; nothing else here is touched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".flashvec.", dir=folder) as inside:
+        new = Path(inside)
+        write(new)
+        for name in REPLACED_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(new.rglob("*")):
+            target = folder / path.relative_to(new)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
