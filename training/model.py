@@ -17,7 +17,7 @@ from torch import Tensor
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime.checkpoint.chain import adapter_chain
 from flashvec.runtime.checkpoint.hf import read_config, read_object
-from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE, llm2vec_spec
+from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE, llm2vec_spec, mntp_name
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.checkpoint.peft import read_adapter_config
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
@@ -225,9 +225,11 @@ def states_rules(folder: Path) -> bool:
 def _check_named(config: TrainConfig) -> None:
     """Of several adapters the new one names the last alone: that one must name those below it."""
     for below, above in pairwise(config.adapters):
-        folder = Path(above).expanduser()
+        folder = resolve(above)
         stated = read_adapter_config(folder).get("base_model_name_or_path")
-        if base_part(stated, folder) != base_part(below, Path()):
+        # LLM2Vec's second adapters name the raw base, and the one below them by their own name.
+        named = {base_part(stated, folder), mntp_name(base_part(above, Path()))}
+        if base_part(below, Path()) not in named:
             raise ConfigError(
                 f"adapters: {above} is of base {stated!r}, not of {below}, which would be lost: an adapter names one "
                 "folder below it; merge them first (Encoder.load(model, adapters=[...]).save(folder))"
