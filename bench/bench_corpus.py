@@ -90,7 +90,8 @@ def measure_overhead(
         layers: the first of the model's; default all.
     """
     from flashvec.bench.timing import spread, take_turns
-    from flashvec.runtime.encoder import Encoder, TruncationWarning
+    from flashvec.runtime.encoder import Encoder
+    from flashvec.runtime.texts import TruncationWarning
 
     encoder = Encoder.load(model, layers=layers)
     settings = JobSettings(max_length=max_length)
@@ -168,7 +169,8 @@ def measure_memory(num_rows: int) -> dict[str, Any]:
 
 def measure_model_memory(model: str, texts: Path, num_rows: int, max_length: int, layers: int | None) -> dict[str, Any]:
     """Peak memory of this process over a shard with a real model, and its weights' bytes; in a process of its own."""
-    from flashvec.runtime.encoder import Encoder, TruncationWarning
+    from flashvec.runtime.encoder import Encoder
+    from flashvec.runtime.texts import TruncationWarning
 
     warnings.simplefilter("ignore", TruncationWarning)
     encoder = Encoder.load(model, layers=layers)

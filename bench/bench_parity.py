@@ -21,9 +21,8 @@ from flashvec.bench.rows import groups
 from flashvec.bench.timing import RESULTS, append_rows
 
 ROOT = RESULTS.parents[1]
-TESTS = [
-    f"tests/runtime/test_{name}.py" for name in ("families", "encoder", "sentence_transformers", "llm2vec", "export")
-]
+COMPARING = ("families", "encoder", "sentence_transformers", "llm2vec", "export", "save")
+TESTS = [f"tests/runtime/test_{name}.py" for name in COMPARING]
 
 
 def rows_of(notes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

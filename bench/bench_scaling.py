@@ -21,7 +21,8 @@ import torch
 from flashvec.bench.gpu_models import CONFIGS, random_model
 from flashvec.bench.lengths import Texts
 from flashvec.bench.timing import append_rows, interleave, run_name, spread
-from flashvec.runtime.encoder import Encoder, TruncationWarning
+from flashvec.runtime.encoder import Encoder
+from flashvec.runtime.texts import TruncationWarning
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of every text
 COUNTS = (1, 4, 16, 64, 256)  # sentences in a call

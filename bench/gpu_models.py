@@ -112,7 +112,7 @@ class _ShapesOnly(DecoderLoader):
     def _read(
         self, names: list[str], rows: list[int], columns: int | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        self.unread -= set(names)
+        self.checked.untaken -= set(names)
         tail = () if columns is None else (columns,)
         return torch.empty(sum(rows), *tail, dtype=dtype or self.dtype, device="meta")
 

@@ -37,11 +37,11 @@ def serve(
 
     Example: `flashvec serve ./smollm2-encoder --port 8000`
     """
-    from flashvec.runtime.encoder import Encoder, TruncationWarning
+    from flashvec.runtime.encoder import Encoder
     from flashvec.runtime.serve.app import create_app  # names what is to be installed
     from flashvec.runtime.serve.body import Limits
     from flashvec.runtime.serve.listen import listen
-    from flashvec.runtime.texts import TextWarning
+    from flashvec.runtime.texts import TextWarning, TruncationWarning
 
     key = os.environ.get(KEY) or None
     if key is None and host not in LOOPBACK:

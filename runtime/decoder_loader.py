@@ -1,12 +1,12 @@
 """Reads a decoder's weights from a checkpoint, and checks everything it reads."""
 
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from flashvec.runtime.checkpoint.source import CheckpointError, TensorSource
+from flashvec.runtime.checkpoint.source import TensorSource
+from flashvec.runtime.checkpoint.tensors import CheckedTensors
 from flashvec.runtime.decoder import Decoder, Layer
 from flashvec.runtime.spec import DecoderSpec
 
@@ -14,14 +14,9 @@ from flashvec.runtime.spec import DecoderSpec
 class DecoderLoader:
     """Reads a decoder's tensors from a source, merges what one product reads, and checks everything it reads."""
 
-    IGNORED = ("lm_head.weight", "lm_head.bias")  # the language-model head: an encoder has no use for it
-    IGNORED_ENDINGS = ("rotary_emb.inv_freq",)  # recomputed; old checkpoints carry it
-
     def __init__(self, spec: DecoderSpec, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.source, self.dtype, self.device = spec, source, dtype, device
-        self.unread = {
-            name for name in source.names() if name not in self.IGNORED and not name.endswith(self.IGNORED_ENDINGS)
-        }
+        self.checked = CheckedTensors(spec, source)
 
     def load(self, num_layers: int | None = None, each: Callable[[int, Layer], Layer] | None = None) -> Decoder:
         """Read the whole decoder, or its first `num_layers` layers.
@@ -41,14 +36,9 @@ class DecoderLoader:
             layer = self._layer(f"layers.{i}.")
             layers.append(layer if each is None else each(i, layer))
         for i in range(keep, spec.num_layers):
-            self.unread = {name for name in self.unread if not name.startswith(f"layers.{i}.")}
+            self.checked.leave(f"layers.{i}.")
         self.source.close()
-        if self.unread:
-            shown = ", ".join(sorted(self.unread)[:5])
-            raise CheckpointError(
-                f"{len(self.unread)} tensors fit nowhere in a {spec.family} decoder of {spec.num_layers} layers: "
-                f"{shown}; config.json and weights do not belong together"
-            )
+        self.checked.check_all_taken()
         return Decoder(spec, embedding_VD, layers, norm_D)
 
     def _layer(self, at: str) -> Layer:
@@ -88,31 +78,7 @@ class DecoderLoader:
         tail = () if columns is None else (columns,)
         merged = torch.empty(sum(rows), *tail, dtype=dtype or self.dtype, device=self.device)
         for name, part in zip(names, merged.split(rows), strict=True):
-            if name not in self.unread:
-                raise CheckpointError(
-                    f"{self.source.place(name)}: tensor {name} is missing; the checkpoint is incomplete (fetch it "
-                    "again), or config.json is another family's"
-                )
-            if self.source.shape(name) != tuple(part.shape):
-                raise CheckpointError(
-                    f"{self.source.place(name)}: tensor {name} has shape {self.source.shape(name)}, config.json asks "
-                    f"for {tuple(part.shape)}; they do not belong together"
-                )
+            self.checked.take(name, tuple(part.shape))
             part.copy_(self.source.read(name))
-            self.unread.discard(name)
-            if part.numel() and not all(torch.isfinite(x) for x in torch.aminmax(part)):
-                self._name_infinite(name, part.dtype)
+            self.checked.check_finite(name, part)
         return merged
-
-    def _name_infinite(self, name: str, dtype: torch.dtype) -> NoReturn:
-        """Is the file damaged, or is one of its numbers more than the dtype holds?"""
-        stored = self.source.read(name)
-        if bool(torch.isfinite(stored).all()):
-            raise ValueError(
-                f"{self.source.place(name)}: tensor {name} holds values up to {float(stored.abs().max()):g}, more than "
-                f"{dtype} can: choose another dtype"
-            )
-        raise CheckpointError(
-            f"{self.source.place(name)}: tensor {name} holds NaN or infinity (as {dtype}); the file is damaged: fetch "
-            "or train it again"
-        )

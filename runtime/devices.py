@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from flashvec.runtime.decoder import Decoder
-from flashvec.runtime.encoder import Encoder, TruncationWarning
+from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.engine import default_budget
 from flashvec.runtime.non_finite import NonFiniteWarning
 from flashvec.runtime.parts import SpanVectors, TokenVectors
 from flashvec.runtime.progress import Progress
 from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.texts import TruncationWarning
 from flashvec.runtime.windows import WINDOW, RunSettings
 from flashvec.runtime.worker_pool import Chunk, Notes, WorkerPool
 

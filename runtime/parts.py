@@ -1,6 +1,6 @@
 """Vectors of parts of texts: tokens, words, spans."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any, NamedTuple
 
@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from flashvec.runtime import prepare
-from flashvec.runtime.pooling import DenseHead
 from flashvec.runtime.program import embedding_program
-from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.text_runner import Instruction, TextRunner
 from flashvec.runtime.texts import as_texts
 from flashvec.runtime.windows import Done, RunSettings, run_settings
-
-Instruction = str | Sequence[str] | None
 
 # Ends of messages: what an argument should have looked like.
 WORDS = "as in [['A', 'text'], ['Another', 'one']]"
@@ -38,13 +35,8 @@ class SpanVectors(NamedTuple):
     tokens: list[TokenVectors]
 
 
-class PartVectors:
+class PartVectors(TextRunner):
     """`Encoder`'s methods that look inside a text."""
-
-    spec: ModelSpec
-    heads: list[DenseHead]
-    _instructions: Callable[..., list[str] | None]
-    _run: Callable[..., Iterator[Done]]
 
     def embed_tokens(
         self,

@@ -17,6 +17,18 @@ class TextWarning(UserWarning):
     """Texts were changed before embedding; the message says how many and how."""
 
 
+class TruncationWarning(UserWarning):
+    """Texts were longer than `max_length`; the message says how many, and so does `num_texts`."""
+
+    num_texts = 0
+
+    @classmethod
+    def of(cls, num_texts: int, num_all: int, limit: int) -> "TruncationWarning":
+        warning = cls(f"{num_texts} of {num_all} texts were longer than max_length={limit} tokens and were cut")
+        warning.num_texts = num_texts
+        return warning
+
+
 def as_texts(texts: Any, argument: str = "texts", first: int = 0) -> tuple[list[str], bool]:
     """Turn what a caller gave into a list of plain `str`.
 

@@ -52,6 +52,24 @@ def interpreted(device: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, for tests that do not change it."""
+    from tiny_models import tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_checkpoint(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def enc(folder: Path) -> Any:
+    """The encoder of `folder`, for tests that do not change it."""
+    from flashvec import Encoder
+
+    return Encoder.load(folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
 def prompted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that sentence-transformers opens too, with prompts for queries and documents."""
     from tiny_models import tiny_checkpoint

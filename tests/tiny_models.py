@@ -158,3 +158,17 @@ def tiny_adapter(model: transformers.PreTrainedModel, folder: Path, **config: An
 def unit(vectors: Any) -> torch.Tensor:
     """Rows at unit length, fp32."""
     return torch.nn.functional.normalize(torch.as_tensor(vectors, dtype=torch.float32), dim=-1)
+
+
+def hugging_face_states(folder: Path, text: str, is_causal: bool = False, **config: Any) -> Any:
+    """Final states fp32 [tokens, D] of one text, by transformers' own model of a folder.
+
+    Args:
+        config: keys of the configuration to change.
+    """
+    hf_config = transformers.AutoConfig.from_pretrained(folder, **config)
+    hf_config.is_causal = is_causal
+    model = transformers.AutoModel.from_pretrained(folder, config=hf_config).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        return model(ids).last_hidden_state[0]

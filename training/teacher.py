@@ -39,7 +39,8 @@ from torch import Tensor
 from flashvec.runtime.checkpoint.open import resolve
 from flashvec.runtime.checkpoint.peft import read_adapter_config
 from flashvec.runtime.decoder import Decoder
-from flashvec.runtime.encoder import Encoder, TruncationWarning
+from flashvec.runtime.encoder import Encoder
+from flashvec.runtime.texts import TruncationWarning
 from flashvec.training.adapter import base_part
 from flashvec.training.config import ConfigError, DistillConfig
 from flashvec.training.distributed import World

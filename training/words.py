@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashvec.runtime.encoder import TruncationWarning
 from flashvec.runtime.progress import Progress
+from flashvec.runtime.texts import TruncationWarning
 from flashvec.training.data import DataError
 from flashvec.training.entities import entity_scores
 from flashvec.training.probe import MAX_EPOCHS, fit_probe

@@ -38,9 +38,7 @@ from flashvec.runtime.checkpoint.sentence_transformers import (
     SETTINGS_FILE,
     TRANSFORMER_FILE,
 )
-from flashvec.runtime.checkpoint.source import CheckpointError
-from flashvec.runtime.decoder import Decoder
-from flashvec.runtime.decoder_loader import DecoderLoader
+from flashvec.runtime.checkpoint.tensors import CheckedTensors, decoder_shapes, decoder_tensors
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -206,113 +204,19 @@ def _includes_prompt(spec: ModelSpec) -> bool:
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def decoder_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """A decoder's weights under Hugging Face's names, as `DecoderLoader` reads them."""
-    spec = decoder.spec
-    query_rows, kv_rows = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
-    after_attention, before_mlp = "post_attention_layernorm", "pre_feedforward_layernorm"
-    if not spec.post_norms:
-        before_mlp = after_attention
-    yield "embed_tokens.weight", decoder.embedding_VD
-    for i, layer in enumerate(decoder.layers):
-        found: dict[str, Tensor | None] = {
-            "input_layernorm.weight": layer.attention_norm,
-            f"{before_mlp}.weight": layer.mlp_norm,
-            "self_attn.q_norm.weight": layer.query_norm,
-            "self_attn.k_norm.weight": layer.key_norm,
-            "self_attn.o_proj.weight": layer.out,
-            "self_attn.o_proj.bias": layer.out_bias,
-            "mlp.down_proj.weight": layer.down,
-            "mlp.down_proj.bias": layer.down_bias,
-        }
-        if spec.post_norms:
-            found[f"{after_attention}.weight"] = layer.attention_post_norm
-            found["post_feedforward_layernorm.weight"] = layer.mlp_post_norm
-        for kind, qkv, gate_up in (
-            ("weight", layer.qkv, layer.gate_up),
-            ("bias", layer.qkv_bias, layer.gate_up_bias),
-        ):
-            if qkv is not None:
-                parts = qkv.split([query_rows, kv_rows, kv_rows])
-                found |= {f"self_attn.{x}_proj.{kind}": part for x, part in zip("qkv", parts, strict=True)}
-            if gate_up is not None:
-                parts = gate_up.split([spec.mlp_size, spec.mlp_size])
-                found |= {f"mlp.{x}_proj.{kind}": part for x, part in zip(("gate", "up"), parts, strict=True)}
-        yield from ((f"layers.{i}.{name}", tensor) for name, tensor in found.items() if tensor is not None)
-    yield "norm.weight", decoder.norm_D
-
-
-def decoder_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor a decoder has under Hugging Face's names, and its shape."""
-    D, F, K = spec.hidden_size, spec.mlp_size, spec.head_size
-    rows = {"q": spec.num_heads * K, "k": spec.num_kv_heads * K, "v": spec.num_kv_heads * K}
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (D,),
-        "post_attention_layernorm.weight": (D,),
-        "self_attn.o_proj.weight": (D, rows["q"]),
-        "mlp.gate_proj.weight": (F, D),
-        "mlp.up_proj.weight": (F, D),
-        "mlp.down_proj.weight": (D, F),
-    }
-    layer |= {f"self_attn.{x}_proj.weight": (n, D) for x, n in rows.items()}
-    if spec.qkv_bias:
-        layer |= {f"self_attn.{x}_proj.bias": (n,) for x, n in rows.items()}
-    if spec.out_bias:
-        layer["self_attn.o_proj.bias"] = (D,)
-    if spec.mlp_bias:
-        layer |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,), "mlp.down_proj.bias": (D,)}
-    if spec.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (K,), "self_attn.k_norm.weight": (K,)}
-    if spec.post_norms:
-        layer |= {"pre_feedforward_layernorm.weight": (D,), "post_feedforward_layernorm.weight": (D,)}
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (spec.vocab_size, D)}
-    for i in range(spec.num_layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes | {"norm.weight": (D,)}
-
-
 def _stored_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint in the dtype it will be stored in; what `DecoderLoader` refuses is refused here."""
-    source, spec = checkpoint.source, checkpoint.spec.decoder
-    shapes = decoder_shapes(spec)
-    unread = DecoderLoader(spec, source, torch.float32, torch.device("cpu")).unread
+    """Every tensor of a checkpoint in the dtype it will be stored in; what loading refuses is refused here."""
+    shapes = decoder_shapes(checkpoint.spec.decoder)
+    checked = CheckedTensors(checkpoint.spec.decoder, checkpoint.source)
     for name, shape in shapes.items():  # before the first is read: a model is written for minutes
-        if name not in unread:
-            raise CheckpointError(
-                f"{source.place(name)}: tensor {name} is missing; the checkpoint is incomplete (fetch it again), or "
-                "config.json is another family's"
-            )
-        if source.shape(name) != shape:
-            raise CheckpointError(
-                f"{source.place(name)}: tensor {name} has shape {source.shape(name)}, config.json asks for {shape}; "
-                "they do not belong together"
-            )
-        unread.discard(name)
-    if unread:
-        raise CheckpointError(
-            f"{len(unread)} tensors fit nowhere in a {spec.family} decoder of {spec.num_layers} layers: "
-            f"{', '.join(sorted(unread)[:5])}; config.json and weights do not belong together"
-        )
+        checked.take(name, shape)
+    checked.check_all_taken()
     for name in shapes:
-        tensor = source.read(name)
-        if not _is_finite(tensor):
-            raise CheckpointError(
-                f"{source.place(name)}: tensor {name} holds NaN or infinity (as {tensor.dtype}); the file is damaged: "
-                "fetch or train it again"
-            )
+        stored = checkpoint.source.read(name)
         if dtype is not None and not name.endswith("norm.weight"):  # norms run in fp32 whatever the matrices are
-            stored = tensor.to(dtype)
-            if not _is_finite(stored):
-                raise ValueError(
-                    f"{source.place(name)}: tensor {name} holds values up to {float(tensor.abs().max()):g}, more than "
-                    f"{dtype} can: choose another dtype"
-                )
-            tensor = stored
-        yield name, tensor
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return all(bool(torch.isfinite(x)) for x in torch.aminmax(tensor))
+            stored = stored.to(dtype)
+        checked.check_finite(name, stored)
+        yield name, stored
 
 
 def _cut_layers(spec: DecoderSpec) -> DecoderSpec:

@@ -22,7 +22,7 @@ from tiny_models import TEXTS, tiny_checkpoint
 from flashvec import Encoder
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.devices import SpreadEncoder, share_out
-from flashvec.runtime.encoder import TruncationWarning
+from flashvec.runtime.texts import TruncationWarning
 
 MANY = [" ".join(TEXTS[(i * 7 + j) % 8] for j in range(i % 9 + 1)) for i in range(150)]
 

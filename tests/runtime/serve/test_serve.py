@@ -192,7 +192,7 @@ class Watched:
         return self.backend.encode_batch_fast(texts, **settings)
 
 
-@pytest.mark.filterwarnings("ignore::flashvec.runtime.encoder.TruncationWarning")
+@pytest.mark.filterwarnings("ignore::flashvec.runtime.texts.TruncationWarning")
 @pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize("words", [2_000, 200_000])
 def test_a_long_text_is_read_no_further_than_its_end_in_tokens(enc, monkeypatch, truncate, words):
@@ -344,7 +344,7 @@ def test_health_and_metrics_ask_for_no_key(server, client):
     assert refused(httpx.get(f"{server.url}/v1/models"), 401)
 
 
-@pytest.mark.filterwarnings("ignore::flashvec.runtime.encoder.TruncationWarning")
+@pytest.mark.filterwarnings("ignore::flashvec.runtime.texts.TruncationWarning")
 def test_cut_where_told_to(enc):
     with Server(create_app(enc, name="tiny", truncate=True)) as server:
         answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": "word " * 500})
