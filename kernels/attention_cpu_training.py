@@ -9,18 +9,20 @@ Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size; 
 tokens, m = their queries of this block. Rows of a block's matrices run over a kv head's query heads, then over queries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashvec.kernels.attention_cpu import Reach, visible
-from flashvec.kernels.dropout import Dropout, drop_cpu, fold_reference
+from flashvec.kernels.dropout import Dropout, draws_cpu, drop_cpu, fold_reference
 from flashvec.kernels.schedule import Schedule
 
 BLOCK_SCORES = 1 << 22  # elements of a block of scores: 16 MB of fp32, several of which live at once
+RUN_BLOCKS = 1 << 15  # blocks of 64 probabilities that are drawn for at once: 8 MB
 
 
 class _Settings(NamedTuple):
@@ -72,11 +74,11 @@ class _Attention(torch.autograd.Function):
         ctx.schedule, ctx.settings = schedule, settings
         out_THK = q_THK.new_empty(q_THK.shape)
         out_THK[schedule.num_tokens :] = 0
-        for block in _blocks(schedule, q_THK.shape[1]):
+        for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], settings.dropout):
             q, k, v = _queries(block, q_THK, k_TGK.shape[1]), _keys(block, k_TGK), _keys(block, v_TGK)
             p, _ = _probabilities(block, q, k, settings)
-            if settings.dropout is not None:
-                _drop(block, schedule, settings.dropout, q_THK.shape[1], [p])
+            if draws is not None:
+                _drop(p, draws, settings, out=p)
             _put_queries(block, out_THK, torch.bmm(p, v), 1.0 if settings.dropout is None else settings.dropout.scale)
         return out_THK
 
@@ -85,22 +87,21 @@ class _Attention(torch.autograd.Function):
         (dout_THK,) = grads
         q_THK, k_TGK, v_TGK = ctx.saved_tensors
         schedule, settings = ctx.schedule, ctx.settings
-        dropout, scale = settings.dropout, settings.scale
+        kept_scale = 1.0 if settings.dropout is None else settings.dropout.scale
+        scale = settings.scale * kept_scale  # scores' gradients are linear in the probabilities' ones
         dq_THK, dk_TGK, dv_TGK = (x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
         for x in (dq_THK, dk_TGK, dv_TGK):
             x[schedule.num_tokens :] = 0
         dk = dv = None
-        for block in _blocks(schedule, q_THK.shape[1]):
+        for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], settings.dropout):
             q, k, v = _queries(block, q_THK, k_TGK.shape[1]), _keys(block, k_TGK), _keys(block, v_TGK)
             dout = _queries(block, dout_THK, k_TGK.shape[1])
             p, slope = _probabilities(block, q, k, settings)
             dp = torch.bmm(dout, v.transpose(1, 2))
             thinned = p
-            if dropout is not None:
-                thinned = torch.empty_like(p)
-                _drop(block, schedule, dropout, q_THK.shape[1], [p, dp], [thinned, dp])
-                thinned.mul_(dropout.scale)
-                dp.mul_(dropout.scale)
+            if draws is not None:
+                thinned = _drop(p, draws, settings, out=torch.empty_like(p))
+                _drop(dp, draws, settings, out=dp)
             ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
             if slope is not None:
                 ds.mul_(slope)
@@ -110,7 +111,7 @@ class _Attention(torch.autograd.Function):
             _put_queries(block, dq_THK, torch.bmm(ds, k), scale)
             if is_last:
                 _put_keys(block, dk_TGK, dk.mul_(scale))
-                _put_keys(block, dv_TGK, dv)
+                _put_keys(block, dv_TGK, dv if kept_scale == 1.0 else dv.mul_(kept_scale))
         return dq_THK, dk_TGK, dv_TGK, None, None
 
 
@@ -166,22 +167,65 @@ def _probabilities(block: _Block, q: Tensor, k: Tensor, settings: _Settings) -> 
     return torch.softmax(scores, -1), slope
 
 
-def _drop(
-    block: _Block,
-    schedule: Schedule,
-    dropout: Dropout,
-    num_heads: int,
-    sources: list[Tensor],
-    outs: list[Tensor] | None = None,
-) -> None:
-    """Clear what is dropped, in place or into `outs`: rows are named by sequence, head and query."""
+# --- dropout ------------------------------------------------------------------------------------------
+
+
+def _drop(p: Tensor, draws: Tensor, settings: _Settings, out: Tensor) -> Tensor:
+    assert settings.dropout is not None
+    drop_cpu(p.view(draws.shape), draws, settings.dropout.threshold, out=out.view(draws.shape))
+    return out
+
+
+def _blocks_and_draws(
+    schedule: Schedule, num_heads: int, dropout: Dropout | None
+) -> Iterator[tuple[_Block, Tensor | None]]:
+    """Every block with what decides over its probabilities, int32 [c, H, m, n], if some are dropped.
+
+    Neighbouring blocks draw together: of short texts a block alone has less to draw than the calls cost.
+    """
+    blocks = _blocks(schedule, num_heads)
+    if dropout is None:
+        yield from ((block, None) for block in blocks)
+        return
     assert schedule.identities is not None
     identities = schedule.identities
     if min(schedule.lengths) == 0:
         identities = identities[torch.tensor(schedule.lengths) > 0]
-    key = fold_reference(dropout.key(), identities[block.sequences])
-    for word in (torch.arange(num_heads), torch.arange(block.first, block.stop)):
-        key = fold_reference((key[0][..., None], key[1][..., None]), word.to(torch.int32))
-    flat = [x.view(-1, block.length) for x in sources]
-    own = flat if outs is None else [x.view(-1, block.length) for x in outs]
-    drop_cpu((key[0].flatten(), key[1].flatten()), dropout.threshold, flat, own)
+    for run in _runs(blocks, num_heads):
+        width = max(block.length for block in run)
+        draws = draws_cpu(_row_keys(run, identities, dropout, num_heads), width, torch.float32)
+        start = 0
+        for block in run:
+            shape = (block.num_sequences, num_heads, block.stop - block.first, block.length)
+            stop = start + prod(shape[:3])
+            yield block, draws[start:stop, : block.length].unflatten(0, shape[:3])
+            start = stop
+
+
+def _runs(blocks: Iterable[_Block], num_heads: int) -> Iterator[list[_Block]]:
+    """Neighbouring blocks of whole sequences whose rows need as many draws; others alone."""
+    run: list[_Block] = []
+    size, kind = 0, None
+    for block in blocks:
+        num_queries, draws = block.stop - block.first, -(-block.length // 64)
+        own = block.num_sequences * num_heads * num_queries * draws
+        own_kind = draws if num_queries == block.length else None
+        if run and (own_kind is None or own_kind != kind or size + own > RUN_BLOCKS):
+            yield run
+            run, size = [], 0
+        run.append(block)
+        size, kind = size + own, own_kind
+    if run:
+        yield run
+
+
+def _row_keys(run: list[_Block], identities: Tensor, dropout: Dropout, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Keys of a run's rows in their order: each is named by sequence, head and query."""
+    own = identities[run[0].sequences.start : run[-1].sequences.stop]
+    key = fold_reference(dropout.key(), own)
+    key = fold_reference((key[0][:, None], key[1][:, None]), torch.arange(num_heads, dtype=torch.int32))
+    queries = torch.tensor([block.stop - block.first for block in run for _ in range(block.num_sequences)])
+    counts = queries.repeat_interleave(num_heads)
+    heads = torch.repeat_interleave(counts)
+    positions = torch.arange(len(heads)) - (counts.cumsum(0) - counts)[heads] + run[0].first
+    return fold_reference((key[0].flatten()[heads], key[1].flatten()[heads]), positions.to(torch.int32))

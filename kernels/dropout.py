@@ -14,7 +14,6 @@ Sources: counter-based generators, Salmon et al. 2011; the mixing constants are 
 (Wellons 2018). Statistics of the mask are tested; it is no cryptographic generator.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,15 +88,25 @@ def _mix(x: int) -> int:
 # --- torch: int32 products wrap, shifts are arithmetic and masked --------------------------------------
 
 
+def _int(word: int) -> Tensor:
+    """Python's own integers are 64 bits wide: every call would convert them, in more time than few elements take."""
+    return torch.tensor(_signed(word), dtype=torch.int32)
+
+
+_SHIFTS = {bits: (_int(bits), _int((1 << 32 - bits) - 1)) for bits in (15, 16)}
+_FACTORS = _int(_MIX_1), _int(_MIX_2)
+
+
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << 32 - bits) - 1)
+    by, low = _SHIFTS[bits]
+    return (x >> by).bitwise_and_(low)
 
 
 def _mix_reference(x: Tensor, between: Tensor | None = None) -> Tensor:
-    x = (x ^ _shifted(x, 16)) * _MIX_1
+    x = (x ^ _shifted(x, 16)).mul_(_FACTORS[0])
     if between is not None:
         x = x ^ between
-    x = (x ^ _shifted(x, 15)) * _signed(_MIX_2)
+    x = (x ^ _shifted(x, 15)).mul_(_FACTORS[1])
     return x ^ _shifted(x, 16)
 
 
@@ -119,7 +128,7 @@ def keep_reference(key: tuple[Tensor, Tensor], num_columns: int, threshold: int)
         bool [..., num_columns].
     """
     num_blocks = -(-num_columns // 64)
-    draw = torch.arange(num_blocks * 16, dtype=torch.int32, device=key[0].device) * _signed(_GOLDEN)
+    draw = torch.arange(num_blocks * 16, dtype=torch.int32, device=key[0].device) * _int(_GOLDEN)
     x = _mix_reference(key[0][..., None] + draw, key[1][..., None])
     bytes_ = x.view(torch.uint8).unflatten(-1, (num_blocks, 16, 4)).transpose(-1, -2)  # [..., block, byte, draw]
     return (bytes_ >= threshold).flatten(-3)[..., :num_columns]
@@ -127,76 +136,72 @@ def keep_reference(key: tuple[Tensor, Tensor], num_columns: int, threshold: int)
 
 # --- the processor: the same bits in passes that its vectors are fast at ---------------------------------------
 
-_DRAWS = 1 << 18  # drawn at a time: few enough to stay in cache, enough that calls cost less than the work
+_DRAWS = 1 << 19  # drawn at a time: few calls, which cost some microseconds each, and still within a cache
 _WORD_OF_SIZE = {2: torch.int16, 4: torch.int32}
+_TOP_BITS = _int(0x80808080)
 
 
-def drop_cpu(
-    key: tuple[Tensor, Tensor], threshold: int, sources: Sequence[Tensor], outs: Sequence[Tensor] | None = None
-) -> Sequence[Tensor]:
-    """Copies of matrices without what `keep_reference` says is dropped; nothing is scaled.
+def draws_cpu(key: tuple[Tensor, Tensor], num_columns: int, dtype: torch.dtype) -> Tensor:
+    """The byte that decides over each element of rows; `drop_cpu` applies it.
 
-    Comparing bytes and choosing by booleans is what takes the time in `keep_reference`. Here the four bytes of a draw
-    are compared at once inside the word, by a carry into each byte's top bit, which is then spread over the element's
-    bits: less than half the time, masked copy included.
+    Comparing bytes and choosing by booleans is what takes the time in `keep_reference`. Here a byte stands at the top
+    of a word of its element's size, where one vector instruction compares it, whatever stands below it.
 
     Args:
         key: int32 [R] two words of each row's key.
-        threshold: of `Dropout`.
-        sources: [R, C] matrices of 16 or 32-bit floats, all under one mask.
-        outs: where to write, may be `sources`; default new tensors.
+        num_columns: C, elements of a row.
+        dtype: of what is dropped, a float of 16 or 32 bits.
+
+    Returns:
+        Signed integers [R, C] of that size, with space between rows: the byte less 128 at the top.
     """
-    outs = [torch.empty_like(x) for x in sources] if outs is None else outs
-    R, C = sources[0].shape
-    if R == 0:
-        return outs
-    num_blocks, tail = C // 64, C % 64
-    golden = torch.arange((num_blocks + (tail > 0)) * 16, dtype=torch.int32, device=key[0].device) * _signed(_GOLDEN)
-    words = [_WORD_OF_SIZE[x.element_size()] for x in sources]
-    parts, written = (
-        [_columns_of_bytes(x.view(word), num_blocks) for x, word in zip(group, words, strict=True)]
-        for group in (sources, outs)
-    )
-    rows = max(1, min(R, _DRAWS // len(golden)))
-    draws, work = (torch.empty_like(golden.expand(rows, -1)) for _ in range(2))
+    R, num_blocks, word = len(key[0]), -(-num_columns // 64), _WORD_OF_SIZE[dtype.itemsize]
+    top = 8 * dtype.itemsize - 8
+    golden = torch.arange(num_blocks * 16, dtype=torch.int32) * _int(_GOLDEN)
+    found = torch.empty(R, num_blocks, 4, 16, dtype=word)
+    rows = max(1, min(R, _DRAWS // max(1, len(golden))))
+    draws, work = (torch.empty(rows, len(golden), dtype=torch.int32) for _ in range(2))
     for start in range(0, R, rows):
         here = slice(start, min(start + rows, R))
-        x, y = draws[: here.stop - start], work[: here.stop - start]
-        _draw_cpu(key[0][here, None], key[1][here, None], golden, x, y)
-        # The low seven bits carry into the top bit from the threshold on; the byte's own top bit then decides with it.
-        torch.bitwise_and(x, 0x7F7F7F7F, out=y)
-        y.add_(((128 - threshold) % 128) * 0x01010101)
-        keep = y.bitwise_and_(x) if threshold > 128 else y.bitwise_or_(x)
-        own = _columns_of_draws(x, num_blocks)
-        for byte in range(4 if num_blocks else -(-tail // 16)):
-            torch.bitwise_left_shift(keep, 24 - 8 * byte, out=x).bitwise_right_shift_(31)
-            for part, out, word in zip(parts, written, words, strict=True):
-                for source, place, mask in zip(part[byte], out[byte], own, strict=True):
-                    if place.shape[-1]:
-                        torch.bitwise_and(source[here], mask[..., : place.shape[-1]].to(word), out=place[here])
-    return outs
+        x = draws[: here.stop - start]
+        _draw_cpu(key[0][here, None], key[1][here, None], golden, x, work[: here.stop - start])
+        x = x.bitwise_xor_(_TOP_BITS).view(-1, num_blocks, 16)  # as signed numbers the bytes keep their order
+        for byte in range(4):
+            whole = -(-(num_columns - 16 * byte) // 64)  # blocks that have a column under this byte
+            if whole > 0:
+                left = top - 8 * byte
+                shift = torch.bitwise_left_shift if left >= 0 else torch.bitwise_right_shift
+                shift(x[:, :whole], _int(abs(left)), out=found[here, :whole, byte])
+    return found.flatten(1)[:, :num_columns]
 
 
-def _columns_of_bytes(x: Tensor, num_blocks: int) -> list[tuple[Tensor, Tensor]]:
-    """For each byte of a draw the columns that it decides: those of whole blocks [R, blocks, 16], and of the rest."""
-    blocks = x[:, : num_blocks * 64].view(len(x), num_blocks, 4, 16)
-    rest = x[:, num_blocks * 64 :]
-    return [(blocks[:, :, byte], rest[:, byte * 16 : byte * 16 + 16]) for byte in range(4)]
+def drop_cpu(x: Tensor, draws: Tensor, threshold: int, out: Tensor | None = None) -> Tensor:
+    """`x` with zeros where `keep_reference` drops, unscaled.
 
-
-def _columns_of_draws(x: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    return x[:, : num_blocks * 16].view(len(x), num_blocks, 16), x[:, num_blocks * 16 :]
+    Args:
+        x: a matrix, or any tensor of the shape of `draws`.
+        draws: of `draws_cpu`.
+        threshold: of `Dropout`.
+        out: where to write, may be `x`.
+    """
+    words = x.view(draws.dtype)
+    least = (threshold - 128 << 8 * draws.itemsize - 8) - 1  # a derivative of relu's kind: nothing up to this value
+    if out is None:
+        return torch.ops.aten.threshold_backward(words, draws, least).view(x.dtype)
+    torch.ops.aten.threshold_backward.grad_input(words, draws, least, grad_input=out.view(draws.dtype))
+    return out
 
 
 def _draw_cpu(a: Tensor, b: Tensor, golden: Tensor, x: Tensor, work: Tensor) -> None:
     """`_mix_reference` of every draw of a row, in place."""
     torch.add(a, golden, out=x)
-    for bits, factor in ((16, _MIX_1), (15, _signed(_MIX_2)), (16, None)):
-        torch.bitwise_right_shift(x, bits, out=work).bitwise_and_((1 << 32 - bits) - 1)
+    for bits, factor in ((16, _FACTORS[0]), (15, _FACTORS[1]), (16, None)):
+        by, low = _SHIFTS[bits]
+        torch.bitwise_right_shift(x, by, out=work).bitwise_and_(low)
         x.bitwise_xor_(work)
         if factor is not None:
             x.mul_(factor)
-        if bits == 16 and factor is not None:
+        if factor is _FACTORS[0]:
             x.bitwise_xor_(b)
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation
-from flashvec.kernels.dropout import Dropout, drop_cpu, fold_reference, keep_reference
+from flashvec.kernels.dropout import Dropout, draws_cpu, drop_cpu, fold_reference, keep_reference
 from flashvec.kernels.low_rank import MAX_PROJECTIONS, expand, reduce, row_keys, shrink
 from flashvec.kernels.precision import widen
 
@@ -82,7 +82,8 @@ def _shrink_cpu(x: Tensor, a: Tensor, factors: Sequence[float], keys: Tensor | N
     for rows in _chunks(T):
         dropped = x[rows]
         if keys is not None:
-            (dropped,) = drop_cpu((keys[0, rows], keys[1, rows]), threshold, [dropped])
+            draws = draws_cpu((keys[0, rows], keys[1, rows]), x.shape[1], x.dtype)
+            dropped = drop_cpu(dropped, draws, threshold)
         torch.mm(dropped, a.flatten(0, 1).T, out=h[rows])
     h = h.view(T, P, R)
     for p, factor in enumerate(factors):
@@ -102,14 +103,11 @@ def _input_gradients_cpu(
         return x.new_empty(0) if dx is None else dx, _sum_cpu(g, x).view(P, R, C)
     da = x.new_zeros(P * R, C, dtype=torch.float32)
     for rows in _chunks(len(x)):
-        key = (keys[0, rows], keys[1, rows])
-        if dx is None:
-            (dropped,) = drop_cpu(key, threshold, [x[rows]])
-        else:
+        draws = draws_cpu((keys[0, rows], keys[1, rows]), C, x.dtype)
+        if dx is not None:
             back = g[rows] @ a
-            dropped, back = drop_cpu(key, threshold, [x[rows], back], [torch.empty_like(x[rows]), back])
-            dx[rows] += back
-        da += g[rows].T @ dropped
+            dx[rows] += drop_cpu(back, draws, threshold, out=back)
+        da += g[rows].T @ drop_cpu(x[rows], draws, threshold)
     return x.new_empty(0) if dx is None else dx, da.view(P, R, C)
 
 

@@ -6,7 +6,7 @@ import torch
 from flashvec.kernels import dropout
 from flashvec.kernels.attention import attention_reference
 from flashvec.kernels.backend import launch, tl, triton
-from flashvec.kernels.dropout import Dropout, drop_cpu, fold, fold_reference, keep, keep_reference
+from flashvec.kernels.dropout import Dropout, draws_cpu, drop_cpu, fold, fold_reference, keep, keep_reference
 from flashvec.kernels.schedule import build_schedule
 
 
@@ -125,11 +125,11 @@ def test_rejects_rates_it_cannot_keep(p):
 def test_processor_drops_what_the_reference_drops(shape, dtype, monkeypatch):
     monkeypatch.setattr(dropout, "_DRAWS", 2000)  # several rounds
     key = fold_reference(Dropout(0.5, seed=6).key(), torch.randint(-(2**31), 2**31 - 1, shape[:1], dtype=torch.int32))
-    x, y = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    x = torch.randn(shape).to(dtype)
     for threshold in (1, 13, 127, 128, 129, 255):
         kept = keep_reference(key, shape[1], threshold)
-        got = drop_cpu(key, threshold, [x, y])
-        assert torch.equal(got[0], torch.where(kept, x, 0)) and torch.equal(got[1], torch.where(kept, y, 0))
-        in_place = y.clone()
-        drop_cpu(key, threshold, [in_place], [in_place])
-        assert torch.equal(in_place, got[1])
+        draws = draws_cpu(key, shape[1], dtype)
+        assert torch.equal(drop_cpu(x, draws, threshold), torch.where(kept, x, 0))
+        in_place = x.clone()
+        drop_cpu(in_place, draws, threshold, out=in_place)
+        assert torch.equal(in_place, torch.where(kept, x, 0))
