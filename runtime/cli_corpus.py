@@ -73,7 +73,7 @@ def embed(
     Example: `flashvec embed data/*.jsonl --model ./my-model --out vectors --id-column id`
     """
     from flashvec.runtime.corpus.job import embed_corpus
-    from flashvec.runtime.corpus.reporter import Reporter
+    from flashvec.runtime.corpus.reporter import Reporter, counted
     from flashvec.runtime.corpus.settings import JobSettings
 
     if check is not None:
@@ -105,8 +105,11 @@ def embed(
     if dry_run:
         from flashvec.runtime.corpus.estimate import estimate_job, estimate_lines
 
+        def say(note: str) -> None:
+            stderr.print(f"note: {note}", highlight=False, markup=False)
+
         first = devices_of(device)[0]
-        estimate = estimate_job(inputs, model=model, settings=settings, load=load, device=first)
+        estimate = estimate_job(inputs, model=model, settings=settings, load=load, device=first, note=say)
         print(json.dumps(asdict(estimate))) if as_json else print("\n".join(estimate_lines(estimate)))
         return
     assert out is not None
@@ -134,10 +137,13 @@ def embed(
     if as_json:
         print(json.dumps({"event": "result", **asdict(result)}))
     elif plan_only and result.shards < result.planned:
-        stdout.print(f"{result.planned} shards planned, {result.shards} finished: embed-shard --plan {out} runs one")
+        stdout.print(
+            f"{counted(result.planned, 'shard')} planned, {result.shards} finished: embed-shard --plan {out} runs one"
+        )
     else:
-        line = f"{result.rows:,} vectors in {result.shards} shards, {result.bytes:,} bytes, {result.errors} errors"
-        stdout.print(f"{line}, {result.duplicates:,} duplicates", highlight=False)
+        line = f"{counted(result.rows, 'vector')} in {counted(result.shards, 'shard')}, {result.bytes:,} bytes"
+        line += f", {counted(result.errors, 'error')}, {counted(result.duplicates, 'duplicate')}"
+        stdout.print(line, highlight=False)
         if result.truncated:
             stderr.print(f"note: {result.truncated:,} texts were cut to max_length (--long chunk keeps all of them)")
         if result.changes is not None:
@@ -221,6 +227,7 @@ def register(app: typer.Typer) -> None:
 
 def _check(folder: str, as_json: bool) -> None:
     from flashvec.runtime.corpus.manifest import check_job
+    from flashvec.runtime.corpus.reporter import counted
     from flashvec.runtime.corpus.storage import Storage
 
     check: Any = check_job(Storage(folder))
@@ -228,7 +235,8 @@ def _check(folder: str, as_json: bool) -> None:
         print(json.dumps(asdict(check)))
     else:
         stdout.print(
-            f"{check.num_done} of {check.num_shards} shards whole, {check.rows:,} vectors, {check.errors} errors"
+            f"{check.num_done} of {counted(check.num_shards, 'shard')} whole, {counted(check.rows, 'vector')}, "
+            f"{counted(check.errors, 'error')}"
         )
         for problem in check.problems:
             stdout.print(problem, highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from flashvec.runtime.placement import choose_devices, choose_dtype
 from flashvec.runtime.pooling import DenseHead, number_format
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.text_runner import Instruction
-from flashvec.runtime.texts import as_texts, check_ordered
+from flashvec.runtime.texts import as_texts, check_ordered, elements
 from flashvec.runtime.windows import WINDOW, RunSettings, run_settings
 
 logger = logging.getLogger("flashvec")
@@ -264,7 +264,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         one = self._instructions(instruction, prompt_name, 1)
 
         def stream() -> Iterator[Any]:
-            drawn, first = iter(texts), 0
+            drawn, first = elements(texts, window), 0
             while held := list(islice(drawn, window)):
                 rows, _ = as_texts(held, first=first)
                 own = None if one is None else one * len(rows)
@@ -288,7 +288,12 @@ class Encoder(PartVectors, SentenceTransformerNames):
         if len(vectors) < 2:
             raise ValueError(f"calibrate needs at least two texts, got {len(vectors)}")
         low, high = vectors.min(0), vectors.max(0)
-        self.spec = replace(self.spec, int8_ranges=(tuple(low.tolist()), tuple(high.tolist())))
+        normalize = settings.get("normalize")
+        self.spec = replace(
+            self.spec,
+            int8_ranges=(tuple(low.tolist()), tuple(high.tolist())),
+            int8_normalize=self.spec.normalize if normalize is None else bool(normalize),
+        )
 
     def count_tokens(
         self, texts: str | Iterable[str], *, instruction: Instruction = None, prompt_name: str | None = None

@@ -142,15 +142,19 @@ def _normalizes_cut(spec: ModelSpec, normalize: bool | None) -> bool:
     return bool(normalize) or (normalize is None and spec.normalize and not _normalizes_first(spec, normalize))
 
 
+def _normalizes(spec: ModelSpec, normalize: bool | None) -> bool:
+    return spec.normalize if normalize is None else normalize
+
+
 def cut_ranges(
     spec: ModelSpec, dim: int, normalize: bool | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """The value ranges of `spec` for vectors of `dim` dimensions; None where they are of others.
 
-    Ranges were measured on vectors of their own width. Those of a narrower cut are their start, unless the cut is
-    brought back to unit length: its values are larger then, and many would lie outside.
+    Ranges were measured on vectors of their own width and length. Those of a narrower cut are their start, unless the
+    cut is brought back to unit length: its values are larger then, and many would lie outside.
     """
-    if spec.int8_ranges is None:
+    if spec.int8_ranges is None or spec.int8_normalize not in (None, _normalizes(spec, normalize)):
         return None
     low, high = spec.int8_ranges
     if len(low) < dim or (len(low) > dim and _normalizes_cut(spec, normalize)):
@@ -178,10 +182,15 @@ def number_format(
     ranges = cut_ranges(spec, dim, normalize)
     if precision in ("int8", "uint8") and ranges is None:
         cut = f", truncate_dim={dim}" if dim < spec.embedding_size else ""
-        own = f" (the encoder's are for {len(spec.int8_ranges[0])})" if spec.int8_ranges else ""
+        own = ""
+        if spec.int8_ranges is not None:
+            own = f" (the encoder's are for {len(spec.int8_ranges[0])})"
+            if spec.int8_normalize not in (None, _normalizes(spec, normalize)):
+                own = f" (the encoder's are of vectors with normalize={spec.int8_normalize})"
+        stated = "" if normalize is None else f", normalize={normalize}"
         raise ValueError(
             f"precision={precision!r} needs value ranges for {dim} dimensions{own}: "
-            f"call enc.calibrate(texts{cut}) once on typical texts"
+            f"call enc.calibrate(texts{cut}{stated}) once on typical texts"
         )
     quantize(np.zeros((0, dim), np.float32), precision, ranges)  # refuses the rest before there is work
     return lambda vectors: quantize(vectors.numpy(), precision, ranges)

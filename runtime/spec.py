@@ -86,6 +86,7 @@ class ModelSpec:
     compat: str | None = None  # "llm2vec": the reference's own rules
     base_model: str | None = None  # the id the weights started from, as the checkpoint states it
     int8_ranges: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # per dimension: minimum, maximum
+    int8_normalize: bool | None = None  # were the vectors normalised that `int8_ranges` are of; None: not known
 
     @property
     def embedding_size(self) -> int:

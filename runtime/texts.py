@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -100,6 +100,13 @@ def check_ordered(texts: Any, argument: str = "texts") -> None:
         raise ValueError(f"{argument} has {dimensions} dimensions ({kind}): give one, e.g. {argument}.ravel()")
     if not isinstance(texts, Iterable):
         raise TypeError(f"{argument} is {kind}: give a str or a list of str")
+
+
+def elements(texts: Any, step: int) -> Iterator[Any]:
+    """The elements of an ordered iterable, one by one; pyarrow's, whose elements are no str, `step` at a time."""
+    if not callable(getattr(texts, "to_pylist", None)):
+        return iter(texts)
+    return (text for start in range(0, len(texts), step) for text in texts.slice(start, step).to_pylist())
 
 
 def _rows(texts: Any, argument: str) -> list[Any]:

@@ -1,13 +1,13 @@
 """What a job would take, from a sample of its inputs: nothing is written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashvec.runtime.corpus.job import draft_plan
 from flashvec.runtime.corpus.plan import Plan
-from flashvec.runtime.corpus.reporter import duration
+from flashvec.runtime.corpus.reporter import counted, duration
 from flashvec.runtime.corpus.sample import sample_texts
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.sources import find_sources
@@ -39,13 +39,14 @@ def estimate_job(
     settings: JobSettings,
     load: dict[str, Any] | None = None,
     device: str | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Estimate:
     """Sample texts from all over the inputs, count their tokens and time some of them.
 
     Raises:
         ValueError: as `embed_corpus` does for bad inputs.
     """
-    plan = draft_plan(find_sources(inputs), settings, {})
+    plan = draft_plan(find_sources(inputs, note), settings, {})
     texts = sample_texts(plan, SAMPLED_TEXTS)
     if not texts:
         raise ValueError("the sampled rows hold no text")
@@ -80,7 +81,7 @@ def _with_model(plan: Plan, runner: ShardRunner) -> Plan:
 
 def estimate_lines(estimate: Estimate) -> Iterator[str]:
     """An estimate as a person reads it."""
-    yield f"{estimate.files} files, {estimate.shards} shards, about {estimate.rows:,} rows"
+    yield f"{counted(estimate.files, 'file')}, {counted(estimate.shards, 'shard')}, about {estimate.rows:,} rows"
     yield f"about {estimate.tokens:,} tokens, the longest sampled text {estimate.longest:,}"
     yield f"about {estimate.duplicate_share:.1%} of the sampled rows repeat another"
     yield f"about {estimate.bytes_out:,} bytes of vectors"

@@ -27,6 +27,7 @@ from flashvec.runtime.corpus.manifest import (
 )
 from flashvec.runtime.corpus.plan import PLAN_FILE, ModelFacts, Plan, check_same, read_plan
 from flashvec.runtime.corpus.preflight import LOCK_FILE, check_apart, check_empty, check_resumable, check_space
+from flashvec.runtime.corpus.reporter import counted
 from flashvec.runtime.corpus.sample import sample_texts
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.shard import LOCKS, ShardInUse, TooManyErrors, open_lock, too_many
@@ -125,7 +126,8 @@ def embed_corpus(
     if max_errors is not None and max_errors < 0:
         raise ValueError(f"max_errors is {max_errors}; expected at least 0, or None for any number")
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    sources = find_sources(given)
+    notes: list[str] = []
+    sources = find_sources(given, notes.append)
     location = str(out) if is_uri(str(out)) else str(Path(out).expanduser().absolute())
     storage = Storage(location)
     check_apart(given, sources, storage)
@@ -155,7 +157,7 @@ def embed_corpus(
                 stack.enter_context(terminable())
                 workers = stack.enter_context(make_fleet(arguments))
                 facts = workers.facts()
-                for note in workers.notes:
+                for note in (*notes, *workers.notes):
                     on_event({"event": "note", "text": note})
                 plan = _settle(plan, facts, workers, storage)
                 on_event({"event": "ready", "rows_done": sum(e.rows_read for e in entries.values())})
@@ -164,7 +166,7 @@ def embed_corpus(
                 try:
                     _run(plan, location, workers, entries, set_aside, max_errors, on_event)
                 except KeyboardInterrupt:
-                    done = f"{len(entries)} of {len(plan.shards)} shards are finished"
+                    done = f"{len(entries)} of {counted(len(plan.shards), 'shard')} finished"
                     raise Interrupted(f"stopped: {done}; the same command goes on from there") from None
         ordered = [entries[i] for i in sorted(entries)]
         errors = sum(entry.errors for entry in ordered)

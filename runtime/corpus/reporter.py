@@ -61,13 +61,15 @@ class Tally:
         elapsed = max(self.clock() - self.start, 1e-9) if self.start is not None else 1e-9
         left = self.seconds_left
         parts = [
-            f"{self.shards_done} of {self.shards} shards",
+            f"{self.shards_done} of {counted(self.shards, 'shard')}",
             f"{self.rows_done + self.rows_now:,} of about {self.rows:,} rows",
             f"{self.rows_now / elapsed:,.0f} rows/s",
         ]
         if self.tokens:
             parts.append(f"{self.tokens / elapsed:,.0f} tokens/s")
-        parts += [f"model waited {self.waited:.1%}", f"{_size(self.bytes)} written", f"{self.errors} errors"]
+        parts += [f"model waited {self.waited:.1%}", f"{_size(self.bytes)} written"]
+        if self.errors:
+            parts.append(counted(self.errors, "error"))
         if left is not None:
             parts.append(f"{duration(left)} left")
         return ", ".join(parts)
@@ -122,6 +124,11 @@ class Reporter:
             self.bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self.out, flush=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """1 shard, 2,000 shards."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,9 @@
 import fnmatch
 import glob
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ FORMATS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _GLOB = set("*?[")
+_ENDING = re.compile(r"\.[a-z0-9]{1,8}")
+SHOWN_ENDINGS = 5
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,25 @@ class SourceError(ValueError):
     """An input file that is missing, damaged or not as planned."""
 
 
-def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
+def find_sources(inputs: Sequence[str | Path], note: Callable[[str], None] | None = None) -> list[Source]:
     """The files that a user's inputs name, in the order given; those of a folder or glob sorted by name.
 
     Args:
         inputs: files, folders (with all below them; hidden files left out), globs (** for any depth), URIs of these.
+        note: told which endings were passed over in a folder or glob.
 
     Raises:
         SourceError: nothing there, an unknown format, or a file that is named twice.
     """
     found: list[Source] = []
     for given in map(str, inputs):
-        listed = _behind_uri(given) if is_uri(given) else _local(given)
+        others: Counter[str] = Counter()
+        listed = _behind_uri(given, others) if is_uri(given) else _local(given, others)
         if not listed:
-            raise SourceError(f"{given}: no input file there; known endings are {', '.join(FORMATS)}")
+            seen_there = f", only {_counted(others)}" if others else ""
+            raise SourceError(f"{given}: no input file there{seen_there}; known endings are {', '.join(FORMATS)}")
+        if others and note is not None:
+            note(f"{given}: passed over {_counted(others)}; known endings are {', '.join(FORMATS)}")
         found += listed
     seen: set[str] = set()
     for source in found:
@@ -128,14 +137,19 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error).splitlines()[0]
 
 
-def _local(given: str) -> list[Source]:
+def _counted(endings: Counter[str]) -> str:
+    """Endings as a person reads them: those of most files first."""
+    return ", ".join(f"{count} {ending}" for ending, count in endings.most_common(SHOWN_ENDINGS))
+
+
+def _local(given: str, others: Counter[str]) -> list[Source]:
     path = Path(given).expanduser().absolute()
     if path.is_file():
         return [stat_source(str(path))]
     if path.is_dir():
-        return _known(str(p) for p in _walk(path))
+        return _known((str(p) for p in _walk(path)), others)
     if _GLOB & set(given):
-        return _known(p for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p))
+        return _known((p for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p)), others)
     return []
 
 
@@ -147,7 +161,7 @@ def _walk(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _behind_uri(given: str) -> list[Source]:
+def _behind_uri(given: str, others: Counter[str]) -> list[Source]:
     address, _, query = given.partition("?") if "://" in given else (given, "", "")
     suffix = f"?{query}" if query else ""
     first_glob = min((address.find(c) for c in _GLOB if c in address), default=-1)
@@ -163,21 +177,23 @@ def _behind_uri(given: str) -> list[Source]:
     names = sorted(entry.path for entry in entries if entry.type == pafs.FileType.File)
     if first_glob >= 0:
         names = [name for name in names if fnmatch.fnmatch(prefix + name, address)]
-    return _known(prefix + name + suffix for name in names if not _hidden(name[len(path) :]))
+    return _known((prefix + name + suffix for name in names if not _hidden(name[len(path) :])), others)
 
 
 def _hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
-def _known(uris: Any) -> list[Source]:
-    """Files of a folder or glob whose ending is a format's; others are not texts."""
+def _known(uris: Iterable[str], others: Counter[str]) -> list[Source]:
+    """Files of a folder or glob whose ending is a format's; others are not texts, and counted by their endings."""
     found = []
     for uri in uris:
         try:
             found.append(stat_source(uri))
         except SourceError:
-            continue
+            ending = os.path.splitext(uri.split("?")[0] if is_uri(uri) else uri)[1].lower()
+            # Nothing of a file's contents or name may fill a log: what is no usual ending counts as none.
+            others[ending if _ENDING.fullmatch(ending) else "without a usual ending"] += 1
     return found
 
 

@@ -91,6 +91,13 @@ def test_int8_ranges_are_those_of_the_vectors_they_are_used_on(folder, tmp_path)
     again = Encoder.load(tmp_path / "cut", dtype="float32")
     np.testing.assert_array_equal(again.embed(texts, truncate_dim=8, precision="uint8"), small)
     enc.calibrate(texts, normalize=False)
+    for given, cure in ((None, r"texts\)"), (True, r"texts, normalize=True\)")):
+        with pytest.raises(
+            ValueError, match=rf"are of vectors with normalize=False\): call enc.calibrate\({cure} once"
+        ):
+            enc.embed(texts, precision="int8", normalize=given)
+    enc.save(tmp_path / "long")
+    assert Encoder.load(tmp_path / "long").spec.int8_normalize is False
     whole = enc.embed(texts, normalize=False, precision="int8")
     np.testing.assert_array_equal(enc.embed(texts, normalize=False, truncate_dim=8, precision="int8"), whole[:, :8])
 
@@ -110,6 +117,7 @@ def test_int8_ranges_do_not_outlive_the_vectors_they_were_measured_on(tmp_path):
     for same in ({"max_length": 64}, {"layers": 3}, {"pooling": "mean", "attention": "bidirectional"}):
         assert Encoder.load(tmp_path / "saved", **same).spec.int8_ranges == enc.spec.int8_ranges
     enc.spec = dataclasses.replace(enc.spec, normalize=False)  # here a cut is the start of the whole vector
+    enc.calibrate(TEXTS)
     enc.save(tmp_path / "raw")
     cut = Encoder.load(tmp_path / "raw", truncate_dim=8).spec.int8_ranges
     assert cut == tuple(side[:8] for side in enc.spec.int8_ranges)

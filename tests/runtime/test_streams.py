@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from tiny_models import TEXTS
 
@@ -47,6 +48,14 @@ def test_a_stream_refuses_what_embed_refuses(enc):
         (name,) = refused
         with pytest.raises(TypeError, match=f"'{name}' is no argument here .*: call embed for {name}"):
             list(enc.embed_iter(["a"], **refused))
+
+
+def test_a_stream_of_an_arrow_column(enc):
+    column = pa.chunked_array([TEXTS[:3], [], TEXTS[3:]])
+    for texts in (column, column.combine_chunks()):
+        np.testing.assert_array_equal(list(enc.embed_iter(texts, window=2)), enc.embed(list(TEXTS)))
+    with pytest.raises(TypeError, match=r"texts\[1\] is None, a missing value"):
+        list(enc.embed_iter(pa.array(["a", None])))
 
 
 def test_a_stream_takes_embeds_arguments(enc):

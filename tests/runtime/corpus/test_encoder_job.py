@@ -72,7 +72,7 @@ def test_command_line(texts_file, model, encoder, tmp_path):
     ranges = json.loads((tmp_path / "out" / "plan.json").read_text())["int8_ranges"]
     np.testing.assert_array_equal(np.array(ranges, np.float32)[0], encoder.embed(list(TEXTS)).min(0))
     checked = run("embed", "--check", tmp_path / "out")
-    assert checked.exit_code == 0 and "1 of 1 shards whole, 8 vectors" in checked.stdout
+    assert checked.exit_code == 0 and "1 of 1 shard whole, 8 vectors" in checked.stdout
     found = run("search", tmp_path / "out", "The cat sleeps.", "--top", 1, "--json")
     (hit,) = json.loads(found.stdout)
     assert hit["id"] == "r2" and hit["text"] == "The cat sleeps." and hit["score"] > 0.99

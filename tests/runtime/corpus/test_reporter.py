@@ -19,7 +19,7 @@ def test_sums():
     for event in EVENTS:
         tally.take(event)
     assert tally.line() == (
-        "2 of 4 shards, 200 of about 400 rows, 10 rows/s, 100 tokens/s, model waited 10.0%, 5 MB written, 1 errors, "
+        "2 of 4 shards, 200 of about 400 rows, 10 rows/s, 100 tokens/s, model waited 10.0%, 5 MB written, 1 error, "
         "20 s left"
     )
 

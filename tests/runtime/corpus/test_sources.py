@@ -27,6 +27,19 @@ def test_files_folders_and_globs(folder):
     assert names(find_sources([f"file://{folder}/*.gz"])) == ["a.csv.gz"]
 
 
+def test_what_was_passed_over_is_said(folder):
+    said = []
+    for name in ("b.md", "notes.MD", "strange.~~~", "Makefile"):
+        (folder / name).touch()
+    find_sources([folder, f"{folder}/_skip/*.txt"], said.append)
+    known = "known endings are .parquet, .pq"
+    assert len(said) == 1 and said[0].startswith(f"{folder}: passed over 3 .md, 2 without a usual ending; {known}")
+    find_sources([f"file://{folder}/*b*"], said.append)
+    assert said[1].startswith(f"file://{folder}/*b*: passed over 1 .md; {known}")
+    with pytest.raises(SourceError, match=r"no input file there, only 2 \.md; known endings are"):
+        find_sources([f"{folder}/[bn]*.[mM][dD]"])
+
+
 def test_a_question_mark_is_part_of_a_local_name(tmp_path):
     (tmp_path / "faq?").mkdir()
     for name in ("Who am I?.txt", "faq?/a.jsonl"):

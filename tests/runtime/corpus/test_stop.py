@@ -39,7 +39,7 @@ def test_a_signal(texts_file, tmp_path, number):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and re.search("[1-9] of 10 shards are finished", errors.splitlines()[-1]), errors
+    assert process.returncode == 1 and re.search("[1-9] of 10 shards finished", errors.splitlines()[-1]), errors
     until = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < until:
         time.sleep(0.05)
