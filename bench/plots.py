@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TRAINED = ROOT / "models" / "smollm2-135m"
 MEAN_OF = 10  # steps
+DEPTHS_OF, DEPTHS_ON = "trained, bidirectional, mean", "sts-dev"  # rows of `depth_plot`: their reading, their pairs
 SWEEPS = {
     "length": "tokens of a text",
     "texts": "sentences in a call",
@@ -166,6 +167,42 @@ def training_plot(figure: Any) -> None:
     panels[0].set_ylabel("loss")
 
 
+def depth_plot(figure: Any) -> None:
+    """What the adapter in models/ is worth cut to fewer layers, over how fast it then is; other encoders beside it."""
+    cuts, others = depth_points(read_rows("quality"))
+    axes: Axes = figure.subplots()
+    axes.plot(*zip(*((rate, score) for _, rate, score in cuts), strict=True), "o-", color=COLOURS["flashvec"])
+    for name, rate, score in others:
+        axes.plot(rate, score, "s", color="#6b7280")
+        axes.annotate(name, (rate, score), xytext=(-6, -12), textcoords="offset points", horizontalalignment="right")
+    for name, rate, score in cuts:
+        axes.annotate(f"{name} layers", (rate, score), xytext=(6, 3), textcoords="offset points")
+    axes.set(xlabel="sentences/s", ylabel="Spearman x 100, STS-B dev")
+    axes.margins(x=0.2, y=0.15)
+    _plain(axes, legend=False, zero=False)
+
+
+Point = tuple[str, float, float]  # name, sentences/s, score
+
+
+def depth_points(rows: list[dict[str, Any]]) -> tuple[list[Point], list[Point]]:
+    """The adapter by numbers of layers, the slowest first, and other encoders, of the newest run that cut it.
+
+    All of one run (`bench_quality --depths`), so that their times may stand side by side.
+    """
+    pairs = [row for row in rows if row["data"] == DEPTHS_ON and "seconds" in row]
+    run = [run for run in runs(pairs) if any(row["variant"].startswith(f"{DEPTHS_OF}, ") for row in run)][-1]
+    cuts, others = [], []
+    for row in run:
+        reading, _, cut = row["variant"].partition(f"{DEPTHS_OF}, ")
+        rate, score = 2 * row["pairs"] / row["seconds"], row["score"]
+        if row["variant"].startswith(DEPTHS_OF):
+            cuts.append((cut.removesuffix(" layers") or "all", rate, score))
+        elif ", " not in reading:  # another model by its own name; untrained readings are another story
+            others.append((reading, rate, score))
+    return sorted(cuts, key=lambda point: point[1]), others
+
+
 def _plain(axes: "Axes", *, legend: bool = True, zero: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if zero:
@@ -180,6 +217,7 @@ PLOTS: dict[str, tuple[Callable[[Any], None], float, float]] = {
     "scaling": (scaling_plot, 10, 2.8),
     "roofline": (roofline_plot, 10, 3.4),
     "training": (training_plot, 9, 2.8),
+    "depths": (depth_plot, 5, 3.2),
 }
 
 

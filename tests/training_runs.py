@@ -5,8 +5,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tiny_models import tiny_checkpoint
-
 from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, build
 
 WORDS = ("stone", "river", "cloud", "ember", "willow", "harbour", "lantern", "meadow", "copper", "winter", "falcon")
@@ -41,6 +39,8 @@ def write_pairs(path: Path, count: int = 40, negatives: int = 1, scored: bool = 
 
 
 def tiny_base(folder: Path, **keys: Any) -> Path:
+    from tiny_models import tiny_checkpoint  # and with it libraries that take seconds: not for every process of a run
+
     tiny_checkpoint(
         folder, "llama", **{"num_hidden_layers": 2, "tie_word_embeddings": True, "initializer_range": 0.1, **keys}
     )

@@ -3,8 +3,8 @@
     python -m flashvec.training.recipe --wikipedia wiki/*.txt --wordnet /usr/share/wordnet --out out/smollm2
 
 The first generation learns from the frozen model's one-word answers; each further one goes on from the one before,
-taught by its vectors and by the answers to another prompt. A generation is a file of settings, in the order of their
-names. With several seeds all generations are made for each, and the mean of the last ones is the result.
+taught by an earlier one's vectors and by the answers to another prompt. A generation is a file of settings, in the
+order of their names. With several seeds all generations are made for each, and the mean of the last ones is the result.
 
 Wikipedia as an extractor leaves it (a paragraph a line); WordNet 3.0's data files (Debian: wordnet-base), of which the
 example sentences and the definitions are taken: short, everyday language beside an encyclopaedia's. Only text is used,
@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,16 +110,23 @@ def make(options: argparse.Namespace) -> None:
 def make_generations(
     settings: Sequence[Path], texts: Sequence[str], out: Path, seed: int, overrides: Sequence[str]
 ) -> Path:
-    """One after the other, each from the one before; returns the last one's folder."""
-    before: list[str] = []
+    """One after the other, each from the one before; returns the last one's folder.
+
+    `teachers` of the settings name earlier generations by their folders' last part, where `out` holds them now.
+    """
+    made: dict[str, Path] = {}  # by the settings' names
     for number, file in enumerate(settings):
         output = out / file.stem
-        own = [f"texts={list(texts)}", f"output={output}", f"teachers={before}", f"loop.seed={seed + number}"]
-        own += [f"lora.start={folder}" for folder in before]
+        own = [f"texts={list(texts)}", f"output={output}", f"loop.seed={seed + number}"]
+        own += [f"lora.start={folder}" for folder in list(made.values())[-1:]]
+        config = read_config(DistillConfig, file, [*own, *overrides])
+        teachers = [Path(teacher).name for teacher in config.teachers]
+        if missing := [name for name in teachers if name not in made]:
+            raise DataError(f"{file}: teachers: {missing[0]} is no generation before this one")
         print(f"{file.stem}, {number + 1} of {len(settings)}, seed {seed}: {output}", flush=True)
-        run_training(read_config(DistillConfig, file, [*own, *overrides]))
-        before = [str(output)]
-    return Path(before[0])
+        run_training(replace(config, teachers=tuple(str(made[name]) for name in teachers)))
+        made[file.stem] = output
+    return output
 
 
 def main() -> None:

@@ -172,6 +172,20 @@ def test_an_unmarked_readme_stays_as_it_is():
     assert report.render("# Title\n\n| a | b |\n") == "# Title\n\n| a | b |\n"
 
 
+def test_depths_stand_beside_what_was_timed_in_their_run():
+    def row(variant, score, seconds, **others):
+        values = {"data": "sts-dev", "score": score, "seconds": seconds, "pairs": 1500, **others}
+        return embed_row(variant=variant, **values)
+
+    trained = "trained, bidirectional, mean"
+    earlier = [row(f"{trained}, 15 layers", 1.0, 1.0, date="2025-01-01"), row("other", 1.0, 1.0, date="2025-01-01")]
+    own = [row(trained, 80.0, 60.0), row(f"{trained}, 15 layers", 78.0, 30.0), row("all-MiniLM-L6-v2", 86.0, 10.0)]
+    apart = [row("untrained, causal, mean", 54.0, 60.0), row(trained, 69.0, 20.0, data="SICK_trial")]
+    later = [row(trained, 80.0, 90.0, date="2027-01-01")]
+    cuts, others = plots.depth_points([*earlier, *own, *apart, *later])
+    assert cuts == [("all", 50.0, 80.0), ("15", 100.0, 78.0)] and others == [("all-MiniLM-L6-v2", 300.0, 86.0)]
+
+
 def test_plots_are_those_of_the_rows():
     made = plots.render_plots()
     folder = report.ROOT / "docs" / "plots"

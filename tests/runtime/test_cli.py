@@ -55,7 +55,7 @@ def test_version_and_help(run_here):
 
 
 def test_info(folder, run_here):
-    done = run("info", folder)
+    done = run_here("info", folder)
     assert done.returncode == 0 and "bidirectional" in done.stdout and "not trained for" in done.stderr
     spec = json.loads(run_here("info", folder, "--attention", "causal", "--json").stdout)["spec"]
     assert spec["attention"] == "causal" and spec["pooling"] == ["last"]
@@ -85,7 +85,7 @@ def test_convert_then_verify(folder, tmp_path, run_here):
     texts.write_text("The cat sleeps.\nMix flour and water.\nPrices rose.\n")
     done = run_here("verify", tmp_path / "out", texts, "--dtype", "float32", "--json")
     assert done.returncode == 0 and not json.loads(done.stdout)["failures"]
-    shown = run("verify", tmp_path / "out", texts, "--dtype", "float32").stdout
+    shown = run_here("verify", tmp_path / "out", texts, "--dtype", "float32").stdout
     assert "passed" in shown and "flashvec" in shown
 
 

@@ -62,6 +62,7 @@ def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsy
     settings.mkdir()
     for number in (1, 2, 3):
         own = f"model: elsewhere\noutput: nowhere\nbatch_size: 8\nwhitening_texts: 8\nloop: {{steps: {2 * number}}}\n"
+        own += f"teachers: [{', '.join(f'o/generation-{i}' for i in range(1, number))}]\n"
         (settings / f"generation-{number}.yaml").write_text(own)
     overrides = [f"model={sources / 'base'}", "lora.saved_as=bfloat16"]
     arguments = ["--wikipedia", str(sources / "wiki.txt"), "--wordnet", str(sources / "wordnet"), "--out", str(out)]
@@ -83,7 +84,7 @@ def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsy
     assert len(seen[0]) > 8 and all(a < b for a, b in pairwise(seen))
     kept = [read_config(DistillConfig, folder / "train.yaml") for folder in folders]
     assert [config.loop.seed for config in kept] == [5, 6, 7]
-    assert [config.teachers for config in kept] == [(), (str(folders[0]),), (str(folders[1]),)]
+    assert [config.teachers for config in kept] == [(), (str(folders[0]),), (str(folders[0]), str(folders[1]))]
     assert [config.lora.start for config in kept] == [None, str(folders[0]), str(folders[1])]
     other = out / "seed-25" / "generation-3"
     last = [load_file(folder / "adapter_model.safetensors") for folder in (folders[2], other, out / "mean")]
@@ -94,6 +95,12 @@ def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsy
     assert (updates[0] - updates[1]).norm() > 1e-3  # seeds do differ
     assert float(updates[2].square().sum()) == pytest.approx(float(parts.sum()), rel=2e-2)
     assert (out / "mean" / "seen.npy").is_file()
+    (settings / "generation-1.yaml").write_text("model: elsewhere\noutput: nowhere\nteachers: [o/generation-2]\n")
+    monkeypatch.setattr("sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings)])
+    with pytest.raises(
+        SystemExit, match=r"generation-1\.yaml: teachers: generation-2 is no generation before this one"
+    ):
+        recipe.main()
     monkeypatch.setattr("sys.argv", ["recipe", *arguments, "--settings", str(sources / "none")])
     with pytest.raises(SystemExit, match=r"recipe: .*none: no generation-1\.yaml in it"):
         recipe.main()
