@@ -175,8 +175,10 @@ def depth_plot(figure: Any) -> None:
     for name, rate, score in others:
         axes.plot(rate, score, "s", color="#6b7280")
         axes.annotate(name, (rate, score), xytext=(-6, -12), textcoords="offset points", horizontalalignment="right")
-    for name, rate, score in cuts:
-        axes.annotate(f"{name} layers", (rate, score), xytext=(6, 3), textcoords="offset points")
+    for place, (name, rate, score) in enumerate(cuts):  # above and below in turn: neighbours lie close
+        at, side = ((5, 5), "left") if place % 2 == 0 else ((-3, -13), "right")
+        text = f"{name} layers"
+        axes.annotate(text, (rate, score), xytext=at, textcoords="offset points", horizontalalignment=side)
     axes.set(xlabel="sentences/s", ylabel="Spearman x 100, STS-B dev")
     axes.margins(x=0.2, y=0.15)
     _plain(axes, legend=False, zero=False)
@@ -216,7 +218,7 @@ PLOTS: dict[str, tuple[Callable[[Any], None], float, float]] = {
     "gpu_attention": (gpu_attention_plot, 10, 2.8),
     "scaling": (scaling_plot, 10, 2.8),
     "roofline": (roofline_plot, 10, 3.4),
-    "training": (training_plot, 9, 2.8),
+    "training": (training_plot, 11, 2.8),
     "depths": (depth_plot, 5, 3.2),
 }
 
