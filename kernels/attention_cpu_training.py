@@ -22,7 +22,8 @@ from flashvec.kernels.dropout import Dropout, draws_cpu, drop_cpu, fold_referenc
 from flashvec.kernels.schedule import Schedule
 
 BLOCK_SCORES = 1 << 22  # elements of a block of scores: 16 MB of fp32, several of which live at once
-RUN_BLOCKS = 1 << 15  # blocks of 64 probabilities that are drawn for at once: 8 MB
+DRAWN = 64  # probabilities of a row that are drawn for together, whether a text has so many or not
+RUN_ROWS = 1 << 15  # rows of so many whose draws neighbouring blocks share: 8 MB
 
 
 class _Settings(NamedTuple):
@@ -115,14 +116,17 @@ class _Attention(torch.autograd.Function):
         return dq_THK, dk_TGK, dv_TGK, None, None
 
 
-def _blocks(schedule: Schedule, num_heads: int) -> Iterator[_Block]:
-    """What is multiplied at once; all blocks of a run of sequences follow each other, first queries first."""
+def _blocks(schedule: Schedule, num_heads: int, least_columns: int = 1) -> Iterator[_Block]:
+    """What is multiplied at once; all blocks of a run of sequences follow each other, first queries first.
+
+    A block has `BLOCK_SCORES` elements at most, counting rows of scores as at least `least_columns` long.
+    """
     start = sequence = 0
     for n, same in groupby(n for n in schedule.lengths if n):
         left = len(list(same))
         while left:
-            count = min(left, max(1, BLOCK_SCORES // (num_heads * n * n)))
-            step = n if count > 1 else max(1, min(n, BLOCK_SCORES // (num_heads * n)))
+            count = min(left, max(1, BLOCK_SCORES // (num_heads * n * max(n, least_columns))))
+            step = n if count > 1 else max(1, min(n, BLOCK_SCORES // (num_heads * max(n, least_columns))))
             for first in range(0, n, step):
                 sequences = slice(sequence, sequence + count)
                 yield _Block(start, count, n, first, min(first + step, n), sequences)
@@ -183,10 +187,10 @@ def _blocks_and_draws(
 
     Neighbouring blocks draw together: of short texts a block alone has less to draw than the calls cost.
     """
-    blocks = _blocks(schedule, num_heads)
     if dropout is None:
-        yield from ((block, None) for block in blocks)
+        yield from ((block, None) for block in _blocks(schedule, num_heads))
         return
+    blocks = _blocks(schedule, num_heads, DRAWN)
     assert schedule.identities is not None
     identities = schedule.identities
     if min(schedule.lengths) == 0:
@@ -207,10 +211,10 @@ def _runs(blocks: Iterable[_Block], num_heads: int) -> Iterator[list[_Block]]:
     run: list[_Block] = []
     size, kind = 0, None
     for block in blocks:
-        num_queries, draws = block.stop - block.first, -(-block.length // 64)
+        num_queries, draws = block.stop - block.first, -(-block.length // DRAWN)
         own = block.num_sequences * num_heads * num_queries * draws
         own_kind = draws if num_queries == block.length else None
-        if run and (own_kind is None or own_kind != kind or size + own > RUN_BLOCKS):
+        if run and (own_kind is None or own_kind != kind or size + own > RUN_ROWS):
             yield run
             run, size = [], 0
         run.append(block)

@@ -90,7 +90,7 @@ def _mix(x: int) -> int:
 
 def _int(word: int) -> Tensor:
     """Python's own integers are 64 bits wide: every call would convert them, in more time than few elements take."""
-    return torch.tensor(_signed(word), dtype=torch.int32)
+    return torch.tensor(_signed(word), dtype=torch.int32, device="cpu")
 
 
 _SHIFTS = {bits: (_int(bits), _int((1 << 32 - bits) - 1)) for bits in (15, 16)}
@@ -157,10 +157,10 @@ def draws_cpu(key: tuple[Tensor, Tensor], num_columns: int, dtype: torch.dtype) 
     """
     R, num_blocks, word = len(key[0]), -(-num_columns // 64), _WORD_OF_SIZE[dtype.itemsize]
     top = 8 * dtype.itemsize - 8
-    golden = torch.arange(num_blocks * 16, dtype=torch.int32) * _int(_GOLDEN)
-    found = torch.empty(R, num_blocks, 4, 16, dtype=word)
+    golden = torch.arange(num_blocks * 16, dtype=torch.int32, device="cpu") * _int(_GOLDEN)
+    found = torch.empty(R, num_blocks, 4, 16, dtype=word, device="cpu")
     rows = max(1, min(R, _DRAWS // max(1, len(golden))))
-    draws, work = (torch.empty(rows, len(golden), dtype=torch.int32) for _ in range(2))
+    draws, work = (torch.empty(rows, len(golden), dtype=torch.int32, device="cpu") for _ in range(2))
     for start in range(0, R, rows):
         here = slice(start, min(start + rows, R))
         x = draws[: here.stop - start]

@@ -17,7 +17,7 @@ from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.parts import PartVectors
 from flashvec.runtime.placement import choose_devices, choose_dtype
-from flashvec.runtime.pooling import DenseHead, number_format
+from flashvec.runtime.pooling import DenseHead, number_format, vector_length
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.text_runner import Instruction
 from flashvec.runtime.texts import as_texts, check_ordered, elements
@@ -288,11 +288,10 @@ class Encoder(PartVectors, SentenceTransformerNames):
         if len(vectors) < 2:
             raise ValueError(f"calibrate needs at least two texts, got {len(vectors)}")
         low, high = vectors.min(0), vectors.max(0)
-        normalize = settings.get("normalize")
         self.spec = replace(
             self.spec,
             int8_ranges=(tuple(low.tolist()), tuple(high.tolist())),
-            int8_normalize=self.spec.normalize if normalize is None else bool(normalize),
+            int8_length=vector_length(self.spec, len(low), settings.get("normalize")),
         )
 
     def count_tokens(

@@ -1,7 +1,7 @@
 """From token states to finished vectors: pool, dense heads, cut, normalise, number format."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -142,8 +142,13 @@ def _normalizes_cut(spec: ModelSpec, normalize: bool | None) -> bool:
     return bool(normalize) or (normalize is None and spec.normalize and not _normalizes_first(spec, normalize))
 
 
-def _normalizes(spec: ModelSpec, normalize: bool | None) -> bool:
-    return spec.normalize if normalize is None else normalize
+def vector_length(spec: ModelSpec, dim: int, normalize: bool | None) -> str:
+    """Which of `VECTOR_LENGTHS` vectors of `dim` dimensions have."""
+    is_cut = dim < spec.embedding_size or spec.truncate_dim is not None
+    is_unit = spec.normalize if normalize is None else normalize
+    if _normalizes_cut(spec, normalize) if is_cut else is_unit:
+        return "unit"
+    return "start of unit" if _normalizes_first(spec, normalize) else "own"
 
 
 def cut_ranges(
@@ -154,10 +159,15 @@ def cut_ranges(
     Ranges were measured on vectors of their own width and length. Those of a narrower cut are their start, unless the
     cut is brought back to unit length: its values are larger then, and many would lie outside.
     """
-    if spec.int8_ranges is None or spec.int8_normalize not in (None, _normalizes(spec, normalize)):
+    if spec.int8_ranges is None:
         return None
     low, high = spec.int8_ranges
-    if len(low) < dim or (len(low) > dim and _normalizes_cut(spec, normalize)):
+    length, fitting = vector_length(spec, dim, normalize), [None]
+    if len(low) == dim or length != "unit":
+        fitting.append(length)
+    if length == "start of unit" and len(low) == replace(spec, truncate_dim=None).embedding_size:
+        fitting.append("unit")
+    if len(low) < dim or spec.int8_length not in fitting or (len(low) > dim and length == "unit"):
         return None
     return low[:dim], high[:dim]
 
@@ -185,8 +195,8 @@ def number_format(
         own = ""
         if spec.int8_ranges is not None:
             own = f" (the encoder's are for {len(spec.int8_ranges[0])})"
-            if spec.int8_normalize not in (None, _normalizes(spec, normalize)):
-                own = f" (the encoder's are of vectors with normalize={spec.int8_normalize})"
+            if len(spec.int8_ranges[0]) == dim:
+                own = f" (the encoder's are of vectors of another length: {spec.int8_length})"
         stated = "" if normalize is None else f", normalize={normalize}"
         raise ValueError(
             f"precision={precision!r} needs value ranges for {dim} dimensions{own}: "

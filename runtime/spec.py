@@ -17,6 +17,7 @@ ATTENTIONS: tuple[Attention, ...] = ("bidirectional", "causal")
 POOLING_MODES: tuple[PoolingMode, ...] = ("mean", "weighted_mean", "mean_sqrt_len", "max", "last", "cls")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DENSE_ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "silu", "sigmoid")
+VECTOR_LENGTHS = ("unit", "start of unit", "own")  # 1, that of the first numbers of a unit vector, whatever comes
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class ModelSpec:
     compat: str | None = None  # "llm2vec": the reference's own rules
     base_model: str | None = None  # the id the weights started from, as the checkpoint states it
     int8_ranges: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # per dimension: minimum, maximum
-    int8_normalize: bool | None = None  # were the vectors normalised that `int8_ranges` are of; None: not known
+    int8_length: str | None = None  # of the vectors that `int8_ranges` are of, one of VECTOR_LENGTHS; None: not known
 
     @property
     def embedding_size(self) -> int:

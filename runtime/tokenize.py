@@ -70,10 +70,6 @@ class Tokens:
     text_sizes: np.ndarray | None = None
 
 
-def _head_chars(room: int) -> int:
-    return CUT_CHARS_PER_TOKEN * room + CUT_CHARS_EXTRA
-
-
 class Tokenizer:
     """A Rust tokenizer and what surrounds a text: `prefix_ids` before, `suffix_ids` after.
 
@@ -156,19 +152,19 @@ class Tokenizer:
         Raises:
             ValueError: `max_length` leaves no room for a token of text.
         """
-        room = self._room(max_length)
+        fixed = len(self.prefix_ids) + len(self.suffix_ids)
+        room = max_length - fixed
+        if room < 1:
+            least = f"{fixed + 1}: {fixed} special tokens and one of text"
+            raise ValueError(f"max_length is {max_length}; the least is {least}")
         backend = self._splitting_backend if split_special else self.backend
         encode = backend.encode_batch if offsets else backend.encode_batch_fast
         rows: list[_Row] = []
-        for first, heads in self._chunks(texts, _head_chars(room)):
+        for first, heads in self._chunks(texts, CUT_CHARS_PER_TOKEN * room + CUT_CHARS_EXTRA):
             encodings = encode(heads, add_special_tokens=False)
             self._lengthen(encode, texts[first : first + len(heads)], heads, encodings, room)
             rows += [self._row(encoding, room, offsets) for encoding in encodings]
         return _join(rows, offsets)
-
-    def num_chars_read(self, text: str, max_length: int) -> int:
-        """Characters of a text that `encode` tokenises at first: far more where it finds no place to cut."""
-        return len(self._head(text, _head_chars(self._room(max_length))))
 
     def encode_joined(self, rows: Sequence["Joined"], max_length: int, *, offsets: bool = False) -> Tokens:
         """As `encode`, of rows that `join` made."""
@@ -212,13 +208,6 @@ class Tokenizer:
             ValueError: the tokenizer has none of these tokens.
         """
         write_tokenizer(Path(folder), self.backend, self._special)
-
-    def _room(self, max_length: int) -> int:
-        fixed = len(self.prefix_ids) + len(self.suffix_ids)
-        if max_length <= fixed:
-            least = f"{fixed + 1}: {fixed} special tokens and one of text"
-            raise ValueError(f"max_length is {max_length}; the least is {least}")
-        return max_length - fixed
 
     @cached_property
     def _splitting_backend(self) -> tokenizers.Tokenizer:

@@ -112,21 +112,24 @@ def make_generations(
 ) -> Path:
     """One after the other, each from the one before; returns the last one's folder.
 
-    `teachers` of the settings name earlier generations by their folders' last part, where `out` holds them now.
+    `teachers` of the settings name earlier generations by their folders' last part, where `out` holds them now; without
+    any, prompts teach alone.
     """
-    made: dict[str, Path] = {}  # by the settings' names
+    configs: list[DistillConfig] = []
     for number, file in enumerate(settings):
-        output = out / file.stem
-        own = [f"texts={list(texts)}", f"output={output}", f"loop.seed={seed + number}"]
-        own += [f"lora.start={folder}" for folder in list(made.values())[-1:]]
+        own = [f"texts={list(texts)}", f"output={out / file.stem}", f"loop.seed={seed + number}"]
+        own += [f"lora.start={before.output}" for before in configs[-1:]]
         config = read_config(DistillConfig, file, [*own, *overrides])
-        teachers = [Path(teacher).name for teacher in config.teachers]
-        if missing := [name for name in teachers if name not in made]:
+        made = {Path(before.output).name: before.output for before in configs}
+        names = [Path(teacher).name for teacher in config.teachers]
+        if missing := [name for name in names if name not in made]:
             raise DataError(f"{file}: teachers: {missing[0]} is no generation before this one")
-        print(f"{file.stem}, {number + 1} of {len(settings)}, seed {seed}: {output}", flush=True)
-        run_training(replace(config, teachers=tuple(str(made[name]) for name in teachers)))
-        made[file.stem] = output
-    return output
+        configs.append(replace(config, teachers=tuple(made[name] for name in names)))
+    for number, config in enumerate(configs, 1):
+        name = Path(config.output).name
+        print(f"{name}, {number} of {len(configs)}, seed {seed}: {config.output}", flush=True)
+        run_training(config)
+    return Path(configs[-1].output)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from flashvec.runtime.checkpoint.sentence_transformers import check_dense_chain,
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.families import FAMILIES, LIMITS, decoder_spec
 from flashvec.runtime.pooling import cut_ranges
-from flashvec.runtime.spec import DENSE_ACTIVATIONS, DecoderSpec, ModelSpec, spec_from_dict
+from flashvec.runtime.spec import DENSE_ACTIVATIONS, VECTOR_LENGTHS, DecoderSpec, ModelSpec, spec_from_dict
 from flashvec.runtime.tokenize import Tokenizer
 
 SPEC_FILE = "flashvec.json"
@@ -105,6 +105,7 @@ def check_spec(spec: ModelSpec, where: str = SPEC_FILE) -> None:
         ("similarity", spec.similarity, SIMILARITIES),
         ("direction_key", spec.direction_key, ("is_causal", "use_bidirectional_attention")),
         ("compat", spec.compat, (None, "llm2vec")),
+        ("int8_length", spec.int8_length, (None, *VECTOR_LENGTHS)),
         ("decoder.family", decoder.family, tuple(FAMILIES)),
         *(("dense.activation", head.activation, DENSE_ACTIVATIONS) for head in spec.dense),
     ]

@@ -66,7 +66,8 @@ class CheckedTensors:
                 "choose another dtype"
             )
         raise CheckpointError(
-            f"{place}: tensor {name} holds NaN or infinity (as {dtype}); the file is damaged: fetch or train it again"
+            f"{place}: tensor {name} holds NaN or infinity (as {stored.dtype}); the file is damaged: fetch or train it "
+            "again"
         )
 
 

@@ -17,7 +17,8 @@ def model_facts(encoder: Any, load: dict[str, Any]) -> ModelFacts:
     Args:
         load: the arguments it was loaded with.
     """
-    spec = {**encoder.spec.to_dict(), "int8_ranges": None}
+    spec = {**encoder.spec.to_dict(), "int8_ranges": None}  # a job has ranges of its own
+    del spec["int8_length"]
     return ModelFacts(
         load=load,
         dim=encoder.spec.embedding_size,

@@ -29,7 +29,7 @@ FORMATS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _GLOB = set("*?[")
-_ENDING = re.compile(r"\.[a-z0-9]{1,8}")
+_ENDING = re.compile(r"\.[a-z0-9]{1,8}(\.[a-z0-9]{1,3})?")
 SHOWN_ENDINGS = 5
 
 
@@ -191,7 +191,9 @@ def _known(uris: Iterable[str], others: Counter[str]) -> list[Source]:
         try:
             found.append(stat_source(uri))
         except SourceError:
-            ending = os.path.splitext(uri.split("?")[0] if is_uri(uri) else uri)[1].lower()
+            stem, ending = os.path.splitext((uri.split("?")[0] if is_uri(uri) else uri).lower())
+            if ending in COMPRESSIONS:
+                ending = os.path.splitext(stem)[1] + ending
             # Nothing of a file's contents or name may fill a log: what is no usual ending counts as none.
             others[ending if _ENDING.fullmatch(ending) else "without a usual ending"] += 1
     return found

@@ -169,11 +169,8 @@ def create_app(
             raise Refused(400, f"dimensions is {wanted.dimensions}, the model has {size}", param="dimensions")
 
         async def embedded() -> tuple[np.ndarray, int]:
-            most = MAX_TOKEN_CHARS * longest  # no vocabulary has such tokens: this one need not be asked
-            if truncate:
-                _refuse_uncut(encoder, wanted.texts, longest, most)
-            else:
-                _refuse_long(np.array([len(text) for text in wanted.texts]) > most, longest)
+            if not truncate:  # no vocabulary has such tokens: this one need not be asked
+                _refuse_long(np.array([len(text) for text in wanted.texts]) > MAX_TOKEN_CHARS * longest, longest)
             counts = await asyncio.to_thread(_count, encoder, wanted.texts, instruction, longest + 1)
             if not truncate:
                 _refuse_long(counts > longest, longest)
@@ -193,16 +190,6 @@ def _refuse_long(is_too_long: np.ndarray, longest: int) -> None:
         row = int(np.argmax(is_too_long))
         message = f"input[{row}] has too many tokens, at most {longest} fit (the server was not told to cut texts)"
         raise Refused(400, message, param="input", code="context_length_exceeded")
-
-
-def _refuse_uncut(encoder: Encoder, texts: list[str], longest: int, most: int) -> None:
-    """Texts that would be read whole, whatever their length, because there is no place to cut them."""
-    for row, text in enumerate(texts):
-        if len(text) > most and (read := encoder.tokenizer.num_chars_read(text, longest)) > most:
-            message = (
-                f"input[{row}] runs on for {read:,} characters without a space to cut it at, at most {most:,} are read"
-            )
-            raise Refused(400, message, param="input", code="context_length_exceeded")
 
 
 def _count(encoder: Encoder, texts: list[str], instruction: str | None, limit: int) -> np.ndarray:

@@ -36,12 +36,12 @@ def problem(K, dtype, filling=4):
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("block_scores", "run_blocks"), [(1 << 22, 1 << 15), (1 << 22, 400), (6 * 33 * 33 * 2, 1 << 15), (6 * 33 * 10, 1)]
+    ("block_scores", "run_rows"), [(1 << 22, 1 << 15), (1 << 22, 400), (6 * 33 * 33 * 2, 1 << 15), (6 * 33 * 10, 1)]
 )
-def test_output_and_gradients(name, dtype, block_scores, run_blocks, monkeypatch):
+def test_output_and_gradients(name, dtype, block_scores, run_rows, monkeypatch):
     """Also in blocks: of two sequences of a group, and of a few queries of one; masks for few of them at a time."""
     monkeypatch.setattr(attention_cpu_training, "BLOCK_SCORES", block_scores)
-    monkeypatch.setattr(attention_cpu_training, "RUN_BLOCKS", run_blocks)
+    monkeypatch.setattr(attention_cpu_training, "RUN_ROWS", run_rows)
     schedule, leaves = problem(16, dtype)
     run = partial(attention, schedule=schedule, scale=0.3, **OPTIONS[name])
     reference = partial(attention_reference, schedule=schedule, scale=0.3, **OPTIONS[name])

@@ -92,12 +92,10 @@ def test_int8_ranges_are_those_of_the_vectors_they_are_used_on(folder, tmp_path)
     np.testing.assert_array_equal(again.embed(texts, truncate_dim=8, precision="uint8"), small)
     enc.calibrate(texts, normalize=False)
     for given, cure in ((None, r"texts\)"), (True, r"texts, normalize=True\)")):
-        with pytest.raises(
-            ValueError, match=rf"are of vectors with normalize=False\): call enc.calibrate\({cure} once"
-        ):
+        with pytest.raises(ValueError, match=rf"of vectors of another length: own\): call enc.calibrate\({cure} once"):
             enc.embed(texts, precision="int8", normalize=given)
     enc.save(tmp_path / "long")
-    assert Encoder.load(tmp_path / "long").spec.int8_normalize is False
+    assert Encoder.load(tmp_path / "long").spec.int8_length == "own"
     whole = enc.embed(texts, normalize=False, precision="int8")
     np.testing.assert_array_equal(enc.embed(texts, normalize=False, truncate_dim=8, precision="int8"), whole[:, :8])
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashvec.runtime.pooling import DENSE_FUNCTIONS, DenseHead, cut_ranges, finish, quantize
+from flashvec.runtime.pooling import DENSE_FUNCTIONS, DenseHead, cut_ranges, finish, quantize, vector_length
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
 
 SPEC = ModelSpec(DecoderSpec("llama", 9, 4, 4, 1, 1, 1, 4, 9, 1e-6), "bidirectional", ("mean",), "hf")
@@ -86,3 +86,21 @@ def test_ranges_are_cut_with_the_vectors_where_a_cut_is_the_start_of_the_whole(l
     assert cut_ranges(spec, 3, normalize) == (((-1.0, -2.0, -3.0), (1.0, 2.0, 3.0)) if is_start else None)
     assert cut_ranges(spec, 4, normalize) == ranges and cut_ranges(spec, 5, normalize) is None
     assert cut_ranges(replace(spec, int8_ranges=None), 4, normalize) is None
+
+
+@pytest.mark.parametrize("layout", ["hf", "sentence-transformers"])
+@pytest.mark.parametrize("is_unit", [True, False])
+def test_ranges_are_used_on_the_vectors_that_they_were_measured_on(layout, is_unit):
+    spec, x = replace(SPEC, layout=layout, normalize=is_unit), torch.randn(5, 4)
+    ways = [(dim, normalize) for dim in (2, 3, 4) for normalize in (None, True, False)]
+
+    def vectors(dim, normalize):
+        return finish(spec, x, (), normalize, None if dim == 4 else dim)
+
+    for measured in ways:
+        width, length = measured[0], vector_length(spec, *measured)
+        known = replace(spec, int8_ranges=((0.0,) * width, (1.0,) * width), int8_length=length)
+        for dim, normalize in ways:
+            start = vectors(*measured)[:, :dim]
+            fits = dim <= width and torch.allclose(vectors(dim, normalize), start)
+            assert (cut_ranges(known, dim, normalize) is not None) == fits, (measured, dim, normalize)

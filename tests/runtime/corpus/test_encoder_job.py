@@ -159,6 +159,9 @@ def test_chunks(encoder, tmp_path):
 def test_facts_tell_models_apart(model, encoder, tmp_path):
     facts = model_facts(encoder, {})
     assert not list(facts.differences(model_facts(Encoder.load(model), {})))
+    calibrated = Encoder.load(model)  # of no concern to a job, which has ranges of its own
+    calibrated.calibrate(["a text", "another one"])
+    assert model_facts(calibrated, {}) == facts
     tiny_checkpoint(tmp_path / "other", seed=1)
     assert [d.split()[2] for d in facts.differences(model_facts(Encoder.load(tmp_path / "other"), {}))] == ["weights"]
     causal = model_facts(Encoder.load(model, attention="causal", pooling="mean"), {})

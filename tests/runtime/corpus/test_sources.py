@@ -29,11 +29,13 @@ def test_files_folders_and_globs(folder):
 
 def test_what_was_passed_over_is_said(folder):
     said = []
-    for name in ("b.md", "notes.MD", "strange.~~~", "Makefile"):
+    for name in ("b.md", "notes.MD", "strange.~~~", "Makefile", "c.parquet.gz"):
         (folder / name).touch()
     find_sources([folder, f"{folder}/_skip/*.txt"], said.append)
     known = "known endings are .parquet, .pq"
-    assert len(said) == 1 and said[0].startswith(f"{folder}: passed over 3 .md, 2 without a usual ending; {known}")
+    assert len(said) == 1 and said[0].startswith(
+        f"{folder}: passed over 3 .md, 2 without a usual ending, 1 .parquet.gz; {known}"
+    )
     find_sources([f"file://{folder}/*b*"], said.append)
     assert said[1].startswith(f"file://{folder}/*b*: passed over 1 .md; {known}")
     with pytest.raises(SourceError, match=r"no input file there, only 2 \.md; known endings are"):

@@ -207,21 +207,6 @@ def test_a_long_text_is_read_no_further_than_its_end_in_tokens(enc, monkeypatch,
     assert watched.longest < 2_000
 
 
-@pytest.mark.filterwarnings("ignore::flashvec.runtime.texts.TruncationWarning")
-def test_a_text_that_cannot_be_cut_is_not_read_whole(enc, monkeypatch):
-    watched = Watched(enc.tokenizer.backend)
-    monkeypatch.setattr(enc.tokenizer, "backend", watched)
-    with Server(create_app(enc, name="tiny", truncate=True)) as server:
-
-        def post(text):
-            return httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": ["x", text]})
-
-        most = app_module.MAX_TOKEN_CHARS * 64
-        assert f"input[1] runs on for {most + 1:,} characters without a space" in refused(post("a" * (most + 1)), 400)
-        assert watched.longest < 2_000
-        assert post("a" * most).status_code == post("word " * most).status_code == 200
-
-
 def test_counting_is_part_of_the_time_for_an_answer(enc, monkeypatch):
     monkeypatch.setattr(app_module, "_count", lambda *arguments: time.sleep(1.0))
     with Server(create_app(enc, name="tiny", limits=Limits(answer_s=0.2))) as server:
