@@ -162,12 +162,11 @@ def cut_ranges(
     if spec.int8_ranges is None:
         return None
     low, high = spec.int8_ranges
-    length, fitting = vector_length(spec, dim, normalize), [None]
-    if len(low) == dim or length != "unit":
-        fitting.append(length)
-    if length == "start of unit" and len(low) == replace(spec, truncate_dim=None).embedding_size:
-        fitting.append("unit")
-    if len(low) < dim or spec.int8_length not in fitting or (len(low) > dim and length == "unit"):
+    length, width = vector_length(spec, dim, normalize), len(low)
+    if width < dim or (width > dim and length == "unit"):
+        return None
+    is_start_of_whole = length == "start of unit" and width == replace(spec, truncate_dim=None).embedding_size
+    if spec.int8_length not in (None, length) and not (is_start_of_whole and spec.int8_length == "unit"):
         return None
     return low[:dim], high[:dim]
 
