@@ -72,10 +72,10 @@ def find_sources(inputs: Sequence[str | Path], note: Callable[[str], None] | Non
         others: Counter[str] = Counter()
         listed = _behind_uri(given, others) if is_uri(given) else _local(given, others)
         if not listed:
-            seen_there = f", only {_counted(others)}" if others else ""
+            seen_there = f", only {_listed(others)}" if others else ""
             raise SourceError(f"{given}: no input file there{seen_there}; known endings are {', '.join(FORMATS)}")
         if others and note is not None:
-            note(f"{given}: passed over {_counted(others)}; known endings are {', '.join(FORMATS)}")
+            note(f"{given}: passed over {_listed(others)}; known endings are {', '.join(FORMATS)}")
         found += listed
     seen: set[str] = set()
     for source in found:
@@ -137,9 +137,10 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error).splitlines()[0]
 
 
-def _counted(endings: Counter[str]) -> str:
+def _listed(endings: Counter[str]) -> str:
     """Endings as a person reads them: those of most files first."""
-    return ", ".join(f"{count} {ending}" for ending, count in endings.most_common(SHOWN_ENDINGS))
+    shown = [f"{count} {ending}" for ending, count in endings.most_common(SHOWN_ENDINGS)]
+    return ", ".join(shown) + (" and others" if len(endings) > SHOWN_ENDINGS else "")
 
 
 def _local(given: str, others: Counter[str]) -> list[Source]:

@@ -36,6 +36,10 @@ def test_what_was_passed_over_is_said(folder):
     assert len(said) == 1 and said[0].startswith(
         f"{folder}: passed over 3 .md, 2 without a usual ending, 1 .parquet.gz; {known}"
     )
+    for ending in "pqrst":
+        (folder / f"kind.x{ending}").touch()
+    find_sources([folder], said.append)
+    assert " and others; known endings" in said.pop()
     find_sources([f"file://{folder}/*b*"], said.append)
     assert said[1].startswith(f"file://{folder}/*b*: passed over 1 .md; {known}")
     with pytest.raises(SourceError, match=r"no input file there, only 2 \.md; known endings are"):
