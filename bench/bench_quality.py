@@ -7,7 +7,7 @@ Untrained: bidirectional mean pooling, causal mean pooling, and the strongest re
 the last token's state under a one-word prompt (Jiang et al. 2023), two layers before the end. Trained: bidirectional
 mean pooling without a prompt, at the model's full depth and cut. Retrieval also by BM25 (Robertson; Lucene's form, with
 English stop words and stems). Beside them, other encoders (`--beside`), run by transformers. Words by linear probes on
-their vectors, three seeds. Spearman of cosines, nDCG@10, accuracy and entities' F1, all x 100.
+their vectors, three seeds. Spearman of cosines, nDCG@10, accuracy (parts of speech, chunks), entities' F1, all x 100.
 """
 
 import argparse
@@ -31,10 +31,9 @@ from flashvec.training.retrieval import (
     read_collection,
     retrieval_score,
 )
-from flashvec.training.word_files import read_tagged
-from flashvec.training.words import probe_words
+from flashvec.training.word_files import TASKS, read_tagged
+from flashvec.training.words import MEASURES, probe_words
 
-TASKS = ("pos", "ner", "chunk")
 ONE_WORD = 'This sentence : "{text}" means in one word:"'
 LAYERS_BEFORE_END = 2
 TRAINED = "trained"
@@ -122,9 +121,10 @@ def measure(
         start = time.perf_counter()
         train, dev = (read_tagged(path, task.task, max_sentences=task.max_sentences) for path in task[1:3])
         found = probe_words(lambda w: encoder.embed_words(w, shift=shift), train, dev, has_entities=task.task != "pos")
-        key, name = ("accuracy", "accuracy") if task.task == "pos" else ("f1", "F1")
+        key, name = ("f1", "F1") if task.task == "ner" else ("accuracy", "accuracy")
+        both = {each: found[each] for each in MEASURES if each in found}
         yield {**about, "data": f"{task.dev.stem} {task.task}", "score": found[key], "deviation": found[f"{key}_std"],
-               "measure": name, "words": found["words"], "sentences": len(train), "shift": shift,
+               "measure": name, **both, "words": found["words"], "sentences": len(train), "shift": shift,
                "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
 
 

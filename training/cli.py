@@ -172,7 +172,7 @@ def retrieval(
 def words(
     train: Annotated[Path, typer.Argument(help="Tagged words: .conllu, or CoNLL columns.", show_default=False)],
     dev: Annotated[Path, typer.Argument(help="The same, to measure on.", show_default=False)],
-    task: Annotated[str, typer.Option(help="pos, ner or chunk.", show_default=False)],
+    task: Annotated[str, typer.Option(help="pos, ner or chunk (in CoNLL-U cut from its trees).", show_default=False)],
     model: Annotated[str, typer.Option(help="Model folder, GGUF file or hub id.", show_default=False)],
     column: Annotated[str | None, typer.Option(help="Of the tags: a number, the word's being 1, or upos, ...")] = None,
     shift: Annotated[
@@ -186,7 +186,7 @@ def words(
     backend: Backend = "flashvec",
     as_json: Json = False,
 ) -> None:
-    """Tag words by a linear probe on the frozen encoder's word vectors: accuracy, and F1 of whole entities.
+    """Tag words by a linear probe on the frozen encoder's word vectors: accuracy, and F1 of whole entities or chunks.
 
     Example: `flashvec evaluate words train.conllu dev.conllu --task pos --model ./my-encoder`
     """
@@ -207,7 +207,8 @@ def words(
     }
     facts = f"accuracy {found['accuracy']:.2f}{spread['accuracy']} (the commonest tag alone {found['commonest']:.2f})"
     if "f1" in found:
-        facts += f", F1 {found['f1']:.2f}{spread['f1']} of {found['entities']} entities"
+        kind = "chunks" if task == "chunk" else "entities"
+        facts += f", F1 {found['f1']:.2f}{spread['f1']} of {found['entities']} {kind}"
     plural = "seeds" if seeds > 1 else "seed"
     stdout.print(f"{dev.name}, {task}: {facts} over {found['words']} words, {seeds} {plural}", highlight=False)
 

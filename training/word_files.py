@@ -1,15 +1,20 @@
 """Sentences of tagged words from files.
 
-.conllu        CoNLL-U: a word's form, and UPOS or a column of choice; multiword tokens and empty nodes are passed over
+.conllu        CoNLL-U: a word's form, and UPOS or a column of choice; chunks are cut from its trees (`chunks.py`);
+               multiword tokens and empty nodes are passed over
 anything else  CoNLL columns: the word first, its tags after it, split by tabs or else by spaces; an empty line ends a
                sentence, -DOCSTART- lines are passed over
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from flashvec.training.chunks import Node, chunk_tags
 from flashvec.training.data import DataError
+
+Row = TypeVar("Row")
 
 MAX_FILE_BYTES = 1 << 30
 TASKS = ("pos", "ner", "chunk")
@@ -33,7 +38,8 @@ def read_tagged(
     Args:
         task: pos, ner or chunk; tags of the last two are O, B-kind or I-kind.
         column: where the tags are: a number, the word's own column being 1, or one of CoNLL-U's names. Default: by
-            the number of columns where it is that of CoNLL-2003 or CoNLL-2000, else the last; in CoNLL-U UPOS.
+            the number of columns where it is that of CoNLL-2003 or CoNLL-2000, else the last; in CoNLL-U UPOS, or
+            chunks of its trees.
         max_sentences: read no further than this.
 
     Raises:
@@ -46,68 +52,100 @@ def read_tagged(
         raise DataError(f"{path}: no such file")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than a set of tagged sentences can have")
-    sentences: list[TaggedSentence] = []
-    current = TaggedSentence([], [])
-    for where, fields in _rows(path, _read_conllu if path.suffix == ".conllu" else _read_columns(), task, column):
-        if fields is not None:
-            word, tag = fields
-            _check_tag(tag, task, where)
-            current.words.append(word)
-            current.tags.append(tag)
-        elif current.words:
-            sentences.append(current)
-            current = TaggedSentence([], [])
-            if len(sentences) == max_sentences:
-                return sentences
-    if current.words:
-        sentences.append(current)
-    if not sentences:
+    is_conllu = path.suffix == ".conllu"
+    if is_conllu and task == "chunk" and column is None:
+        sentences = (_of_trees(rows) for rows in _sentences(path, _read_node))
+    else:
+        read = _read_conllu(task, column) if is_conllu else _read_columns(task, column)
+        sentences = (TaggedSentence(*map(list, zip(*rows, strict=True))) for rows in _sentences(path, read))
+    found = list(islice(sentences, max_sentences))
+    if not found:
         raise DataError(f"{path.name}: holds no sentence")
-    return sentences
+    return found
 
 
-Row = tuple[str, str] | None  # None ends a sentence
-ReadLine = Callable[[str, str, str, str | None], Row | str]  # a str: the line holds no word and ends nothing
-NOTHING = ""
+NOTHING = ""  # read from a line that holds no word and ends nothing
 
 
-def _rows(path: Path, read: ReadLine, task: str, column: str | None) -> Iterator[tuple[str, Row]]:
+def _sentences(path: Path, read: Callable[[str, str], Row | str]) -> Iterator[list[Row]]:
+    """What is read of a line and the name of its place, until an empty one; none of them empty."""
     number = 0
+    rows: list[Row] = []
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                where = f"{path.name} line {number}"
-                row = read(line.rstrip("\r\n"), where, task, column) if line.strip() else None
-                if not isinstance(row, str):
-                    yield where, row
+                if line.strip():
+                    row = read(line.rstrip("\r\n"), f"{path.name} line {number}")
+                    if not isinstance(row, str):
+                        rows.append(row)
+                elif rows:
+                    yield rows
+                    rows = []
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name}: not UTF-8 after line {number} ({error.reason})") from None
+    if rows:
+        yield rows
 
 
-def _read_conllu(line: str, where: str, task: str, column: str | None) -> Row | str:
+def _conllu_fields(line: str, where: str) -> list[str] | None:
+    """The columns of a word; None for what is none."""
     if line.startswith("#"):
-        return NOTHING
+        return None
     fields = line.split("\t")
     if len(fields) != len(CONLLU_COLUMNS):
         raise DataError(f"{where}: {len(fields)} columns; CoNLL-U has {len(CONLLU_COLUMNS)}, split by tabs")
     if not fields[0].isdecimal():
         if fields[0].replace("-", "", 1).replace(".", "", 1).isdecimal():
-            return NOTHING
+            return None
         raise DataError(f"{where}: starts with {fields[0][:40]!r}, not with the number of a word")
-    if column is None and task != "pos":
-        raise DataError(f"{where}: CoNLL-U has no column of its own for {task} tags; say which one holds them")
-    name = column or "upos"
-    if name.lower() in CONLLU_COLUMNS:
-        place = CONLLU_COLUMNS.index(name.lower())
-    else:
-        place = _place(name, len(fields), where, f"{', '.join(CONLLU_COLUMNS)} or ")
-    return _word_and_tag(fields[1], fields[place], where)
+    return fields
 
 
-def _read_columns() -> ReadLine:
+def _read_conllu(task: str, column: str | None) -> Callable[[str, str], tuple[str, str] | str]:
+    def read(line: str, where: str) -> tuple[str, str] | str:
+        fields = _conllu_fields(line, where)
+        if fields is None:
+            return NOTHING
+        if column is None and task != "pos":
+            raise DataError(f"{where}: CoNLL-U has no column of its own for {task} tags; say which one holds them")
+        name = column or "upos"
+        if name.lower() in CONLLU_COLUMNS:
+            place = CONLLU_COLUMNS.index(name.lower())
+        else:
+            place = _place(name, len(fields), where, f"{', '.join(CONLLU_COLUMNS)} or ")
+        return _word_and_tag(fields[1], fields[place], task, where)
+
+    return read
+
+
+class _Line(NamedTuple):
+    """A word of a tree and the place it was read from."""
+
+    where: str
+    node: Node
+
+
+def _read_node(line: str, where: str) -> _Line | str:
+    fields = _conllu_fields(line, where)
+    if fields is None:
+        return NOTHING
+    word, relation = _word_and_tag(fields[1], fields[7], "pos", where)
+    if not (fields[6].isdecimal() and fields[6].isascii()):
+        raise DataError(f"{where}: depends on {fields[6][:40]!r}, not on the number of a word")
+    return _Line(where, Node(word, fields[3], int(fields[6]), relation))
+
+
+def _of_trees(lines: list[_Line]) -> TaggedSentence:
+    for line in lines:
+        if line.node.head > len(lines):
+            raise DataError(f"{line.where}: depends on word {line.node.head} of {len(lines)}")
+    return TaggedSentence([line.node.word for line in lines], chunk_tags([line.node for line in lines]))
+
+
+def _read_columns(task: str, column: str | None) -> Callable[[str, str], tuple[str, str] | str]:
     num_columns = 0
 
-    def read(line: str, where: str, task: str, column: str | None) -> Row | str:
+    def read(line: str, where: str) -> tuple[str, str] | str:
         nonlocal num_columns
         if line.startswith("-DOCSTART-"):
             return NOTHING
@@ -121,7 +159,7 @@ def _read_columns() -> ReadLine:
             place = KNOWN_ORDERS.get(num_columns, {}).get(task, num_columns - 1)
         else:
             place = _place(column, num_columns, where)
-        return _word_and_tag(fields[0], fields[place], where)
+        return _word_and_tag(fields[0], fields[place], task, where)
 
     return read
 
@@ -132,12 +170,10 @@ def _place(column: str, num_columns: int, where: str, names: str = "") -> int:
     return int(column) - 1
 
 
-def _word_and_tag(word: str, tag: str, where: str) -> tuple[str, str]:
-    if not word.strip() or tag.strip() in ("", "_"):
-        raise DataError(f"{where}: a {'word without its tag' if word.strip() else 'tag without its word'}")
-    return word.strip(), tag.strip()
-
-
-def _check_tag(tag: str, task: str, where: str) -> None:
+def _word_and_tag(word: str, tag: str, task: str, where: str) -> tuple[str, str]:
+    word, tag = word.strip(), tag.strip()
+    if not word or tag in ("", "_"):
+        raise DataError(f"{where}: a {'word without its tag' if word else 'tag without its word'}")
     if task != "pos" and tag != "O" and not (tag[:2] in ("B-", "I-") and len(tag) > 2):
         raise DataError(f"{where}: the {task} tag {tag!r} is not O, B-kind or I-kind; do the tags stand elsewhere?")
+    return word, tag

@@ -96,6 +96,14 @@ def test_words_and_another_encoder(tmp_path, monkeypatch, capsys):
     assert all((row["data"], row["measure"], row["sentences"]) == ("tagged pos", "accuracy", 4) for row in kept)
     assert all(0 <= row["score"] <= 100 and row["deviation"] >= 0 and row["words"] == 12 for row in kept)
     assert capsys.readouterr().out.count("accuracy") == 4
+    trees = tmp_path / "trees.conllu"
+    lines = [("the", "DET", 2, "det"), ("river", "NOUN", 3, "nsubj"), ("froze", "VERB", 0, "root")]
+    sentence = "".join(f"{n}\t{w}\t_\t{u}\t_\t_\t{h}\t{r}\t_\t_\n" for n, (w, u, h, r) in enumerate(lines, 1))
+    trees.write_text(f"{sentence}\n" * 4)
+    kept.clear()
+    monkeypatch.setattr("sys.argv", [*arguments[:-4], "--words", "chunk", str(trees), str(trees)])
+    bench_quality.main()
+    assert all((row["data"], row["measure"]) == ("trees chunk", "accuracy") and 0 <= row["f1"] <= 100 for row in kept)
     monkeypatch.setattr("sys.argv", ["x", "--model", "m", "--words", "tags", "a", "b"])
     with pytest.raises(SystemExit, match="2"):
         bench_quality.main()

@@ -56,6 +56,7 @@ def test_conllu_without_multiword_tokens_and_empty_nodes(tmp_path):
     assert read(tmp_path, CONLLU, name="own.conllu", max_sentences=1) == wanted[:1]
     for column in ("xpos", "5"):
         assert read(tmp_path, CONLLU, name="own.conllu", column=column)[0][1] == "PRP MD RB"
+    assert read(tmp_path, CONLLU, "chunk", name="own.conllu") == [("It ca n't", "B-NP B-VP I-VP"), ("Rain", "B-NP")]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,9 @@ def test_conllu_without_multiword_tokens_and_empty_nodes(tmp_path):
         ("a.conllu", "1\tIt\tPRON\n", {}, "line 1: 3 columns; CoNLL-U has 10"),
         ("a.conllu", CONLLU.replace("1\tIt", "one\tIt"), {}, "line 3: starts with 'one'"),
         ("a.conllu", CONLLU.replace("PRON", "_"), {}, "line 3: a word without its tag"),
+        ("a.conllu", CONLLU.replace("\t2\tnsubj", "\t9\tnsubj"), {"task": "chunk"}, "line 3: depends on word 9 of 3"),
+        ("a.conllu", CONLLU.replace("\t2\tnsubj", "\t_\tnsubj"), {"task": "chunk"}, "line 3: depends on '_', not on"),
+        ("a.conllu", CONLLU.replace("nsubj", "_"), {"task": "chunk"}, "line 3: a word without its tag"),
     ],
     ids=str,
 )
