@@ -177,7 +177,8 @@ class Encoder(PartVectors, SentenceTransformerNames):
             precision: float32, float16, int8 and uint8 (after `calibrate` with the same `truncate_dim`), binary and
                 ubinary (packed signs).
             max_length: tokens per text, special tokens included; longer texts are cut with one warning.
-            batch_tokens: tokens run together; changes speed and memory, never the vectors.
+            batch_tokens: tokens run together, default 2,048 on a CPU and 16,384 on a GPU: speed and memory. On a CPU it
+                never changes a vector, on a GPU at most last bits.
             show_progress: a bar on stderr; default on a terminal when it takes a while.
             output: "numpy", or "torch" for a tensor that stays on the device.
             out: array or memmap [n, d] to write into; it is also returned.
@@ -186,11 +187,12 @@ class Encoder(PartVectors, SentenceTransformerNames):
             spans: character ranges in each text; the result is then that of `embed_spans`.
 
         Returns:
-            [n, d] in input order; [d] for a str; [0, d] for no texts. float32 unless `precision` says otherwise. An
-            empty text gives the vector of its BOS (or EOS) token, never NaN.
+            [n, d] in input order; [d] for a str; [0, d] for no texts. float32, or as `precision` says: binary is int8
+            [n, d / 8], ubinary uint8. An empty text gives the vector of its BOS (or EOS) token, never NaN.
 
         Raises:
             TypeError, ValueError: what cannot be embedded; the message names the row or the argument.
+            torch.OutOfMemoryError: a text that does not fit the GPU alone.
         """
         run = RunSettings(max_length, batch_tokens, split_special, show_progress)
         if spans is not None:
@@ -249,6 +251,9 @@ class Encoder(PartVectors, SentenceTransformerNames):
             prompt_name, normalize, truncate_dim, precision, output: as in `embed`.
             run: `max_length`, `batch_tokens`, `split_special`, `show_progress`.
 
+        Yields:
+            [d] each, its dtype as in `embed`.
+
         Raises:
             TypeError, ValueError: as `embed`; messages and warnings number rows from the stream's first.
         """
@@ -281,6 +286,9 @@ class Encoder(PartVectors, SentenceTransformerNames):
             texts: some hundreds of texts like those to come.
             settings: `instruction`, `prompt_name`, `normalize` and `truncate_dim` as they will be used. A vector that
                 is cut and brought back to unit length needs ranges of its own.
+
+        Raises:
+            TypeError, ValueError: a str, fewer than two texts, or as `embed`.
         """
         if isinstance(texts, str):
             raise TypeError("texts is a str: give a list of typical texts")
@@ -297,10 +305,13 @@ class Encoder(PartVectors, SentenceTransformerNames):
     def count_tokens(
         self, texts: str | Iterable[str], *, instruction: Instruction = None, prompt_name: str | None = None
     ) -> Any:
-        """Tokens of each text as `embed` would read it, instruction and special tokens included, uncut: int [n].
+        """Tokens of each text as `embed` would read it, instruction and special tokens included, uncut.
 
         Args:
             texts, instruction, prompt_name: as in `embed`.
+
+        Returns:
+            int64 [n]; an int for a str.
         """
         rows, single = as_texts(texts)
         instructions = self._instructions(instruction, prompt_name, len(rows))

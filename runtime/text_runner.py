@@ -39,14 +39,17 @@ class TextRunner:
 
     @property
     def decoder(self) -> Decoder:
+        """The packed decoder that runs."""
         return self.engine.decoder
 
     @property
     def device(self) -> torch.device:
+        """Where it runs."""
         return self.decoder.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of its weights and products; vectors are float32 whatever it is."""
         return self.decoder.dtype
 
     def _instructions(self, instruction: Instruction, prompt_name: str | None, n: int) -> list[str] | None:

@@ -82,8 +82,10 @@ def _joins_alone(nodes: Sequence[Node], word: int) -> int | None:
     above, relation = nodes[head], node.relation
     if node.upos == "PART" and relation == "case":  # 's stands before what is owned
         return above.head - 1 if above.head and above.relation == "nmod:poss" else None
-    if node.upos == "PART" and word and nodes[word - 1].upos == "AUX" and above.upos != "VERB":
-        return word - 1  # "is not | good"
+    if node.upos in ("AUX", "PART") and above.upos != "VERB":  # "will not be | good", "is n't | a dog"
+        near = [i for i in (*range(word + 1, head), word - 1) if i >= 0 and nodes[i].upos == "AUX"]
+        if same := [i for i in near if i == head or nodes[i].head == node.head]:
+            return same[0]
     if relation.split(":")[0] in EITHER_SIDE:
         return head
     if head < word:  # phrases end with the word they are named for

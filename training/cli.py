@@ -1,6 +1,7 @@
 """`flashvec train` and `flashvec evaluate`: the command line of training."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,8 @@ def _train(name: str, config: Path, settings: list[str] | None, print_config: bo
         last = run_training(read, show=False if as_json else None)
     except TrainingStopped as error:
         raise ValueError(str(error)) from error
+    if os.environ.get("RANK", "0") != "0":  # torchrun's: one process of several speaks
+        return
     if as_json:
         print(json.dumps({"output": read.output, **last}))
     elif last:
@@ -42,7 +45,7 @@ def _train(name: str, config: Path, settings: list[str] | None, print_config: bo
 def mntp(config: Config, settings: Settings = None, print_config: PrintConfig = False, as_json: Json = False) -> None:
     """Masked next token prediction: a decoder learns to look both ways.
 
-    Example: `flashvec train mntp mntp.yaml texts=[wiki.txt] loop.steps=200`
+    Example: `flashvec train mntp mntp.yaml texts=wiki.txt loop.steps=200`
     """
     _train("MntpConfig", config, settings, print_config, as_json)
 
@@ -64,7 +67,7 @@ def distill(
 ) -> None:
     """Self-distillation: the model's own one-word answers teach its mean of all tokens.
 
-    Example: `flashvec train distill distill.yaml texts=[wiki.txt]`
+    Example: `flashvec train distill distill.yaml texts=wiki.txt`
     """
     _train("DistillConfig", config, settings, print_config, as_json)
 
@@ -174,7 +177,9 @@ def words(
     dev: Annotated[Path, typer.Argument(help="The same, to measure on.", show_default=False)],
     task: Annotated[str, typer.Option(help="pos, ner or chunk (in CoNLL-U cut from its trees).", show_default=False)],
     model: Annotated[str, typer.Option(help="Model folder, GGUF file or hub id.", show_default=False)],
-    column: Annotated[str | None, typer.Option(help="Of the tags: a number, the word's being 1, or upos, ...")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Of the tags: a number, a line's first being 1, or upos, ...")
+    ] = None,
     shift: Annotated[
         bool, typer.Option("--shift", help="Read a token's state one place to the left, for MNTP models.")
     ] = False,
@@ -254,8 +259,8 @@ def mine(
     out: Annotated[Path, typer.Argument(help=".jsonl file to write.", show_default=False)],
     corpus: Annotated[Path | None, typer.Option(help="Texts to choose from; default the positives.")] = None,
     negatives: Annotated[int, typer.Option(help="For each query.", min=1)] = 4,
-    share: Annotated[float, typer.Option(help="Of the positive's cosine; closer candidates are left out.")] = 0.95,
-    margin: Annotated[float | None, typer.Option(help="Leave out what is closer to the positive's cosine.")] = None,
+    share: Annotated[float, typer.Option(help="Of the positive's cosine; what has more is left out.")] = 0.95,
+    margin: Annotated[float | None, typer.Option(help="How far below the positive's cosine they must be.")] = None,
     skip: Annotated[int, typer.Option(help="Closest candidates to pass over.", min=0)] = 0,
     instruction: Annotated[str | None, typer.Option(help="Before each query that has none of its own.")] = None,
     as_json: Json = False,

@@ -308,10 +308,15 @@ def _check(config: TrainConfig, where: str) -> None:
         ("lora.dropout", lora.dropout, _can_be_drawn(lora.dropout), RATES),
         ("lora.targets", lora.targets, 0 < len(lora.targets) == len(set(lora.targets) & set(PROJECTIONS)), "of "
          + ", ".join(PROJECTIONS)),
+        ("lora.start", lora.start, lora.start is None or config.train == "lora",
+         "null with train: body, which has no updates to go on with; adapters: merges it first"),
         ("optimizer.learning_rate", optimizer.learning_rate, optimizer.learning_rate > 0, "a positive number"),
         ("optimizer.warmup_steps", optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
         ("optimizer.decay_steps", optimizer.decay_steps, optimizer.decay_steps is None or optimizer.decay_steps > 0,
          "1 or more, or null"),
+        ("optimizer.decay_steps", optimizer.decay_steps, optimizer.decay_steps is None
+         or (optimizer.warmup_steps < optimizer.decay_steps and optimizer.schedule != "constant"),
+         "more than optimizer.warmup_steps, and null with schedule: constant, which does not fall"),
         ("optimizer.betas", optimizer.betas, len(optimizer.betas) == 2 and all(0 <= b < 1 for b in optimizer.betas),
          "two numbers from 0 to 1"),
         ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number"),

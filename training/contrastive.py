@@ -16,9 +16,18 @@ from torch import Tensor
 from flashvec.kernels.info_nce import info_nce
 from flashvec.runtime.batches import TokenRows
 from flashvec.training.config import ConfigError, ContrastiveConfig
-from flashvec.training.data import DataError, Pair, SourceBatches, read_pairs, read_texts, text_files, text_hash
+from flashvec.training.data import (
+    DataError,
+    Pair,
+    SourceBatches,
+    existing_files,
+    read_pairs,
+    read_texts,
+    text_files,
+    text_hash,
+)
 from flashvec.training.distributed import World
-from flashvec.training.encode import Rates, encode, own_packs, token_rows
+from flashvec.training.encode import Rates, check_instruction, encode, own_packs, text_rows, token_rows
 from flashvec.training.model import Model
 from flashvec.training.reference_config import E5_INSTRUCTIONS
 from flashvec.training.step import Retention, backward_through
@@ -48,6 +57,8 @@ class Contrastive:
         if config.texts and config.view == "dropout" and not config.attention_dropout and not self._lora_dropout:
             raise ConfigError("view is dropout, but nothing is dropped: set attention_dropout or lora.dropout")
         self._check_batches()
+        for instruction, where in {self._instruction(pair): pair.where for pair in reversed(self.pairs)}.items():
+            check_instruction(model, instruction, where or "instruction")
         if config.prefixes and config.prefixes[-1] > model.decoder.spec.hidden_size:
             raise ConfigError(f"prefixes end at {config.prefixes[-1]}, vectors have {model.decoder.spec.hidden_size}")
         names = [frozenset(text_hash(t) for t in {p.query, p.positive}) for p in self.pairs]
@@ -81,21 +92,24 @@ class Contrastive:
         queries = [p.query for p in pairs]
         documents = [p.positive for p in pairs] + [text for p in pairs for text in p.negatives]
         texts = queries + documents
-        own = [p.instruction if p.instruction is not None else self.config.instruction or "" for p in pairs]
-        is_view = bool(self.config.texts)
-        # As they will be embedded: queries with their instruction, documents without any.
+        own = [self._instruction(pair) for pair in pairs]
+        # As they will be embedded: queries with their instruction, documents without any; both sides of what is alike.
         asked = own if any(own) else None
+        is_alike = bool(self.config.texts) or pairs[0].score is not None
         places = [p.where for p in pairs]
-        columns = (
-            token_rows(self.model, queries, asked, places),
-            token_rows(self.model, documents, asked if is_view else None),
-        )
-        rows = joined(*columns)
-        if is_view and self.config.view == "crop":
-            rows = crop(rows, np.random.default_rng([self.config.loop.seed, step, 3]))
+        both = [places, places + [p.where for p in pairs for _ in p.negatives]]
+        columns = zip([queries, documents], [asked, asked if is_alike else None], both, strict=True)
+        if self.config.view == "crop":
+            rng = np.random.default_rng([self.config.loop.seed, step, 3])
+            rows = joined(*(crop(*text_rows(self.model, *column), rng) for column in columns))
+        else:
+            rows = joined(*(token_rows(self.model, *column) for column in columns))
         ids = np.array([text_hash(text) for text in texts], np.int64)
         scores = None if pairs[0].score is None else np.array([p.score for p in pairs], np.float64)
         return Columns(rows, len(queries), ids, scores)
+
+    def _instruction(self, pair: Pair) -> str:
+        return pair.instruction if pair.instruction is not None else self.config.instruction or ""
 
     def step(self, step: int) -> dict[str, float]:
         """Gradients of one step, of this process's share; and the loss of all."""
@@ -166,25 +180,31 @@ def joined(first: TokenRows, second: TokenRows) -> TokenRows:
     return TokenRows(*(np.concatenate(fields) for fields in both))
 
 
-def crop(rows: TokenRows, rng: np.random.Generator) -> TokenRows:
-    """A run of each text's pooled tokens, of random length and place; what stands around them stays."""
+def crop(rows: TokenRows, texts: np.ndarray, rng: np.random.Generator) -> TokenRows:
+    """A run of each text's tokens, of random length and place; what stands around them stays.
+
+    Args:
+        texts: int64 [n, 2], the texts' own tokens: instruction, template and special tokens are none of them.
+    """
     ids, lengths, spans = [], [], []
-    for text in range(len(rows.lengths)):
-        own = rows.ids[rows.starts[text] : rows.starts[text + 1]]
-        first, stop = (int(x) for x in rows.spans[text])
+    for row in range(len(rows.lengths)):
+        tokens = rows.ids[rows.starts[row] : rows.starts[row + 1]]
+        first, stop = (int(x) for x in texts[row])
         size = stop - first
-        length = max(1, round(size * rng.uniform(LEAST_CROP, 1.0)))
+        length = min(size, max(1, round(size * rng.uniform(LEAST_CROP, 1.0))))
         start = first + int(rng.integers(0, size - length + 1))
-        ids.append(np.concatenate([own[:first], own[start : start + length], own[stop:]]))
+        ids.append(np.concatenate([tokens[:first], tokens[start : start + length], tokens[stop:]]))
         lengths.append(len(ids[-1]))
-        spans.append((first, first + length))
+        begins, ends = (int(x) for x in rows.spans[row])
+        spans.append((min(begins, first) if size else begins, ends - (size - length)))
     return TokenRows(np.concatenate(ids), np.array(lengths, np.int32), np.array(spans, np.int64))
 
 
 def _as_pairs(config: ContrastiveConfig) -> list[Pair]:
     if config.pairs:
         return read_pairs(config.pairs, E5_INSTRUCTIONS if config.e5_instructions else None)
-    return [Pair(text, text) for text in read_texts(config.texts)]
+    files = enumerate(existing_files(config.texts, "texts"))
+    return [Pair(text, text, source=number) for number, file in files for text in read_texts([str(file)])]
 
 
 def _check_columns(gradient: Tensor, columns: Columns) -> None:

@@ -46,23 +46,53 @@ def token_rows(
 ) -> TokenRows:
     """Tokens of texts, and which of them are pooled: exactly as `Encoder.embed` would read them.
 
+    Args and errors as of `text_rows`.
+    """
+    return _rows(model, texts, instructions, places, instructions is not None)[0]
+
+
+def text_rows(
+    model: Model, texts: Sequence[str], instructions: Sequence[str] | None = None, places: Sequence[str] = ()
+) -> tuple[TokenRows, np.ndarray]:
+    """`token_rows`, and the tokens of the texts themselves, without what stands around them: int64 [n, 2].
+
     Args:
         places: file and line of each text, for errors; default its row.
 
     Raises:
         DataError: a text of which `max_length` leaves nothing.
     """
+    return _rows(model, texts, instructions, places, True)
+
+
+def _rows(
+    model: Model, texts: Sequence[str], instructions: Sequence[str] | None, places: Sequence[str], offsets: bool
+) -> tuple[TokenRows, np.ndarray]:
     spec, tokenizer = model.spec, model.tokenizer
     prepared = prepare.prepare(spec, texts, instructions, tokenizer)
-    offsets = spec.span == "template" or instructions is not None
+    offsets = offsets or spec.span == "template"
     tokens = prepare.tokenise(tokenizer, prepared, spec.max_length, offsets=offsets)
     spans = prepare.pooled_spans(spec, tokens, prepared, instructions, tokenizer)
+    own = spans
     if offsets:
         own = prepare.text_token_spans(tokens, [len(b) for b in prepared.before], [len(t) for t in prepared.texts])
         for row in np.flatnonzero(tokens.truncated & (own[:, 1] <= own[:, 0])):
             place = (places[int(row)] if places else "") or f"row {row}"
             raise DataError(f"{place}: max_length={spec.max_length} leaves nothing of the text after its prompt")
-    return TokenRows(tokens.ids, tokens.lengths, spans)
+    return TokenRows(tokens.ids, tokens.lengths, spans), own
+
+
+def check_instruction(model: Model, instruction: str, where: str) -> None:
+    """An instruction must leave room for a text.
+
+    Raises:
+        DataError: names `where`.
+    """
+    (string,) = prepare.prepare(model.spec, [""], [instruction], model.tokenizer).strings
+    if (size := int(model.tokenizer.count([string], special=True)[0])) >= model.spec.max_length:
+        raise DataError(
+            f"{where}: the instruction has {size} tokens, max_length is {model.spec.max_length}: no text fits"
+        )
 
 
 def micro_batches(lengths: np.ndarray, budget: int | None, device: torch.device) -> list[np.ndarray]:

@@ -188,7 +188,7 @@ class _Run:
         norm = float(torch.nn.utils.get_total_norm(grads))
         if not math.isfinite(found["loss"]) or not math.isfinite(norm):
             what = "loss" if not math.isfinite(found["loss"]) else "gradient"
-            self._save(step)
+            self._save(step, more=1)  # the one before may be the last whose parameters were good
             raise TrainingStopped(
                 f"step {step + 1}: the {what} is not finite (loss {found['loss']}, gradient {norm}); the state before "
                 "it is saved; begin anew, in another output, with a lower optimizer.learning_rate, or look for the "
@@ -224,9 +224,9 @@ class _Run:
             if self.events is not None:
                 self.events.add(line)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, more: int = 0) -> None:
         if self.world.is_first:
-            keep = self.config.loop.keep_checkpoints
+            keep = self.config.loop.keep_checkpoints + more
             save_checkpoint(self.output, step, self.parameters, self.optimizer, self.fingerprint, keep)
         self.world.barrier()
 

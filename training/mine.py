@@ -44,7 +44,7 @@ def mine(
         instruction: before queries that have none of their own.
 
     Raises:
-        ValueError: numbers out of range, or nothing to choose from.
+        ValueError: numbers out of range, pairs with scores, or nothing to choose from.
     """
     if num_negatives < 1 or skip < 0:
         raise ValueError(f"num_negatives is {num_negatives} and skip {skip}; expected at least 1, and 0")
@@ -52,6 +52,8 @@ def mine(
         raise ValueError(f"share is {share}, expected a number up to 1")
     if margin is not None and margin < 0:
         raise ValueError(f"margin is {margin}, expected at least 0")
+    if scored := [pair for pair in pairs if pair.score is not None]:
+        raise ValueError(f"{scored[0].where}: a pair with a score: only texts that fit their query can be mined for")
     by_hash = {text_hash(text): text for text in (corpus or [pair.positive for pair in pairs])}
     names, candidates = np.array(list(by_hash), np.int64), list(by_hash.values())
     if len(candidates) < 2:
@@ -73,7 +75,7 @@ def mine(
             allowed = allowed[~np.isin(names[allowed], list(own[text_hash(pair.query)]))]
             order = allowed[np.argsort(-row[allowed], kind="stable")][skip : skip + num_negatives]
             negatives = tuple(candidates[i] for i in order)
-            found.append(replace(pair, negatives=negatives, score=None))
+            found.append(replace(pair, negatives=negatives))
     return found
 
 

@@ -4,6 +4,7 @@ Rules (pooling, what is written around a text) are those under which `Encoder.lo
 that a text is trained on as it will be embedded.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from flashvec.training.distributed import World, own_device
 from flashvec.training.files import naming
 from flashvec.training.lora import Lora
 from flashvec.training.shards import Shards
+
+logger = logging.getLogger("flashvec")
 
 HEAD = "lm_head.weight"
 ENCODER_FOLDER = "encoder"  # below a run's output, where the body was trained
@@ -134,7 +137,6 @@ class BodyTrainable:
         for name, x in self.live.items():
             x.requires_grad_()
             self.masters[name] = x if x.dtype == torch.float32 else x.detach().float().requires_grad_()
-        self.before = {name: x.detach().flatten()[:64].clone() for name, x in self.masters.items()}
 
     def parameters(self) -> dict[str, Tensor]:
         return self.masters
@@ -160,7 +162,8 @@ class BodyTrainable:
                     x.copy_(self.masters[name])
 
     def untouched(self) -> list[str]:
-        return [name for name, x in self.masters.items() if torch.equal(x.detach().flatten()[:64], self.before[name])]
+        """By their gradients: a first step of a long warm-up is below the last bit of a weight."""
+        return [name for name, x in self.masters.items() if x.grad is None or not bool(x.grad.any())]
 
 
 def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | None = None) -> Model:
@@ -223,17 +226,26 @@ def states_rules(folder: Path) -> bool:
 
 
 def _check_named(config: TrainConfig) -> None:
-    """Of several adapters the new one names the last alone: that one must name those below it."""
-    for below, above in pairwise(config.adapters):
+    """The new adapter names the last of `adapters` alone: each of them must name what it lies on here."""
+    for below, above in pairwise((config.model, *config.adapters)):
         folder = resolve(above)
         stated = read_adapter_config(folder).get("base_model_name_or_path")
         # LLM2Vec's second adapters name the raw base, and the one below them by their own name.
         named = {base_part(stated, folder), mntp_name(base_part(above, Path()))}
-        if base_part(below, Path()) not in named:
+        if base_part(below, Path()) in named or (below == config.model and "" in named):
+            continue
+        if below == config.model and not _is_adapter(below):  # a base may have been stored under another name
+            logger.warning("adapters: %s was trained on %r: is %s that model?", above, stated, below)
+        else:
             raise ConfigError(
                 f"adapters: {above} is of base {stated!r}, not of {below}, which would be lost: an adapter names one "
                 "folder below it; merge them first (Encoder.load(model, adapters=[...]).save(folder))"
             )
+
+
+def _is_adapter(model: str) -> bool:
+    path = resolve(model)
+    return path.is_dir() and not states_rules(path) and bool(adapter_chain(path)[1])
 
 
 def _check_rules(config: TrainConfig, spec: ModelSpec, has_rules: bool) -> None:

@@ -14,8 +14,8 @@ from flashvec.training.config import ConfigError
 MARKS = ("model_name_or_path",)
 PASSED_OVER = {
     "do_train", "do_eval", "overwrite_output_dir", "evaluation_strategy", "eval_steps", "save_strategy",
-    "per_device_eval_batch_size", "attn_implementation", "save_only_model", "bidirectional", "remove_unused_columns",
-    "mask_token_type", "data_collator_type", "dataset_config_name", "num_train_epochs", "disable_tqdm",
+    "per_device_eval_batch_size", "attn_implementation", "save_only_model", "remove_unused_columns",
+    "mask_token_type", "data_collator_type", "dataset_config_name", "disable_tqdm",
 }  # fmt: skip
 # Before queries of the data sets that its supervised script knows, by their files' names; of two, lines take turns.
 E5_INSTRUCTIONS = {
@@ -62,6 +62,10 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
     """
     left = dict(values)
     take = left.pop
+    if not take("bidirectional", True):
+        raise ConfigError(f"{where}: bidirectional is false: what is trained here looks both ways")
+    if (epochs := take("num_train_epochs", None)) is not None and "stop_after_n_steps" not in left:
+        raise ConfigError(f"{where}: num_train_epochs is {epochs} and stop_after_n_steps not there: say how many steps")
     steps = take("stop_after_n_steps", 1000)
     made: dict[str, Any] = {
         "model": take("model_name_or_path"),

@@ -5,6 +5,7 @@ a folder    BEIR's: corpus.jsonl (_id, title, text), queries.jsonl (_id, text), 
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from flashvec.training.data import DataError
+
+logger = logging.getLogger("flashvec")
 
 MAX_FILE_BYTES = 1 << 34
 BLOCK_SCORES = 1 << 24
@@ -45,6 +48,12 @@ def read_collection(path: Path) -> Collection:
         )
     if not judged:
         raise DataError(f"{path.name}: no query has a relevant document")
+    wanted = {id for query in judged for id, score in collection.relevance[query].items() if score > 0}
+    if lost := sorted(wanted - collection.documents.keys()):
+        found = f"{len(lost)} of {len(wanted)} relevant documents are not there, {lost[0]!r} among them"
+        if len(lost) == len(wanted):
+            raise DataError(f"{path.name}: {found}: are the judgements of another collection?")
+        logger.warning("%s: %s: no ranking can find them", path.name, found)
     return collection
 
 

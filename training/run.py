@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig, to_yaml
+from flashvec.training.config import ConfigError, ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig, to_yaml
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distill import Distill
 from flashvec.training.distributed import World, own_device
@@ -38,6 +38,7 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
     """
     if (last := finished(config)) is not None:
         return last
+    _check_named(config)
     world = World(own_device(config.device))
     try:
         model = load_model(config, wants_head=isinstance(config, MntpConfig), world=world)
@@ -47,3 +48,10 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
         return train(config, OBJECTIVES[type(config)](model, config, world), world, show=show, until=until)
     finally:
         world.close()
+
+
+def _check_named(config: TrainConfig) -> None:
+    """Data must be named: told before a model of gigabytes is read."""
+    if not (getattr(config, "texts", ()) or getattr(config, "pairs", ())):
+        kinds = "texts=wiki.txt or pairs=pairs.jsonl" if isinstance(config, ContrastiveConfig) else "texts=wiki.txt"
+        raise ConfigError(f"no data: name files, such as {kinds}; a data set's name alone fetches nothing")

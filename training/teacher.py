@@ -43,6 +43,7 @@ from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.texts import TruncationWarning
 from flashvec.training.adapter import base_part
 from flashvec.training.config import ConfigError, DistillConfig
+from flashvec.training.data import DataError
 from flashvec.training.distributed import World
 from flashvec.training.model import Model
 
@@ -82,6 +83,8 @@ class Teacher:
         self.keeps_known = 4 * len(texts) * len(self._readings) * self._width <= MAX_KNOWN_BYTES
         samples = [self._sampled(source) for source in range(int(sources.max()) + 1)]
         self.sample = np.concatenate(samples)
+        if len(self.sample) < 2:
+            raise DataError("texts: there is one text: what it is told from is missing, give more")
         states = [self._read(rows)[: len(config.prompts)] for rows in samples]
         if config.centred:
             self._spaces = [[_principal(x, config.whitening) for x in own] for own in states]

@@ -37,7 +37,7 @@ def read_tagged(
 
     Args:
         task: pos, ner or chunk; tags of the last two are O, B-kind or I-kind.
-        column: where the tags are: a number, the word's own column being 1, or one of CoNLL-U's names. Default: by
+        column: where the tags are: a number, a line's first column being 1, or one of CoNLL-U's names. Default: by
             the number of columns where it is that of CoNLL-2003 or CoNLL-2000, else the last; in CoNLL-U UPOS, or
             chunks of its trees.
         max_sentences: read no further than this.
@@ -119,9 +119,10 @@ def _read_conllu(task: str, column: str | None) -> Callable[[str, str], tuple[st
 
 
 class _Line(NamedTuple):
-    """A word of a tree and the place it was read from."""
+    """A word of a tree, the number it gives itself, and the place it was read from."""
 
     where: str
+    number: int
     node: Node
 
 
@@ -129,14 +130,19 @@ def _read_node(line: str, where: str) -> _Line | str:
     fields = _conllu_fields(line, where)
     if fields is None:
         return NOTHING
-    word, relation = _word_and_tag(fields[1], fields[7], "pos", where)
+    if not fields[1].strip():
+        raise DataError(f"{where}: a tag without its word")
+    if bare := [CONLLU_COLUMNS[i] for i in (3, 6, 7) if fields[i].strip() in ("", "_")]:
+        raise DataError(f"{where}: no {bare[0]}; chunks are cut from trees, which have upos, head and deprel")
     if not (fields[6].isdecimal() and fields[6].isascii()):
         raise DataError(f"{where}: depends on {fields[6][:40]!r}, not on the number of a word")
-    return _Line(where, Node(word, fields[3], int(fields[6]), relation))
+    return _Line(where, int(fields[0]), Node(fields[1].strip(), fields[3], int(fields[6]), fields[7]))
 
 
 def _of_trees(lines: list[_Line]) -> TaggedSentence:
-    for line in lines:
+    for place, line in enumerate(lines, 1):
+        if line.number != place:
+            raise DataError(f"{line.where}: word {line.number} where {place} is next; an empty line ends a sentence")
         if line.node.head > len(lines):
             raise DataError(f"{line.where}: depends on word {line.node.head} of {len(lines)}")
     return TaggedSentence([line.node.word for line in lines], chunk_tags([line.node for line in lines]))
@@ -175,5 +181,7 @@ def _word_and_tag(word: str, tag: str, task: str, where: str) -> tuple[str, str]
     if not word or tag in ("", "_"):
         raise DataError(f"{where}: a {'word without its tag' if word else 'tag without its word'}")
     if task != "pos" and tag != "O" and not (tag[:2] in ("B-", "I-") and len(tag) > 2):
-        raise DataError(f"{where}: the {task} tag {tag!r} is not O, B-kind or I-kind; do the tags stand elsewhere?")
+        raise DataError(
+            f"{where}: the {task} tag {tag[:40]!r} is not O, B-kind or I-kind; do the tags stand elsewhere?"
+        )
     return word, tag

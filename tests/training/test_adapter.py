@@ -186,7 +186,7 @@ def test_an_adapter_of_another_base_is_no_start_unless_both_are_said_to_be_one(t
     load_model(config_for("contrastive", tmp_path, lora=start, base_name="another/other"))
 
 
-def test_an_adapter_that_nothing_would_name_is_refused(tmp_path):
+def test_an_adapter_that_nothing_would_name_is_refused(tmp_path, caplog):
     """The new adapter names the last one below it alone."""
     lora = load_model(config_for("contrastive", tmp_path)).trainable.lora
     write_adapter(tmp_path / "first", lora, "../base")
@@ -200,6 +200,16 @@ def test_an_adapter_that_nothing_would_name_is_refused(tmp_path):
                 load_model(config)
         else:
             load_model(config)
+    run_training(config_for("mntp", tmp_path, output=str(tmp_path / "below"), loop={"steps": 1}))
+    write_adapter(tmp_path / "second", lora, "../base")
+    with pytest.raises(ConfigError, match=r"second is of base '\.\./base', not of .*below, which would be lost"):
+        load_model(
+            config_for("contrastive", tmp_path, model=str(tmp_path / "below"), adapters=[str(tmp_path / "second")])
+        )
+    write_adapter(tmp_path / "second", lora, "owner/other")
+    with caplog.at_level("WARNING", logger="flashvec"):
+        load_model(config_for("contrastive", tmp_path, adapters=[str(tmp_path / "second")]))
+    assert "second was trained on 'owner/other': is " in caplog.text
     write_adapter(tmp_path / "tiny-mntp", lora, "../base")
     write_adapter(tmp_path / "tiny-mntp-unsup-simcse", lora, "../base")  # as LLM2Vec publishes them
     load_model(config_for("contrastive", tmp_path, adapters=[

@@ -21,6 +21,11 @@ TREES = {
         President|NOUN|2|nmod:desc Bush|PROPN|5|nsubj and|CCONJ|4|cc Laura|PROPN|2|conj left|VERB|0|root
         because|ADP|8|case of|ADP|6|fixed July|PROPN|5|obl 13|NUM|8|nummod ,|PUNCT|11|punct please|INTJ|5|discourse""",
     "[NP It] [VP is n't] [NP a dog]": "It|PRON|5|nsubj is|AUX|5|cop n't|PART|5|advmod a|DET|5|det dog|NOUN|0|root",
+    "[NP They] [VP will not have been] [ADJP easy] [VP to please]": """
+        They|PRON|6|nsubj will|AUX|6|aux not|PART|6|advmod have|AUX|6|aux been|AUX|6|cop easy|ADJ|0|root
+        to|PART|8|mark please|VERB|6|csubj""",
+    "[VP Will] [NP it] [VP be] [ADJP easy] ?": """
+        Will|AUX|4|aux it|PRON|4|nsubj be|AUX|4|cop easy|ADJ|0|root ?|PUNCT|4|punct""",
     "[NP a decision - maker] ( [NP all] )": """
         a|DET|4|det decision|NOUN|4|compound -|PUNCT|2|punct maker|NOUN|0|root (|PUNCT|6|punct all|DET|4|appos
         )|PUNCT|6|punct""",

@@ -41,6 +41,15 @@ def test_file_overrides_and_printed_settings_agree(tmp_path):
         ({**LEAST, "loop": {"activation_gib": -1}}, r"loop\.activation_gib is -1\.0; expected 0 or more"),
         ({**LEAST, "loop": {"evaluate_every": -1}}, r"loop\.evaluate_every is -1; expected 0 or more"),
         ({**LEAST, "optimizer": {"decay_steps": 0}}, r"optimizer\.decay_steps is 0; expected 1 or more"),
+        (
+            {**LEAST, "optimizer": {"decay_steps": 5, "warmup_steps": 5}},
+            r"decay_steps is 5; expected more than optimizer\.",
+        ),
+        (
+            {**LEAST, "optimizer": {"decay_steps": 5, "schedule": "constant"}},
+            r"decay_steps is 5; .* null with schedule",
+        ),
+        ({**LEAST, "train": "body", "lora": {"start": "a"}}, r"lora\.start is 'a'; expected null with train: body"),
         ({**LEAST, "lora": {"dropout": 0.001}}, r"lora\.dropout is 0\.001; .* 1/256 to 255/256: dropout is drawn in"),
         ({**LEAST, "attention_dropout": 0.999}, r"attention_dropout is 0\.999; expected 0, or a rate from 1/256"),
         ({**LEAST, "optimizer": {"schedule": "step"}}, r"optimizer\.schedule is 'step'; one of constant, linear"),
@@ -144,6 +153,12 @@ def test_the_references_unknown_keys_are_refused():
     assert is_reference(MNTP) and not is_reference(LEAST)
     with pytest.raises(ConfigError, match="lora_bias is not known"):
         translate({**MNTP, "lora_bias": True}, "MntpConfig", "x.json")
+    with pytest.raises(ConfigError, match="bidirectional is false"):
+        translate({**SIMCSE, "bidirectional": False}, "ContrastiveConfig", "x.json")
+    epochs = {key: value for key, value in MNTP.items() if key != "stop_after_n_steps"}
+    with pytest.raises(ConfigError, match="num_train_epochs is 3 and stop_after_n_steps not there"):
+        translate({**epochs, "num_train_epochs": 3}, "MntpConfig", "x.json")
+    assert translate({**MNTP, "num_train_epochs": 3}, "MntpConfig", "x.json")["loop"]["steps"] == 1000
     with pytest.raises(ConfigError, match="no such objective"):
         translate(MNTP, "DistillConfig", "x.json")
     with pytest.raises(ConfigError, match="mask_token_type is 'eos'"):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from flashvec.training.config import ConfigError
 from flashvec.training.contrastive import Contrastive, cosent, crop, joined
 from flashvec.training.data import DataError
 from flashvec.training.distributed import World
-from flashvec.training.encode import token_rows
+from flashvec.training.encode import text_rows, token_rows
 from flashvec.training.model import load_model
 from flashvec.training.run import run_training
 
@@ -111,19 +112,36 @@ def test_instructions_of_the_references_data_sets_go_by_their_files(tmp_path):
 
 def test_crops_are_runs_of_the_text_and_keep_what_stands_around():
     ids = np.arange(100, 120, dtype=np.int32)
-    rows = TokenRows(ids, np.array([12, 8], np.int32), np.array([[1, 12], [0, 7]], np.int64))
+    rows = TokenRows(ids, np.array([12, 8], np.int32), np.array([[1, 12], [0, 8]], np.int64))
+    own = np.array([[1, 12], [0, 7]], np.int64)  # the second's last token is no text's, but pooled
     lengths = set()
     for seed in range(30):
-        cut = crop(rows, np.random.default_rng(seed))
+        cut = crop(rows, own, np.random.default_rng(seed))
         first, second = cut.ids[: cut.lengths[0]], cut.ids[cut.lengths[0] :]
         assert first[0] == 100 and second[-1] == 119
         assert (np.diff(first[1:]) == 1).all() and (np.diff(second[:-1]) == 1).all()
         assert 6 <= cut.lengths[0] <= 12 and 5 <= cut.lengths[1] <= 8
-        assert cut.spans.tolist() == [[1, cut.lengths[0]], [0, cut.lengths[1] - 1]]
+        assert cut.spans.tolist() == [[1, cut.lengths[0]], [0, cut.lengths[1]]]
         lengths.add(int(cut.lengths[0]))
     assert len(lengths) > 4
     both = joined(rows, cut)
     assert np.array_equal(both.ids, np.concatenate([rows.ids, cut.ids])) and len(both.spans) == 4
+
+
+@pytest.mark.parametrize("instruction", [None, "Tell: "])
+def test_crops_leave_template_and_special_tokens(instruction, tmp_path):
+    objective = objective_for(tmp_path, view="crop", attention_dropout=0.0, lora={"dropout": 0.0}, max_length=64)
+    objective.model.spec = replace(objective.model.spec, template="[INST] {text} [/INST]", span="template")
+    asked = None if instruction is None else [instruction]
+    rows, own = text_rows(objective.model, ["the river froze over in the winter"], asked)
+    for seed in range(9):
+        cut = crop(rows, own, np.random.default_rng(seed))
+        after = len(rows.ids) - own[0, 1]
+        assert after > 1 and np.array_equal(cut.ids[-after:], rows.ids[own[0, 1] :])
+        assert np.array_equal(cut.ids[: own[0, 0]], rows.ids[: own[0, 0]])
+        assert cut.spans.tolist() == [[own[0, 0], len(cut.ids)]]  # from the text's first token to the end, as whole
+    empty, none = text_rows(objective.model, [""], asked)
+    assert np.array_equal(crop(empty, none, np.random.default_rng(0)).ids, empty.ids)
 
 
 def test_crop_views_of_a_text_differ(tmp_path):
@@ -144,10 +162,42 @@ def test_instructions_stand_before_queries_alone_and_are_not_pooled(tmp_path):
     assert (asked.rows.spans[:n, 0] > 1).all() and (asked.rows.spans[n:, 0] == 1).all()
 
 
-def test_a_text_cut_to_nothing_is_refused(tmp_path):
-    objective = objective_for(tmp_path, max_length=8)
-    with pytest.raises(ValueError, match=r"nothing is left of the text|leaves nothing"):
-        token_rows(objective.model, ["a river"], ["a very long instruction that takes all of the room: "])
+def test_both_texts_of_a_graded_pair_are_read_under_the_instruction(tmp_path):
+    pairs = str(write_pairs(tmp_path / "p.jsonl", negatives=0, scored=True))
+    graded = {"pairs": [pairs], "loss": "cosent", "max_length": 60}
+    plain = objective_for(tmp_path, **graded).batch(0)
+    asked = objective_for(tmp_path, **graded, instruction="Find the same: ").batch(0)
+    assert (asked.rows.lengths > plain.rows.lengths).all() and (asked.rows.spans[:, 0] > 1).all()
+
+
+def test_an_instruction_that_leaves_no_room_is_refused_before_the_first_step(tmp_path):
+    pairs = write_pairs(tmp_path / "p.jsonl", count=9)
+    lines = pairs.read_text().splitlines()
+    lines[6] = json.dumps({**json.loads(lines[6]), "instruction": "far too long for the room that there is " * 3})
+    pairs.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"p\.jsonl line 7: the instruction has \d+ tokens, max_length is 24: no text"):
+        objective_for(tmp_path, pairs=[str(pairs)])
+    with pytest.raises(DataError, match=r"the instruction has \d+ tokens, max_length is 8"):
+        objective_for(tmp_path, max_length=8, instruction="a very long instruction that takes all of the room: ")
+
+
+def test_a_text_of_which_nothing_is_left_names_its_line(tmp_path):
+    objective = objective_for(tmp_path, max_length=24)
+    around = objective.model.tokenizer.count(["q: :z"], special=True)[0]
+    objective.model.spec = replace(objective.model.spec, max_length=int(around) + 1)
+    with pytest.raises(DataError, match=r"b\.jsonl line 2: max_length=\d+ leaves nothing"):  # a snowman is three tokens
+        token_rows(objective.model, ["\N{SNOWMAN}" * 9], ["q: {text}:z"], ["b.jsonl line 2"])
+
+
+def test_views_of_a_batch_are_of_one_file(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"stone {i}\n" for i in range(20)))
+    (tmp_path / "b.txt").write_text("".join(f"river {i}\n" for i in range(20)))
+    files = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    objective = objective_for(tmp_path, texts=files)
+    kinds = [{text.split()[0] for text in objective.seen(step)} for step in range(4)]
+    assert all(len(kind) == 1 for kind in kinds) and len(set.union(*kinds)) == 2
+    with pytest.raises(DataError, match=r"a\.txt does not hold as many rows with different texts \(20 rows\)"):
+        objective_for(tmp_path, texts=files, batch_size=30)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,12 @@ def test_every_file_has_its_own_mean_and_its_own_batches(tmp_path):
     assert all(len(set(sources)) == 1 for sources in drawn) and len({int(sources[0]) for sources in drawn}) == 2
 
 
+def test_one_text_is_told_from_nothing(tmp_path):
+    (tmp_path / "texts.txt").write_text("stone\n")
+    with pytest.raises(DataError, match="texts: there is one text"):
+        objective_for(tmp_path, batch_size=1)
+
+
 def test_crops_are_runs_of_a_texts_words_behind_it_and_the_same_again():
     texts = ["one two three four five six seven eight", "too short", "a b c d e f"]
     found, origins = with_crops(texts, seed=3)

@@ -98,6 +98,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(tmp_path):
     assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-00000002"]
 
 
+def test_the_checkpoint_before_one_that_gave_no_number_stays(tmp_path):
+    def change(objective):
+        step = objective.step
+        objective.step = lambda number: {**step(number), "loss": float("nan")} if number == 3 else step(number)
+
+    stopping(tmp_path, change, loop={"keep_checkpoints": 1})
+    assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-00000002", "checkpoint-00000003"]
+
+
 def test_a_gradient_that_is_not_finite_stops(tmp_path):
     def change(objective):
         loss = objective.loss
@@ -163,6 +172,18 @@ def test_a_matrix_that_stays_zero_stops(tmp_path):
         lora.parameters()["layers.1.down.b"].register_hook(torch.zeros_like)
 
     assert "step 1 left 1 parameters as they were, layers.1.mlp.down_proj" in stopping(tmp_path, change)
+
+
+def test_a_body_may_begin_with_steps_below_its_weights_last_bits(tmp_path):
+    slow = {"learning_rate": 1e-9, "schedule": "linear", "warmup_steps": 1000}
+    last = run_training(config_for("contrastive", tmp_path, train="body", optimizer=slow, loop={"steps": 1}))
+    assert last["step"] == 1
+
+
+def test_data_must_be_named_before_a_model_is_read(tmp_path):
+    config = config_for("mntp", tmp_path, texts=[])
+    with pytest.raises(ConfigError, match=r"no data: name files, such as texts=wiki\.txt; a data set's name alone"):
+        run_training(dataclasses.replace(config, model=str(tmp_path / "nowhere")))
 
 
 def test_rules_that_a_folder_states_are_kept_or_refused(tmp_path):

@@ -75,6 +75,8 @@ def test_refuses():
     ):
         with pytest.raises(ValueError, match=named):
             mine(Table(), PAIRS, **values)
+    with pytest.raises(ValueError, match=r"a\.jsonl line 3: a pair with a score"):
+        mine(Table(), [*PAIRS, replace(PAIRS[0], score=0.0, where="a.jsonl line 3")])
 
 
 def test_command_writes_what_training_reads(tmp_path):

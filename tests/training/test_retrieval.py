@@ -110,6 +110,15 @@ def test_a_query_may_be_named_query(tmp_path):
     assert read_collection(folder).relevance == {"query1": {"d2": 1}}
 
 
+def test_relevant_documents_that_are_not_there_are_told(tmp_path, caplog):
+    folder = write_beir(tmp_path / "beir")
+    (folder / "qrels/test.tsv").write_text("q1\td1\t1\nq1\td7\t1\nq1\td8\t0\n")
+    with caplog.at_level("WARNING", logger="flashvec"):
+        read_collection(folder)
+    (told,) = [record.message for record in caplog.records]
+    assert told == "beir: 1 of 2 relevant documents are not there, 'd7' among them: no ranking can find them"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
@@ -118,6 +127,7 @@ def test_a_query_may_be_named_query(tmp_path):
         ("qrels/test.tsv", "q1\td1\tmuch\n", "test.tsv line 1: expected query, document and score"),
         ("qrels/test.tsv", "q9\td1\t1\n", "1 queries that are not there, q9"),
         ("qrels/test.tsv", "q1\td1\t0\n", "no query has a relevant document"),
+        ("qrels/test.tsv", "q1\td9\t1\n", "1 of 1 relevant documents are not there, 'd9' among them: are the judge"),
     ],
 )
 def test_bad_files_are_named(name, text, named, tmp_path):

@@ -34,6 +34,13 @@ def test_trains_and_evaluates(objective, tmp_path):
     assert "Spearman" in result.stdout
 
 
+def test_one_process_of_several_prints(tmp_path, monkeypatch):
+    run = written("mntp", tmp_path, loop={"steps": 1})
+    assert json.loads(runner.invoke(app, ["train", "mntp", run, "--json"]).stdout)["step"] == 1
+    monkeypatch.setenv("RANK", "1")
+    assert runner.invoke(app, ["train", "mntp", run, "--json"]).stdout == ""  # the run has ended, nothing is trained
+
+
 def test_prints_its_settings_and_does_nothing_else(tmp_path):
     result = runner.invoke(train_app, ["mntp", written("mntp", tmp_path), "lora.r=2", "--print-config"])
     (tmp_path / "printed.yaml").write_text(result.stdout)

@@ -80,8 +80,10 @@ def test_conllu_without_multiword_tokens_and_empty_nodes(tmp_path):
         ("a.conllu", CONLLU.replace("1\tIt", "one\tIt"), {}, "line 3: starts with 'one'"),
         ("a.conllu", CONLLU.replace("PRON", "_"), {}, "line 3: a word without its tag"),
         ("a.conllu", CONLLU.replace("\t2\tnsubj", "\t9\tnsubj"), {"task": "chunk"}, "line 3: depends on word 9 of 3"),
-        ("a.conllu", CONLLU.replace("\t2\tnsubj", "\t_\tnsubj"), {"task": "chunk"}, "line 3: depends on '_', not on"),
-        ("a.conllu", CONLLU.replace("nsubj", "_"), {"task": "chunk"}, "line 3: a word without its tag"),
+        ("a.conllu", CONLLU.replace("\t2\tnsubj", "\tx\tnsubj"), {"task": "chunk"}, "line 3: depends on 'x', not on"),
+        ("a.conllu", CONLLU.replace("nsubj", "_"), {"task": "chunk"}, "line 3: no deprel; chunks are cut from trees"),
+        ("a.conllu", CONLLU.replace("PRON", "_"), {"task": "chunk"}, "line 3: no upos"),
+        ("a.conllu", CONLLU.replace("\n\n", "\n"), {"task": "chunk"}, "line 9: word 1 where 4 is next; an empty line"),
     ],
     ids=str,
 )
