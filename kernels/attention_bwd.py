@@ -112,7 +112,7 @@ def _dq_step(
     return dq0, dq1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_a", "key_b"])
 def _attention_bwd_dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, tile_ptr, cos_ptr, sin_ptr, identity_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, T, H,
@@ -198,7 +198,7 @@ def _attention_bwd_dq_kernel(
             store_chunk(dq_ptr, dq1 * scale, own_row, row_exists, K0, K1, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_a", "key_b"])
 def _attention_bwd_dkv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, tile_ptr, cos_ptr, sin_ptr,
     identity_ptr, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, T, H,
@@ -336,6 +336,8 @@ def _attention_bwd_launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]
     dout_THK = dout_THK.contiguous()
+    if dout_THK.data_ptr() % 16:  # a slice of a longer tensor: bulk copies begin at multiples of 16 bytes
+        dout_THK = dout_THK.clone()
     dq_THK, dk_TGK, dv_TGK = (x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
     delta_HT = lse_HT.new_empty(lse_HT.shape)
     for x in (dq_THK, dk_TGK, dv_TGK):

@@ -70,7 +70,7 @@ def _attend(
     return acc0, acc1, new_max, running_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_a", "key_b"])  # drawn anew every step
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tile_ptr, cos_ptr, sin_ptr, norm_ptr, identity_ptr, shift_stop_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, T, H,

@@ -18,7 +18,8 @@ distribution, and costs a draw instead of three. Masks are `dropout.py`'s, keyed
 packing does not change them and backward draws them again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +83,21 @@ def _shrink_cpu(x: Tensor, a: Tensor, factors: Sequence[float], keys: Tensor | N
     for rows in _chunks(T):
         dropped = x[rows]
         if keys is not None:
-            draws = draws_cpu((keys[0, rows], keys[1, rows]), x.shape[1], x.dtype)
-            dropped = drop_cpu(dropped, draws, threshold)
+            dropped = _dropping(keys[:, rows], dropped, threshold)(dropped)
         torch.mm(dropped, a.flatten(0, 1).T, out=h[rows])
     h = h.view(T, P, R)
     for p, factor in enumerate(factors):
         h[:, p] *= factor
     return h
+
+
+def _dropping(keys: Tensor, like: Tensor, threshold: int) -> Callable[..., Tensor]:
+    """Puts zeros where rows like these are dropped; also on a GPU without Triton, which takes this path."""
+    if like.device.type == "cpu":
+        draws = draws_cpu((keys[0], keys[1]), like.shape[1], like.dtype)
+        return partial(drop_cpu, draws=draws, threshold=threshold)
+    dropped = ~keep_reference((keys[0], keys[1]), like.shape[1], threshold)
+    return lambda x, out=None: x.masked_fill(dropped, 0)
 
 
 def _input_gradients_cpu(
@@ -103,11 +112,11 @@ def _input_gradients_cpu(
         return x.new_empty(0) if dx is None else dx, _sum_cpu(g, x).view(P, R, C)
     da = x.new_zeros(P * R, C, dtype=torch.float32)
     for rows in _chunks(len(x)):
-        draws = draws_cpu((keys[0, rows], keys[1, rows]), C, x.dtype)
+        drop = _dropping(keys[:, rows], x[rows], threshold)
         if dx is not None:
             back = g[rows] @ a
-            dx[rows] += drop_cpu(back, draws, threshold, out=back)
-        da += g[rows].T @ drop_cpu(x[rows], draws, threshold)
+            dx[rows] += drop(back, out=back)
+        da += g[rows].T @ drop(x[rows])
     return x.new_empty(0) if dx is None else dx, da.view(P, R, C)
 
 

@@ -40,6 +40,9 @@ class Accelerator(Protocol):
     def mark(self) -> Mark:
         """A mark after everything queued so far."""
 
+    def follow(self, mark: Mark) -> None:
+        """What is queued from now on, on whatever stream, runs after a mark."""
+
     def record(self, work: Work) -> Recording:
         """Run work once to warm up, then record it.
 
@@ -56,8 +59,8 @@ class Accelerator(Protocol):
 
 class _CudaMark:
     def __init__(self, device: torch.device) -> None:
-        self.event = torch.cuda.Event()
-        self.event.record(torch.cuda.current_stream(device))
+        self.event, self.stream = torch.cuda.Event(), torch.cuda.current_stream(device)
+        self.event.record(self.stream)
 
     def wait(self) -> None:
         self.event.synchronize()
@@ -88,6 +91,12 @@ class Cuda:
     def mark(self) -> Mark:
         return _CudaMark(self.device)
 
+    def follow(self, mark: Mark) -> None:
+        assert isinstance(mark, _CudaMark)
+        stream = torch.cuda.current_stream(self.device)
+        if stream != mark.stream:
+            stream.wait_event(mark.event)
+
     def record(self, work: Work) -> Recording:
         with torch.cuda.device(self.device):
             if self._stream is None:
@@ -98,10 +107,13 @@ class Cuda:
             with torch.cuda.stream(self._stream):
                 work()
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls are held to a recording's rules: others may be pinning memory meanwhile.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                outputs = work()
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+            try:
+                # Only this thread's calls are held to a recording's rules: others may be pinning memory meanwhile.
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    outputs = work()
+            finally:  # a recording that cannot be ended leaves its stream behind
+                torch.cuda.set_stream(before)
         return Recording(graph.replay, outputs)
 
     def release(self) -> None:

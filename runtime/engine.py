@@ -77,7 +77,9 @@ class Engine:
         if self.accelerator is not None and (runs_triton(device) if graphs is None else graphs):
             self.graphs = Graphs(decoder, self.accelerator)
         self._classes: dict[TileClass, None] = {}  # tile lists that kernels have asked for, in that order
-        self._lock = threading.Lock()  # of the device's queue: buffers that a graph reads are written just before it
+        # Of the device's queue: buffers that a graph reads are written just before it, by any thread, on any stream.
+        self._lock = threading.Lock()
+        self._last: Mark | None = None
 
     def run(
         self, rows: TokenRows, budget: int, program: Program, workers: int = 1, on_device: bool = False
@@ -122,7 +124,7 @@ class Engine:
             fitted, ran = fits(partial(run_pack, indices))
             if fitted:
                 start, alone_again = start + count, False
-                self.ladder.succeeded(budget)
+                self.ladder.succeeded(budget, int(lengths[indices].sum()))
                 yield ran
                 continue
             self._make_room()
@@ -150,10 +152,13 @@ class Engine:
         def run_pack(indices: np.ndarray) -> tuple[Ran, Mark]:
             own = rows.take(indices)
             with self._lock:
+                if self._last is not None:
+                    accelerator.follow(self._last)
                 outputs = _own(program, own, self._queue(accelerator, own, program))
                 if not on_device:
                     outputs = tuple(accelerator.fetch(x) for x in outputs)
-                return Ran(indices, len(own.ids), outputs), accelerator.mark()
+                self._last = accelerator.mark()
+                return Ran(indices, len(own.ids), outputs), self._last
 
         under_way: deque[tuple[Ran, Mark]] = deque()
         for queued in self._run_fitting(rows.lengths, budget, run_pack):

@@ -253,8 +253,10 @@ def _attend(
     B, H, n, K = query.shape
     if key.shape[2] != n:
         raise ValueError(f"attn_implementation={NAME!r} got {n} queries and {key.shape[2]} keys; it keeps no cache")
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    plan = _plan(attention_mask, (B, n), query.device, causal, sliding_window)
+    if is_causal is None:  # modules of decoders say True whatever their configuration does
+        own = getattr(module, "is_causal", True)
+        is_causal = bool(own and getattr(getattr(module, "config", None), "is_causal", True) is not False)
+    plan = _plan(attention_mask, (B, n), query.device, is_causal, sliding_window)
     layout = _packed_layout(plan.layout, (B, n), kwargs) if plan.layout.tokens is None else plan.layout
     extra: dict[str, Any] = {}
     if dropout > 0:  # drawn from torch's generator, so that checkpointing draws it again in recomputation
@@ -309,8 +311,10 @@ def _jumps(positions: Tensor) -> list[int]:
 
 def _layout_by(key: Tensor, shape: tuple[int, int], bounds: Callable[[], list[int]]) -> Layout:
     """A layout without padding, kept for the other layers of this forward."""
-    version = 0 if key.is_inference() else key._version  # a buffer may be written anew for every forward
-    if key not in _layouts or _layouts[key][0] != version:
+    # A buffer may be written anew for every forward; one of inference mode counts no versions.
+    version = key.clone() if key.is_inference() else key._version
+    known = _layouts.get(key)
+    if known is None or not (torch.equal(known[0], version) if isinstance(version, Tensor) else known[0] == version):
         lengths = [stop - start for start, stop in pairwise(bounds())]
         if sum(lengths) != shape[0] * shape[1]:
             raise ValueError(f"cu_seq_lens_q ends at {sum(lengths)}, the batch has {shape[0]} x {shape[1]} tokens")

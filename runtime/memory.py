@@ -41,9 +41,9 @@ class Ladder:
             self.limit = max(1, num_tokens // 2)
         self._fitted, self._successes = None, 0
 
-    def succeeded(self, asked: int) -> None:
-        """A pack fitted; `asked` is the budget that its caller wanted."""
-        if self.limit is None:
+    def succeeded(self, asked: int, num_tokens: int) -> None:
+        """A pack of so many tokens fitted; `asked` is the budget that its caller wanted."""
+        if self.limit is None or 2 * num_tokens < self.limit:  # that small ones fit says nothing of larger ones
             return
         self._successes += 1
         if self._successes >= self.patience:

@@ -93,6 +93,7 @@ def pool(spec: ModelSpec, decoder: Decoder, pack: States, spans_B2: Tensor) -> T
                 first_weights_S=first,
                 delta_TD=pack.delta_TD,
                 post_norm_weight_D=pack.post_norm_D,
+                longest=pack.schedule.max_length,
             )
         )
     return torch.cat(pooled, 1)

@@ -83,8 +83,8 @@ def embedding_program(
 def _pooled_states(spec: ModelSpec, decoder: Decoder, batch: Batch) -> States:
     """What pooling reads: on a GPU, of the tokens that are pooled alone, if some are not.
 
-    Whether a text's own tokens are all pooled decides how its last layer is cut, whatever the rest of the batch: its
-    bits do not depend on its neighbours. A recorded batch takes other texts later, and keeps every row.
+    A text all of whose tokens are pooled runs whole beside others; on Hopper by another kernel than in a batch where
+    that holds for all, so that its last bits may differ. A recorded batch takes other texts later, and keeps every row.
     """
     schedule, queries = batch.schedule, None
     if batch.host_spans is not None and implementation(decoder.norm_D) == "triton":

@@ -1,7 +1,8 @@
 """Shared fixtures: a device, fixed seeds, and empty tensors poisoned so that a forgotten element shows."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def interpreted(device: str) -> Iterator[None]:
 
     with backend.interpreted():
         yield
+
+
+@pytest.fixture
+def interpreter(device: str) -> Callable[[], AbstractContextManager[None]]:
+    """For models on a CPU: within what it gives they run on kernels. There is none where a GPU has the kernels."""
+    if device == "cuda":
+        pytest.skip("kernels are compiled for the GPU here, and do not run on CPU tensors")
+    from flashvec.kernels import backend
+
+    return backend.interpreted
 
 
 @pytest.fixture(scope="session")

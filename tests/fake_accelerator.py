@@ -28,7 +28,7 @@ class FakeAccelerator:
     """Copies to the host hold NaN until a later mark was waited for; recordings share the memory of their results.
 
     Attributes:
-        events: what was asked, in order: send, fetch, mark, wait, record, replay, release.
+        events: what was asked, in order: send, fetch, mark, follow, wait, record, replay, release.
         refuses: an error that `record` raises.
     """
 
@@ -59,6 +59,9 @@ class FakeAccelerator:
     def mark(self) -> _Mark:
         self.events.append("mark")
         return _Mark(self, len(self.copies))
+
+    def follow(self, mark: _Mark) -> None:
+        self.events.append("follow")
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> Recording:
         self.events.append("record")

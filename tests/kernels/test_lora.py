@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from compare import assert_as_close_as_torch, wider
 
 from flashvec.kernels import backend, low_rank
+from flashvec.kernels import lora as lora_module
 from flashvec.kernels.dropout import Dropout, keep_reference
 from flashvec.kernels.lora import _lora, _lora_bwd, _lora_keys, lora, lora_reference
 
@@ -84,6 +85,17 @@ def test_kernels_match_reference(shape, dropped, dtype, device, interpreted):
 def test_gradients_are_summed_over_blocks_of_rows(device, interpreted, monkeypatch):
     monkeypatch.setattr(low_rank, "SPLIT_ROWS", 64)
     judge((150, 70, [33, 20], 4), torch.float32, True, device)
+
+
+def test_a_gpu_without_triton_takes_the_processors_path():
+    """On the meta device: whatever is made there must lie on the inputs' device."""
+    x, a, g, keys = (torch.empty(*shape, device="meta") for shape in ((9, 20), (1, 4, 20), (9, 1, 4), (2, 9)))
+    h = lora_module._shrink_cpu(x, a, [1.0], keys.int(), 64)
+    dx, da = lora_module._input_gradients_cpu(torch.empty_like(x), x, a, g, keys.int(), 64)
+    assert h.shape == (9, 1, 4) and dx.shape == x.shape and da.shape == a.shape
+    x, keys = torch.randn(9, 200), torch.randint(-(2**31), 2**31, (2, 9)).int()
+    on_processor = lora_module._dropping(keys, x, 64)(x)
+    assert torch.equal(on_processor, x * keep_reference((keys[0], keys[1]), 200, 64)) and (on_processor == 0).any()
 
 
 def test_masters_in_fp32_get_their_gradients_in_fp32():

@@ -134,8 +134,12 @@ def test_packs_shrink_to_what_fits(monkeypatch, accelerator):
     assert 32 <= full.ladder.limit <= 70
     if accelerator:
         assert 1 <= full.accelerator.count("release") <= 3
-    _, again = vectors_of(full, rows, 200)
-    assert again == sizes[: len(again)] or len(again) >= len(sizes)  # the next call starts where this one ended
+    if accelerator:  # packs of any stream write and read the same buffers
+        assert full.accelerator.count("follow") >= full.accelerator.count("mark") - 1
+    make_room, limit, failures = full._make_room, full.ladder.limit, []
+    monkeypatch.setattr(full, "_make_room", lambda: failures.append(1) or make_room())
+    vectors_of(full, rows, 200)
+    assert not failures and full.ladder.limit == limit  # the next call starts where this one ended
 
 
 def test_a_recording_without_memory_makes_packs_smaller_and_leaves_recordings_possible(monkeypatch):

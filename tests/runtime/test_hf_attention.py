@@ -7,6 +7,7 @@ import pytest
 import torch
 from compare import assert_as_close_as_torch
 from tiny_models import tiny_checkpoint, tiny_model
+from transformers import AttentionInterface
 
 from flashvec.runtime import hf_attention
 from flashvec.runtime.hf_attention import NAME, register_with_transformers
@@ -133,6 +134,31 @@ def test_direction_and_window_are_the_masks_own(monkeypatch):
     assert seen["gemma3 bidirectional"] == [(False, 6), (False, None)]  # transformers reads it otherwise both ways
     assert seen["gemma3 two-sided"] == [(False, 4), (False, None)]
     assert len(hf_attention._plans) == 0  # nothing outlives its forward
+
+
+@pytest.mark.parametrize("name", ["llama", "llama bidirectional", "qwen3 bidirectional"])
+def test_a_mask_that_was_copied_on_the_way_keeps_the_direction(name, monkeypatch):
+    """Where layers lie on several devices, all but the first device's are given copies."""
+    ours, _ = variants(name)
+    ids, mask = padded("right")
+    with torch.inference_mode():
+        want = ours(input_ids=ids, attention_mask=mask).last_hidden_state
+        attend = hf_attention._attend
+        copied = lambda module, q, k, v, m, *a, **keys: attend(module, q, k, v, m.clone(), *a, **keys)  # noqa: E731
+        monkeypatch.setitem(AttentionInterface._global_mapping, NAME, copied)
+        got = ours(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(got[mask.bool()], want[mask.bool()])
+
+
+def test_a_buffer_of_inference_mode_may_be_written_anew():
+    ours, _ = variants("llama")
+    ids, _ = padded("right")
+    with torch.inference_mode():
+        bounds, states = torch.tensor([0, 5, 13], dtype=torch.int32), []
+        for middle in (5, 9, 5):
+            bounds[1] = middle
+            states.append(ours(input_ids=ids[3:], cu_seq_lens_q=bounds, use_cache=False).last_hidden_state)
+    assert torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
 
 
 def test_a_mask_is_read_once_a_forward(monkeypatch):

@@ -12,7 +12,7 @@ def climb(ladder, asked):
     """How many packs must fit until the budget rises."""
     before, waited = ladder.limit, 0
     while ladder.limit == before:
-        ladder.succeeded(asked)
+        ladder.succeeded(asked, before - 1)
         waited += 1
     return waited
 
@@ -41,6 +41,14 @@ def test_a_raised_budget_that_fails_falls_back_and_is_tried_ever_less():
     assert waits[:3] == [CLIMB_AFTER, 2 * CLIMB_AFTER, 4 * CLIMB_AFTER] and waits[-1] == LONGEST_PATIENCE
     ladder.failed(480)  # what fitted once does not any more
     assert ladder.limit == 240
+
+
+def test_small_packs_do_not_raise_a_budget():
+    ladder = Ladder()
+    ladder.failed(1000)
+    for _ in range(10 * CLIMB_AFTER):
+        ladder.succeeded(10**6, 100)
+    assert ladder.limit == 500
 
 
 def test_falls_back_from_the_budget_asked_for_too():

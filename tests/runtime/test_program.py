@@ -6,6 +6,7 @@ import torch
 from family_models import models, texts_of
 
 from flashvec.kernels import backend
+from flashvec.runtime import pooling as pooling_module
 from flashvec.runtime.batches import TokenRows, host_batch
 from flashvec.runtime.pooling import pooled_tokens
 from flashvec.runtime.program import embedding_program
@@ -20,7 +21,7 @@ def spec_of(decoder, pooling, **facts):
 
 @pytest.mark.parametrize("pooling", [("mean",), ("last",), ("cls",), ("mean", "last"), ("weighted_mean",)], ids=str)
 @pytest.mark.parametrize("instruction", [0, 1])
-def test_kernels_give_the_cpu_paths_vectors(pooling, instruction, device):
+def test_kernels_give_the_cpu_paths_vectors(pooling, instruction, interpreter, monkeypatch):
     _, decoder = models("qwen3", "bidirectional")
     texts = texts_of([n + instruction for n in LENGTHS])
     lengths = np.array([len(text) for text in texts], dtype=np.int32)
@@ -28,9 +29,13 @@ def test_kernels_give_the_cpu_paths_vectors(pooling, instruction, device):
     batch = host_batch(TokenRows(np.concatenate(texts), lengths, spans), decoder.row_plan(int(lengths.sum())))
     program = embedding_program(spec_of(decoder, pooling), ())
     (want,) = program.run(decoder, batch)
-    before = backend.launches.copy()
-    with backend.interpreted():
+    before, pool, longest = backend.launches.copy(), pooling_module.mean_pool, []
+    monkeypatch.setattr(
+        pooling_module, "mean_pool", lambda *a, **keys: longest.append(keys["longest"]) or pool(*a, **keys)
+    )
+    with interpreter():
         (got,) = program.run(decoder, batch)
+    assert set(longest) == {int(lengths.max())}  # short texts are pooled in one launch
     assert (backend.launches - before)["_mean_pool_fwd_kernel"] == len(pooling)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)  # unit vectors
 

@@ -96,9 +96,7 @@ def one_pass(decoder, texts, lora):
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if " " not in name])  # each family once
-def test_kernels_train_as_the_references_do(name, device, monkeypatch):
-    if device == "cuda":
-        pytest.skip("the references of this comparison run on the CPU")
+def test_kernels_train_as_the_references_do(name, interpreter, monkeypatch):
     decoder = shallow(models(name, "bidirectional")[1])
     is_longer = name in LONGER
     if is_longer:
@@ -106,7 +104,7 @@ def test_kernels_train_as_the_references_do(name, device, monkeypatch):
     texts, before = texts_of([*LENGTHS[:-1], 40] if is_longer else LENGTHS), backend.launches.copy()
     want = one_pass(decoder, texts, updates(decoder))
     assert backend.launches == before
-    with backend.interpreted():
+    with interpreter():
         got = one_pass(decoder, texts, updates(decoder))
     for ours, theirs in zip(got[:2], want[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -122,13 +120,13 @@ def test_kernels_train_as_the_references_do(name, device, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "ministral3"])
 @pytest.mark.parametrize("kernels", [False, True])
-def test_selected_rows_are_those_of_the_whole_pass(name, kernels, device):
+def test_selected_rows_are_those_of_the_whole_pass(name, kernels, interpreter):
     _, decoder = models(name, "bidirectional")
     texts = texts_of([*LENGTHS, 70])
     ids = torch.from_numpy(np.concatenate(texts))
     schedule = build_schedule([len(text) for text in texts])
     spans = np.array([(n // 2, n) for n in schedule.lengths])
-    with torch.inference_mode(), backend.interpreted() if kernels else nullcontext():
+    with torch.inference_mode(), interpreter() if kernels else nullcontext():
         h, delta, post = decoder.run(ids, schedule, (len(ids),), False)
         whole = h + (delta if post is None else decoder._norm(delta, post, torch.float32))
         count = int((spans[:, 1] - spans[:, 0]).sum())

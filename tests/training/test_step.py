@@ -136,11 +136,11 @@ def test_order_of_packs_and_rows_does_not_matter(tmp_path):
     assert_same(run([order[8:], order[:8]], 0), want)
 
 
-def test_kernels_interpreted_give_the_references_gradient(tmp_path):
+def test_kernels_interpreted_give_the_references_gradient(tmp_path, interpreter):
     objective = objective_for("contrastive", tmp_path, batch_size=2, max_length=8, loop={"micro_batch_tokens": 10_000})
     want = gradient_of(objective)
     before = backend.launches.copy()
-    with backend.interpreted():
+    with interpreter():
         got = gradient_of(objective)
     assert abs(got[0] - want[0]) <= 1e-5
     assert relative(got[1], want[1]) <= 1e-5
@@ -149,13 +149,13 @@ def test_kernels_interpreted_give_the_references_gradient(tmp_path):
     )
 
 
-def test_twenty_steps_with_kernels_and_with_references_agree(tmp_path):
+def test_twenty_steps_with_kernels_and_with_references_agree(tmp_path, interpreter):
     tiny_base(tmp_path / "base", num_hidden_layers=1)  # a kernel takes its time in the interpreter
     values = {"batch_size": 2, "max_length": 6, "optimizer": {"learning_rate": 1e-3}, "loop": {"steps": 20}}
     values["lora"] = {"targets": ["q_proj", "v_proj", "down_proj"]}
     run_training(config_for("contrastive", tmp_path, **values))
     before = backend.launches.copy()
-    with backend.interpreted():
+    with interpreter():
         run_training(config_for("contrastive", tmp_path, output=str(tmp_path / "kernels"), **values))
     assert (backend.launches - before)["_attention_bwd_dkv_kernel"] >= 20
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("out", "kernels")]
