@@ -122,9 +122,9 @@ def measure(
         train, dev = (read_tagged(path, task.task, max_sentences=task.max_sentences) for path in task[1:3])
         found = probe_words(lambda w: encoder.embed_words(w, shift=shift), train, dev, has_entities=task.task != "pos")
         key, name = ("f1", "F1") if task.task == "ner" else ("accuracy", "accuracy")
-        both = {each: found[each] for each in MEASURES if each in found}
+        measures = {each: found[each] for each in MEASURES if each in found}
         yield {**about, "data": f"{task.dev.stem} {task.task}", "score": found[key], "deviation": found[f"{key}_std"],
-               "measure": name, **both, "words": found["words"], "sentences": len(train), "shift": shift,
+               "measure": name, **measures, "words": found["words"], "sentences": len(train), "shift": shift,
                "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
 
 

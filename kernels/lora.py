@@ -92,7 +92,7 @@ def _shrink_cpu(x: Tensor, a: Tensor, factors: Sequence[float], keys: Tensor | N
 
 
 def _dropping(keys: Tensor, like: Tensor, threshold: int) -> Callable[..., Tensor]:
-    """Puts zeros where rows like these are dropped; also on a GPU without Triton, which takes this path."""
+    """A function that zeroes what is dropped in rows like these; a GPU without Triton takes this path too."""
     if like.device.type == "cpu":
         draws = draws_cpu((keys[0], keys[1]), like.shape[1], like.dtype)
         return partial(drop_cpu, draws=draws, threshold=threshold)

@@ -79,7 +79,7 @@ class Engine:
         self._classes: dict[TileClass, None] = {}  # tile lists that kernels have asked for, in that order
         # Of the device's queue: buffers that a graph reads are written just before it, by any thread, on any stream.
         self._lock = threading.Lock()
-        self._last: Mark | None = None
+        self._last_mark: Mark | None = None
 
     def run(
         self, rows: TokenRows, budget: int, program: Program, workers: int = 1, on_device: bool = False
@@ -152,13 +152,13 @@ class Engine:
         def run_pack(indices: np.ndarray) -> tuple[Ran, Mark]:
             own = rows.take(indices)
             with self._lock:
-                if self._last is not None:
-                    accelerator.follow(self._last)
+                if self._last_mark is not None:
+                    accelerator.follow(self._last_mark)
                 outputs = _own(program, own, self._queue(accelerator, own, program))
                 if not on_device:
                     outputs = tuple(accelerator.fetch(x) for x in outputs)
-                self._last = accelerator.mark()
-                return Ran(indices, len(own.ids), outputs), self._last
+                self._last_mark = accelerator.mark()
+                return Ran(indices, len(own.ids), outputs), self._last_mark
 
         under_way: deque[tuple[Ran, Mark]] = deque()
         for queued in self._run_fitting(rows.lengths, budget, run_pack):

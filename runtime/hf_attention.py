@@ -257,7 +257,9 @@ def _attend(
         own = getattr(module, "is_causal", True)
         is_causal = bool(own and getattr(getattr(module, "config", None), "is_causal", True) is not False)
     plan = _plan(attention_mask, (B, n), query.device, is_causal, sliding_window)
-    layout = _packed_layout(plan.layout, (B, n), kwargs) if plan.layout.tokens is None else plan.layout
+    layout = plan.layout
+    if layout.tokens is None:
+        layout = _packed_layout(layout, (B, n), kwargs, is_first=not getattr(module, "layer_idx", None))
     extra: dict[str, Any] = {}
     if dropout > 0:  # drawn from torch's generator, so that checkpointing draws it again in recomputation
         site = getattr(module, "layer_idx", None) or 0
@@ -294,14 +296,14 @@ def _plan(
     return Plan(layout, causal, None if sliding_window is None else sliding_window - 1)
 
 
-def _packed_layout(layout: Layout, shape: tuple[int, int], kwargs: dict[str, Any]) -> Layout:
+def _packed_layout(layout: Layout, shape: tuple[int, int], kwargs: dict[str, Any], is_first: bool) -> Layout:
     """The layout of a batch without padding, as flattened batches say it: by lengths, or by positions."""
     cu_seq_lens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if cu_seq_lens is not None:
-        return _layout_by(cu_seq_lens, shape, lambda: cu_seq_lens.tolist())
+        return _layout_by(cu_seq_lens, shape, lambda: cu_seq_lens.tolist(), is_first)
     if position_ids is None or shape[0] > 1 or position_ids.shape != shape or layout.schedule.num_sequences > 1:
         return layout
-    return _layout_by(position_ids, shape, lambda: [0, *_jumps(position_ids[0]), shape[1]])
+    return _layout_by(position_ids, shape, lambda: [0, *_jumps(position_ids[0]), shape[1]], is_first)
 
 
 def _jumps(positions: Tensor) -> list[int]:
@@ -309,18 +311,28 @@ def _jumps(positions: Tensor) -> list[int]:
     return ((positions.diff() != 1).nonzero().flatten() + 1).tolist()
 
 
-def _layout_by(key: Tensor, shape: tuple[int, int], bounds: Callable[[], list[int]]) -> Layout:
-    """A layout without padding, kept for the other layers of this forward."""
-    # A buffer may be written anew for every forward; one of inference mode counts no versions.
-    version = key.clone() if key.is_inference() else key._version
+def _layout_by(key: Tensor, shape: tuple[int, int], bounds: Callable[[], list[int]], is_first: bool) -> Layout:
+    """A layout without padding, kept for the other layers of this forward.
+
+    Args:
+        is_first: of the layers; a buffer may be written anew for every forward.
+    """
     known = _layouts.get(key)
-    if known is None or not (torch.equal(known[0], version) if isinstance(version, Tensor) else known[0] == version):
+    if known is None or (is_first and not _unchanged(key, known[0])):
         lengths = [stop - start for start, stop in pairwise(bounds())]
         if sum(lengths) != shape[0] * shape[1]:
             raise ValueError(f"cu_seq_lens_q ends at {sum(lengths)}, the batch has {shape[0]} x {shape[1]} tokens")
         schedule = build_schedule(lengths, device=key.device, identities=range(len(lengths)))
-        _layouts[key] = (version, Layout(schedule, None))
-    return _layouts[key][1]
+        known = (key.clone() if key.is_inference() else key._version, Layout(schedule, None))
+        _layouts[key] = known
+    return known[1]
+
+
+def _unchanged(key: Tensor, before: Tensor | int) -> bool:
+    """Tensors of inference mode count no versions."""
+    if isinstance(before, Tensor):
+        return torch.equal(key, before)
+    return not key.is_inference() and key._version == before
 
 
 def _pack(x_BHnK: Tensor, tokens: Tensor | None) -> Tensor:

@@ -54,7 +54,7 @@ def interpreted(device: str) -> Iterator[None]:
 
 @pytest.fixture
 def interpreter(device: str) -> Callable[[], AbstractContextManager[None]]:
-    """For models on a CPU: within what it gives they run on kernels. There is none where a GPU has the kernels."""
+    """A context in which models on the CPU run interpreted kernels; skipped where a GPU compiles them."""
     if device == "cuda":
         pytest.skip("kernels are compiled for the GPU here, and do not run on CPU tensors")
     from flashvec.kernels import backend

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 NOMINAL = frozenset({"NOUN", "PROPN", "PRON", "NUM", "SYM", "X"})
-BEFORE_NOMINAL = frozenset({"det", "amod", "nummod", "compound", "nmod:desc", "nmod:poss", "advmod"})
+BEFORE_NOMINAL = frozenset({"amod", "nmod:desc", "nmod:poss", "advmod"})  # and kinds of det and compound
 EITHER_SIDE = frozenset({"flat", "fixed", "goeswith", "nummod"})  # "July 13", "because of"
 KINDS = {
     **dict.fromkeys(NOMINAL, "NP"),

@@ -119,7 +119,7 @@ class ContrastiveConfig(TrainConfig):
     loss: Literal["info_nce", "cosent"] = "info_nce"
     margin: float | None = None  # candidates closer than the positive by more than this are left out
     prefixes: tuple[int, ...] = ()  # Matryoshka sizes, ascending
-    instruction: str | None = None  # written before queries (or views)
+    instruction: str | None = None  # written before queries, and before both texts of views and of scored pairs
     e5_instructions: bool = False  # before queries that have none: what LLM2Vec says for their file, by its name
     max_length: int = 128
 
@@ -312,11 +312,8 @@ def _check(config: TrainConfig, where: str) -> None:
          "null with train: body, which has no updates to go on with; adapters: merges it first"),
         ("optimizer.learning_rate", optimizer.learning_rate, optimizer.learning_rate > 0, "a positive number"),
         ("optimizer.warmup_steps", optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
-        ("optimizer.decay_steps", optimizer.decay_steps, optimizer.decay_steps is None or optimizer.decay_steps > 0,
-         "1 or more, or null"),
         ("optimizer.decay_steps", optimizer.decay_steps, optimizer.decay_steps is None
-         or (optimizer.warmup_steps < optimizer.decay_steps and optimizer.schedule != "constant"),
-         "more than optimizer.warmup_steps, and null with schedule: constant, which does not fall"),
+         or optimizer.warmup_steps < optimizer.decay_steps, "more than optimizer.warmup_steps, or null"),
         ("optimizer.betas", optimizer.betas, len(optimizer.betas) == 2 and all(0 <= b < 1 for b in optimizer.betas),
          "two numbers from 0 to 1"),
         ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "a positive number"),

@@ -20,14 +20,13 @@ from flashvec.training.data import (
     DataError,
     Pair,
     SourceBatches,
-    existing_files,
     read_pairs,
     read_texts,
     text_files,
     text_hash,
 )
 from flashvec.training.distributed import World
-from flashvec.training.encode import Rates, check_instruction, encode, own_packs, text_rows, token_rows
+from flashvec.training.encode import Rates, check_instructions, encode, own_packs, text_rows, token_rows
 from flashvec.training.model import Model
 from flashvec.training.reference_config import E5_INSTRUCTIONS
 from flashvec.training.step import Retention, backward_through
@@ -57,13 +56,13 @@ class Contrastive:
         if config.texts and config.view == "dropout" and not config.attention_dropout and not self._lora_dropout:
             raise ConfigError("view is dropout, but nothing is dropped: set attention_dropout or lora.dropout")
         self._check_batches()
-        for instruction, where in {self._instruction(pair): pair.where for pair in reversed(self.pairs)}.items():
-            check_instruction(model, instruction, where or "instruction")
+        own = {pair.instruction: pair.where for pair in reversed(self.pairs) if pair.instruction is not None}
+        check_instructions(model, {config.instruction or "": "instruction", **own})
         if config.prefixes and config.prefixes[-1] > model.decoder.spec.hidden_size:
             raise ConfigError(f"prefixes end at {config.prefixes[-1]}, vectors have {model.decoder.spec.hidden_size}")
         names = [frozenset(text_hash(t) for t in {p.query, p.positive}) for p in self.pairs]
         sources = np.array([p.source for p in self.pairs])
-        files = list(map(str, text_files(config.texts or config.pairs)))
+        files = ["texts"] if config.texts else list(map(str, text_files(config.pairs)))
         self.batches = SourceBatches(sources, names, config.batch_size, config.loop.seed, files=files)
         self.rates = Rates(config.attention_dropout, self._lora_dropout, config.loop.seed)
         agree = world.least if config.loop.shard_base else int
@@ -93,12 +92,16 @@ class Contrastive:
         documents = [p.positive for p in pairs] + [text for p in pairs for text in p.negatives]
         texts = queries + documents
         own = [self._instruction(pair) for pair in pairs]
-        # As they will be embedded: queries with their instruction, documents without any; both sides of what is alike.
+        # As they will be embedded: queries with their instruction, documents without any.
         asked = own if any(own) else None
-        is_alike = bool(self.config.texts) or pairs[0].score is not None
+        is_symmetric = (
+            bool(self.config.texts) or pairs[0].score is not None
+        )  # of views and scored pairs none is a query
         places = [p.where for p in pairs]
-        both = [places, places + [p.where for p in pairs for _ in p.negatives]]
-        columns = zip([queries, documents], [asked, asked if is_alike else None], both, strict=True)
+        columns = [
+            (queries, asked, places),
+            (documents, asked if is_symmetric else None, places + [p.where for p in pairs for _ in p.negatives]),
+        ]
         if self.config.view == "crop":
             rng = np.random.default_rng([self.config.loop.seed, step, 3])
             rows = joined(*(crop(*text_rows(self.model, *column), rng) for column in columns))
@@ -203,8 +206,7 @@ def crop(rows: TokenRows, texts: np.ndarray, rng: np.random.Generator) -> TokenR
 def _as_pairs(config: ContrastiveConfig) -> list[Pair]:
     if config.pairs:
         return read_pairs(config.pairs, E5_INSTRUCTIONS if config.e5_instructions else None)
-    files = enumerate(existing_files(config.texts, "texts"))
-    return [Pair(text, text, source=number) for number, file in files for text in read_texts([str(file)])]
+    return [Pair(text, text) for text in read_texts(config.texts)]  # one source: files may be a folder's small parts
 
 
 def _check_columns(gradient: Tensor, columns: Columns) -> None:

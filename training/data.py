@@ -280,7 +280,7 @@ class SourceBatches:
             order = self._order(epoch)
             batches: list[list[int]] = []
             for source in np.unique(self.sources):
-                batches += self._deal([int(row) for row in order if self.sources[row] == source])
+                batches += self._deal(order[self.sources[order] == source].tolist())
             mixed = np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches))
             self._epoch, self._batches = epoch, [np.array(batches[i], np.int64) for i in mixed]
         return self._batches

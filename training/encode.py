@@ -4,7 +4,7 @@ Every sequence carries an identity, its number in the step's whole batch: dropou
 neither the micro-batch nor the process that a sequence falls into changes what is dropped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,7 +74,7 @@ def _rows(
     tokens = prepare.tokenise(tokenizer, prepared, spec.max_length, offsets=offsets)
     spans = prepare.pooled_spans(spec, tokens, prepared, instructions, tokenizer)
     own = spans
-    if offsets:
+    if offsets and spec.compat is None:  # compat writes instruction and template into the text
         own = prepare.text_token_spans(tokens, [len(b) for b in prepared.before], [len(t) for t in prepared.texts])
         for row in np.flatnonzero(tokens.truncated & (own[:, 1] <= own[:, 0])):
             place = (places[int(row)] if places else "") or f"row {row}"
@@ -82,17 +82,20 @@ def _rows(
     return TokenRows(tokens.ids, tokens.lengths, spans), own
 
 
-def check_instruction(model: Model, instruction: str, where: str) -> None:
-    """An instruction must leave room for a text.
+def check_instructions(model: Model, places: Mapping[str, str]) -> None:
+    """Instructions, and what else stands around a text, must leave room for it.
+
+    Args:
+        places: where each instruction comes from, for errors.
 
     Raises:
-        DataError: names `where`.
+        DataError: names the place.
     """
-    (string,) = prepare.prepare(model.spec, [""], [instruction], model.tokenizer).strings
-    if (size := int(model.tokenizer.count([string], special=True)[0])) >= model.spec.max_length:
-        raise DataError(
-            f"{where}: the instruction has {size} tokens, max_length is {model.spec.max_length}: no text fits"
-        )
+    strings = prepare.prepare(model.spec, [""] * len(places), list(places), model.tokenizer).strings
+    limit = model.spec.max_length
+    for where, size in zip(places.values(), model.tokenizer.count(strings, special=True).tolist(), strict=True):
+        if size >= limit:
+            raise DataError(f"{where}: what stands around a text has {size} tokens, max_length is {limit}")
 
 
 def micro_batches(lengths: np.ndarray, budget: int | None, device: torch.device) -> list[np.ndarray]:

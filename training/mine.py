@@ -53,7 +53,7 @@ def mine(
     if margin is not None and margin < 0:
         raise ValueError(f"margin is {margin}, expected at least 0")
     if scored := [pair for pair in pairs if pair.score is not None]:
-        raise ValueError(f"{scored[0].where}: a pair with a score: only texts that fit their query can be mined for")
+        raise ValueError(f"{scored[0].where or 'pairs'}: a pair with a score; mine for matches alone")
     by_hash = {text_hash(text): text for text in (corpus or [pair.positive for pair in pairs])}
     names, candidates = np.array(list(by_hash), np.int64), list(by_hash.values())
     if len(candidates) < 2:

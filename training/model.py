@@ -188,7 +188,7 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
     below = config.adapters[-1] if config.adapters else config.model  # an adapter names what it was trained on
     base_name = config.base_name or _name_from(below, config.output)
     if config.train == "lora":
-        _check_named(config)
+        _check_named(config, folder != path)
     if not has_rules and values is not None and config.train == "lora":
         # The adapter's folder will be an LLM2Vec one: its rules hold while training, too.
         settings = read_object(path / SETTINGS_FILE) if (path / SETTINGS_FILE).is_file() else {}
@@ -225,7 +225,7 @@ def states_rules(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (SPEC_FILE, MODULES_FILE))
 
 
-def _check_named(config: TrainConfig) -> None:
+def _check_named(config: TrainConfig, is_adapter: bool) -> None:
     """The new adapter names the last of `adapters` alone: each of them must name what it lies on here."""
     for below, above in pairwise((config.model, *config.adapters)):
         folder = resolve(above)
@@ -234,18 +234,13 @@ def _check_named(config: TrainConfig) -> None:
         named = {base_part(stated, folder), mntp_name(base_part(above, Path()))}
         if base_part(below, Path()) in named or (below == config.model and "" in named):
             continue
-        if below == config.model and not _is_adapter(below):  # a base may have been stored under another name
+        if below == config.model and not is_adapter:  # a base may have been stored under another name
             logger.warning("adapters: %s was trained on %r: is %s that model?", above, stated, below)
         else:
             raise ConfigError(
                 f"adapters: {above} is of base {stated!r}, not of {below}, which would be lost: an adapter names one "
                 "folder below it; merge them first (Encoder.load(model, adapters=[...]).save(folder))"
             )
-
-
-def _is_adapter(model: str) -> bool:
-    path = resolve(model)
-    return path.is_dir() and not states_rules(path) and bool(adapter_chain(path)[1])
 
 
 def _check_rules(config: TrainConfig, spec: ModelSpec, has_rules: bool) -> None:

@@ -65,7 +65,7 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
     if not take("bidirectional", True):
         raise ConfigError(f"{where}: bidirectional is false: what is trained here looks both ways")
     if (epochs := take("num_train_epochs", None)) is not None and "stop_after_n_steps" not in left:
-        raise ConfigError(f"{where}: num_train_epochs is {epochs} and stop_after_n_steps not there: say how many steps")
+        raise ConfigError(f"{where}: num_train_epochs is {epochs}: add stop_after_n_steps, epochs are not counted here")
     steps = take("stop_after_n_steps", 1000)
     made: dict[str, Any] = {
         "model": take("model_name_or_path"),
@@ -76,9 +76,9 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
         # Three epochs of its data are many times the steps it takes: its schedule hardly falls.
         "optimizer": {
             "learning_rate": take("learning_rate", 5e-5),
-            "warmup_steps": take("warmup_steps", 0),
+            "warmup_steps": (warmup := take("warmup_steps", 0)),
             "schedule": "linear",
-            "decay_steps": steps * 9 if objective != "MntpConfig" else None,
+            "decay_steps": max(9 * steps, warmup + 1) if objective != "MntpConfig" else None,
         },
         "loop": {
             "steps": steps,

@@ -38,7 +38,7 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
     """
     if (last := finished(config)) is not None:
         return last
-    _check_named(config)
+    _check_data(config)
     world = World(own_device(config.device))
     try:
         model = load_model(config, wants_head=isinstance(config, MntpConfig), world=world)
@@ -50,7 +50,7 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
         world.close()
 
 
-def _check_named(config: TrainConfig) -> None:
+def _check_data(config: TrainConfig) -> None:
     """Data must be named: told before a model of gigabytes is read."""
     if not (getattr(config, "texts", ()) or getattr(config, "pairs", ())):
         kinds = "texts=wiki.txt or pairs=pairs.jsonl" if isinstance(config, ContrastiveConfig) else "texts=wiki.txt"

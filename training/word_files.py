@@ -68,7 +68,7 @@ NOTHING = ""  # read from a line that holds no word and ends nothing
 
 
 def _sentences(path: Path, read: Callable[[str, str], Row | str]) -> Iterator[list[Row]]:
-    """What is read of a line and the name of its place, until an empty one; none of them empty."""
+    """Each sentence's rows: what `read(line, where)` makes of its lines; an empty line ends one."""
     number = 0
     rows: list[Row] = []
     try:

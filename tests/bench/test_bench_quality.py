@@ -103,6 +103,7 @@ def test_words_and_another_encoder(tmp_path, monkeypatch, capsys):
     kept.clear()
     monkeypatch.setattr("sys.argv", [*arguments[:-4], "--words", "chunk", str(trees), str(trees)])
     bench_quality.main()
+    assert len(kept) == 4
     assert all((row["data"], row["measure"]) == ("trees chunk", "accuracy") and 0 <= row["f1"] <= 100 for row in kept)
     monkeypatch.setattr("sys.argv", ["x", "--model", "m", "--words", "tags", "a", "b"])
     with pytest.raises(SystemExit, match="2"):

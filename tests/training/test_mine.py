@@ -75,7 +75,7 @@ def test_refuses():
     ):
         with pytest.raises(ValueError, match=named):
             mine(Table(), PAIRS, **values)
-    with pytest.raises(ValueError, match=r"a\.jsonl line 3: a pair with a score"):
+    with pytest.raises(ValueError, match=r"a\.jsonl line 3: a pair with a score; mine"):
         mine(Table(), [*PAIRS, replace(PAIRS[0], score=0.0, where="a.jsonl line 3")])
 
 
