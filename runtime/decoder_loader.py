@@ -76,9 +76,10 @@ class DecoderLoader:
     ) -> Tensor:
         """Read tensors one under the other into one; each is copied and converted in one step, never held twice."""
         tail = () if columns is None else (columns,)
+        for name, size in zip(names, rows, strict=True):  # before memory is taken for what a configuration says
+            self.checked.take(name, (size, *tail))
         merged = torch.empty(sum(rows), *tail, dtype=dtype or self.dtype, device=self.device)
         for name, part in zip(names, merged.split(rows), strict=True):
-            self.checked.take(name, tuple(part.shape))
             part.copy_(self.source.read(name))
             self.checked.check_finite(name, part)
         return merged

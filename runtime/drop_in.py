@@ -81,7 +81,8 @@ class SentenceTransformerNames:
 
     def _encode_as(self, names: Sequence[str], inputs: Any, settings: dict[str, Any]) -> Any:
         if settings.get("prompt") is None and settings.get("prompt_name") is None:
-            settings["prompt_name"] = first_prompt(self.spec.prompts, names)
+            name = first_prompt(self.spec.prompts, names)
+            settings |= {"prompt": ""} if name is None else {"prompt_name": name}  # not the default, of the other side
         return self.encode(inputs, **settings)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:

@@ -128,6 +128,8 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
     """
     model_type = config.get("model_type")
     name = BIDIRECTIONAL_NAMES.get(str(model_type), str(model_type))
+    if name == "mistral" and "layer_types" in config:  # Ministral, as transformers reads such a file
+        name = "ministral"
     family = FAMILIES.get(name)
     if family is None:
         hint = ", a multimodal family: only its text decoder runs" if "text_config" in config else ""

@@ -49,13 +49,13 @@ def as_texts(texts: Any, argument: str = "texts", first: int = 0) -> tuple[list[
         ValueError: an array of two or more dimensions.
     """
     if isinstance(texts, str):
-        return _replace_surrogates([str(texts)], argument), True
+        return _replace_surrogates([str.__str__(texts)], argument), True
     rows = _rows(texts, argument)
     for row, text in enumerate(rows):
         if type(text) is not str:
             if not isinstance(text, str):
                 raise TypeError(_bad_row(text, f"{argument}[{first + row}]"))
-            rows[row] = str(text)  # numpy.str_ and other subclasses
+            rows[row] = str.__str__(text)  # of numpy.str_ and enums, whose own str may be a name
     return _replace_surrogates(rows, argument), False
 
 

@@ -95,7 +95,7 @@ def plain_spec(
     modes = choose_pooling(overrides.pooling)
     stated_pooling = stated_pooling or config.get("pooling")
     if modes is None and stated_pooling is not None:
-        if stated_pooling not in HF_POOLING:
+        if not isinstance(stated_pooling, str) or stated_pooling not in HF_POOLING:
             raise CheckpointError(
                 f"{where}: pooling is {stated_pooling!r}; pass pooling= with one of {', '.join(POOLING_MODES)}"
             )

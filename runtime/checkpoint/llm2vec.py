@@ -128,13 +128,13 @@ def llm2vec_spec(
     decoder = decoder_spec(config, attention)
     mode = settings.get("pooling_mode", "mean")
     modes = choose_pooling(overrides.pooling)
-    if modes is None and mode not in POOLING:
+    if modes is None and (not isinstance(mode, str) or mode not in POOLING):
         raise CheckpointError(
             f"{SETTINGS_FILE}: pooling_mode is {mode!r}, known are {', '.join(POOLING)}; pass pooling= to choose"
         )
     skip_instruction = settings.get("skip_instruction", True)
     suffix = ""
-    if mode == "eos_token" and original_base not in NO_EOS_AFTER_TEMPLATE:
+    if mode == "eos_token" and modes in (None, ("last",)) and original_base not in NO_EOS_AFTER_TEMPLATE:
         suffix = EOS_BY_BASE.get(original_base or "") or EOS_BY_FAMILY.get(decoder.family, "")
     spec = ModelSpec(
         decoder=decoder,

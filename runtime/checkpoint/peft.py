@@ -10,7 +10,7 @@ equals in fp32.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class _Update:
     b: str = ""  # [out, r]
     magnitude: str = ""  # [out], DoRA
     transposed: bool = False  # embeddings: A is [r, V], B is [D, r], the tensor [V, D]
-    whole: str = ""  # replaces the tensor (modules_to_save)
+    whole: str = ""  # replaces the tensor (modules_to_save); beside A and B it is what they are added to
 
 
 class AdapterSource:
@@ -108,7 +108,7 @@ class AdapterSource:
         update = self._updates.get(name)
         if update is None:
             return self.base.read(name)
-        if update.whole:
+        if update.whole and not update.a:
             return self.weights.read(update.whole)
         a, b = self.weights.read(update.a).float(), self.weights.read(update.b).float()
         if update.transposed:
@@ -121,6 +121,8 @@ class AdapterSource:
 
     def _own(self, name: str) -> Tensor:
         """The base's tensor in fp32, in memory that may be written into; a second copy only of what is mapped."""
+        if whole := self._updates[name].whole:
+            return self.weights.read(whole).float().clone()
         read = self.base.read(name)
         is_new = read.dtype != torch.float32 or (isinstance(self.base, AdapterSource) and self.base.makes(name))
         return read.float() if is_new else read.clone()
@@ -128,7 +130,7 @@ class AdapterSource:
     def makes(self, name: str) -> bool:
         """Whether `read` makes a tensor of its own, which nothing else holds."""
         update = self._updates.get(name)
-        return update is not None and not update.whole
+        return update is not None and bool(update.a)
 
     def close(self) -> None:
         """Release every mapped file, the base's too."""
@@ -157,7 +159,11 @@ class AdapterSource:
                     f"{self.where}: {next(iter(keys.values()))} fits nowhere: the base has no tensor {name}; "
                     "the adapter is for another model"
                 )
-            updates[name] = self._plan_module(module, name, keys)
+            stored = updates.get(name)  # an embedding that peft saves beside its update
+            if stored is not None and stored.a:
+                raise CheckpointError(f"{self.where}: holds {module} twice, under two prefixes")
+            update = self._plan_module(module, name, keys)
+            updates[name] = update if stored is None else replace(update, whole=stored.whole)
         if not updates:
             raise CheckpointError(f"{self.where}: holds no adapter tensor; fetch it again")
         return updates
@@ -178,7 +184,11 @@ class AdapterSource:
         for key, expected in ((a, (int(rank), columns)), (b, (rows, int(rank)))):
             self._check_shape(key, expected, name)
         magnitude = keys.get("lora_magnitude_vector", "")
-        if bool(magnitude) != bool(self.config.get("use_dora")) or (magnitude and transposed):
+        if magnitude and transposed:
+            raise CheckpointError(
+                f"{self.where}: {magnitude}: DoRA of embeddings is not merged; merge it with peft first"
+            )
+        if bool(magnitude) != bool(self.config.get("use_dora")) and not transposed:
             raise CheckpointError(f"{self._config_name}: use_dora does not agree with the tensors of {module}")
         if magnitude:
             self._check_shape(magnitude, (rows,), name)

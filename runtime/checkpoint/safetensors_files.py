@@ -18,6 +18,8 @@ from flashvec.runtime.checkpoint.source import CheckpointError
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+MAX_HEADER_BYTES = 32 * 2**20  # of one file; real ones have some hundred KB
+LIBRARYS_BOUND = 100_000_000  # bytes of a header that the library reads
 MAX_INDEX_BYTES = 64 * 2**20  # an 8B model's index has 25 KB; one with a million tensors 60 MB
 NEVER_READ = frozenset({"lm_head.weight"})  # an encoder has no use for it: its file need not stay open for it
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -148,9 +150,12 @@ def _open(path: Path) -> Any:
 
 def _header(path: Path) -> list[str]:
     """Names stored in a file, after the library's checks and ours: it keeps the last of two equal keys."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if MAX_HEADER_BYTES < size <= LIBRARYS_BOUND:  # what is larger is no header at all: the library says so
+            raise CheckpointError(f"{path}: a header of {size} bytes, more than the names of tensors can take")
+        header = file.read(min(size, MAX_HEADER_BYTES))
     names = list(_open(path).keys())
-    with path.open("rb") as file:  # the library has bounded the header's length by now
-        header = file.read(int.from_bytes(file.read(8), "little"))
     pairs = json.loads(header, object_pairs_hook=list)
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:

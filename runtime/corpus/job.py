@@ -8,7 +8,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from flashvec.runtime.corpus.manifest import (
     is_done,
     success_json,
 )
-from flashvec.runtime.corpus.plan import PLAN_FILE, ModelFacts, Plan, check_same, read_plan
+from flashvec.runtime.corpus.plan import PLAN_FILE, ModelFacts, Plan, PlanError, check_same, read_plan
 from flashvec.runtime.corpus.preflight import LOCK_FILE, check_apart, check_empty, check_resumable, check_space
 from flashvec.runtime.corpus.reporter import counted
 from flashvec.runtime.corpus.sample import sample_texts
@@ -231,6 +231,8 @@ def _settle(plan: Plan, facts: ModelFacts, workers: Fleet, storage: Storage) -> 
         raise ValueError(f"dims is {plan.settings.dims}, the model's vectors have {facts.dim}")
     if plan.settings.precision == "binary" and plan.dim % 8:
         raise ValueError(f"precision 'binary' packs 8 dimensions to a byte; {plan.dim} is no multiple of 8")
+    # What the model refuses (a prompt's name, a length) is told before there is a folder that can never go on.
+    workers.ask("speed", ["text"], plan.settings)
     if plan.reuse is not None:
         from flashvec.runtime.corpus.reuse import earlier_plan
 
@@ -282,10 +284,11 @@ def _done(storage: Storage, plan: Plan, shard: int) -> Entry | None:
 
 def _result(plan: Plan, storage: Storage, entries: list[Entry], set_aside: tuple[int, ...]) -> Result:
     changes = None
-    if plan.reuse is not None and len(entries) == len(plan.shards) and read_plan(Storage(plan.reuse)) is not None:
+    if plan.reuse is not None and len(entries) == len(plan.shards):
         from flashvec.runtime.corpus.reuse import find_changes
 
-        changes = find_changes(Storage(plan.reuse), storage)
+        with suppress(PlanError, OSError):  # the earlier job is gone, or is being made anew
+            changes = find_changes(Storage(plan.reuse), storage)
     return Result(
         shards=len(entries),
         planned=len(plan.shards),

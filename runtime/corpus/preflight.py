@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from flashvec.runtime.corpus.manifest import ERRORS, MANIFESTS
 from flashvec.runtime.corpus.plan import Plan, PlanError
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.shard import LOCKS
-from flashvec.runtime.corpus.sources import Source
+from flashvec.runtime.corpus.sources import Source, glob_matches
 from flashvec.runtime.corpus.storage import Storage, is_uri
 
 LOCK_FILE = "_lock"
@@ -60,15 +61,27 @@ def check_apart(given: Sequence[str | Path], sources: Sequence[Source], storage:
     if storage.root is None:
         base = storage.location.split("?")[0].rstrip("/") + "/"
         within = [source.uri for source in sources if source.uri.startswith(base)]
-        around = [str(g) for g in given if is_uri(str(g)) and base.startswith(str(g).split("?")[0].rstrip("/") + "/")]
+        around = [g for g in map(str, given) if is_uri(g) and _would_take_uri(g.split("?")[0].rstrip("/"), base)]
     else:
         root = storage.root.resolve()
-        within = [s.uri for s in sources if not is_uri(s.uri) and Path(s.uri).resolve().is_relative_to(root)]
-        around = [str(g) for g in given if not is_uri(str(g)) and _would_take(Path(g).expanduser(), root)]
+        within = [s.uri for s in sources if (p := _local_path(s.uri)) is not None and p.resolve().is_relative_to(root)]
+        around = [str(g) for g in given if (p := _local_path(str(g))) is not None and _would_take(p, root)]
     if within:
         raise ValueError(f"out is {storage.location}, and the input {within[0]} lies in it: give a folder of its own")
     if around:
         raise ValueError(f"out is {storage.location}, inside the input {around[0]}: its parts would become inputs")
+
+
+def _local_path(given: str) -> Path | None:
+    if given.startswith("file://"):
+        return Path(unquote(given.removeprefix("file://").split("?")[0]))
+    return None if is_uri(given) else Path(given).expanduser()
+
+
+def _would_take_uri(given: str, base: str) -> bool:
+    """Does an input behind a URI, a folder or a glob, name files that a job writes below `base`?"""
+    written = [(base + name).split("/") for name in OWN_FILES]
+    return base.startswith(given + "/") or any(glob_matches(parts, given.split("/")) for parts in written)
 
 
 def _would_take(given: Path, out: Path) -> bool:

@@ -111,16 +111,17 @@ class RayFleet:
         """
         waiting, strikes = deque(shards), Counter[int]()
         under_way: dict[Any, tuple[Any, int]] = {}
-        restarting: dict[Any, Any] = {}
-        free = list(self.actors)
+        # An actor gets work once it has answered: on a cluster with no room for all, some never do.
+        starting = {actor.facts.options(max_task_retries=-1).remote(): actor for actor in self.actors}
+        free: list[Any] = []
         while waiting or under_way:
             while free and waiting:
                 actor, shard = free.pop(), waiting.popleft()
                 under_way[actor.call.remote("run", job, shard, errors_left.left)] = (actor, shard)
-            ready, _ = self.ray.wait([*under_way, *restarting], num_returns=1, timeout=POLL_S)
+            ready, _ = self.ray.wait([*under_way, *starting], num_returns=1, timeout=POLL_S)
             for reference in ready:
-                if reference in restarting:
-                    free.append(restarting.pop(reference))
+                if reference in starting:
+                    free.append(starting.pop(reference))
                     self._value(self.ray.get(reference), "facts")
                     continue
                 actor, shard = under_way.pop(reference)
@@ -128,8 +129,7 @@ class RayFleet:
                     answer = self.ray.get(reference)
                     free.append(actor)
                 except self.ray.exceptions.RayError as error:  # the actor's process or node is lost
-                    # It gets work once it answers again; on a cluster with no room for it that may be never.
-                    restarting[actor.facts.options(max_task_retries=-1).remote()] = actor
+                    starting[actor.facts.options(max_task_retries=-1).remote()] = actor
                     strikes[shard] += 1
                     again = strikes[shard] < STRIKES
                     if again:

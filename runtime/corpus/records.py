@@ -140,8 +140,8 @@ def read_csv(source: Source, start: int, stop: int | None = None) -> Iterator[Re
                 fields = None
                 lines.give_back()
                 rows = csv.reader(lines, delimiter="\t" if source.format == "tsv" else ",", strict=True)
-            if fields != []:  # a blank line is no record
-                is_too_long = any(line.content is None for line in lines.taken)
+            is_too_long = any(line.content is None for line in lines.taken)
+            if fields != [] or is_too_long:  # a blank line is no record
                 yield Record(at, lines.stop, None if is_too_long else b"", fields)
             at = lines.stop
     finally:

@@ -54,8 +54,10 @@ class EarlierVectors:
             raise PlanError(f"reuse: {location} holds no job any more")
         self.plan: Plan = plan
         hashes, shards, rows = [], [], []
+        self._sums: dict[int, str] = {}  # of the parts that the index below is of
         for shard, table in _facts(self.storage, plan, ["hash"]):
             values = b"".join(table["hash"].to_pylist())
+            self._sums[shard] = self._sum(shard)
             hashes.append(np.frombuffer(values, ">u8").reshape(-1, 2).astype(np.uint64))
             shards.append(np.full(len(table), shard, np.uint32))
             rows.append(np.arange(len(table), dtype=np.uint32))
@@ -86,12 +88,17 @@ class EarlierVectors:
         return known, vectors
 
     def _read_part(self, shard: int) -> np.ndarray:
-        entry, name = is_done(self.storage, shard), part_names(self.plan, shard)[0]
-        facts = next((each for each in entry.files if each.name == name), None) if entry is not None else None
+        name = part_names(self.plan, shard)[0]
         with self.storage.open(name) as file:
-            if facts is None or digest(file) != facts.xxh3:
+            if digest(file) != self._sums[shard]:
                 raise PlanError(f"reuse: {self.storage.location}: {name} is not as its job wrote it: make it again")
         return part_vectors(self.storage, self.plan, shard)
+
+    def _sum(self, shard: int) -> str:
+        """A part's checksum by its manifest; empty without one, which no part has."""
+        entry, name = is_done(self.storage, shard), part_names(self.plan, shard)[0]
+        files = entry.files if entry is not None else ()
+        return next((facts.xxh3 for facts in files if facts.name == name), "")
 
 
 def part_vectors(storage: Storage, plan: Plan, shard: int) -> np.ndarray:
@@ -118,8 +125,16 @@ def as_matrix(column: Any, plan: Plan) -> np.ndarray:
 
 
 def find_changes(before: Storage, after: Storage) -> Changes:
-    """Rows added, edited and deleted from one finished job to another; holds 16 bytes for each row of both."""
-    old, new = _identities(before), _identities(after)
+    """Rows added, edited and deleted from one finished job to another; holds 16 bytes for each row of both.
+
+    By id where both have one.
+
+    Raises:
+        PlanError, OSError: a job that is not there whole.
+    """
+    plans = [read_plan(storage) for storage in (before, after)]
+    has_id = all(plan is not None and "id" in plan.columns.names for plan in plans)
+    old, new = _identities(before, has_id), _identities(after, has_id)
     kept = np.isin(new[:, 0], old[:, 0])
     _, places_new, places_old = np.intersect1d(new[:, 0], old[:, 0], return_indices=True)
     edited = int((new[places_new, 1] != old[places_old, 1]).sum())
@@ -127,14 +142,13 @@ def find_changes(before: Storage, after: Storage) -> Changes:
     return Changes(int((~kept).sum()), edited, deleted)
 
 
-def _identities(storage: Storage) -> np.ndarray:
+def _identities(storage: Storage, has_id: bool) -> np.ndarray:
     """uint64 [n, 2]: a hash of the id (without one, of the text) and a hash of the text."""
     import xxhash
 
     plan = read_plan(storage)
     if plan is None:
         raise PlanError(f"{storage.location} holds no job")
-    has_id = "id" in plan.columns.names
     found = [np.zeros((0, 2), np.uint64)]
     for _, table in _facts(storage, plan, ["id", "hash"] if has_id else ["hash"]):
         texts = [int.from_bytes(value[:8], "big") for value in table["hash"].to_pylist()]

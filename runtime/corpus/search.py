@@ -49,13 +49,12 @@ def search_job(storage: Storage, queries: np.ndarray, top: int) -> list[list[tup
     if queries.shape[1] != plan.dim:
         raise ValueError(f"the query has {queries.shape[1]} dimensions, the job's vectors have {plan.dim}")
     unit = _unit(queries)
-    if missing := sum(is_done(storage, shard) is None for shard in range(len(plan.shards))):
+    done = [shard for shard in range(len(plan.shards)) if is_done(storage, shard) is not None]
+    if missing := len(plan.shards) - len(done):
         logger.warning("%d of %d shards are not finished: their rows are not looked at", missing, len(plan.shards))
     scores = np.full((len(queries), 0), 0.0, np.float32)
     places = np.zeros((len(queries), 0, 2), np.int64)
-    for shard in range(len(plan.shards)):
-        if any(storage.size(name) is None for name in part_names(plan, shard)):
-            continue  # not done yet
+    for shard in done:
         for start, block in vector_blocks(storage, plan, shard):
             found = unit @ comparable(block, plan).T if plan.settings.precision != "binary" else _signs(unit, block)
             scores = np.concatenate([scores, found.astype(np.float32)], 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
@@ -31,6 +32,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _GLOB = set("*?[")
 _ENDING = re.compile(r"\.[a-z0-9]{1,8}(\.[a-z0-9]{1,3})?")
 SHOWN_ENDINGS = 5
+_PLAIN = "/=+,:;@&!$'()*~"  # what stands in a URI as it is
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,13 @@ def find_sources(inputs: Sequence[str | Path], note: Callable[[str], None] | Non
         if others and note is not None:
             note(f"{given}: passed over {_listed(others)}; known endings are {', '.join(FORMATS)}")
         found += listed
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for source in found:
-        if source.uri in seen:
-            raise SourceError(f"{source.uri}: named twice, its rows would be embedded twice")
-        seen.add(source.uri)
+        real = source.uri if is_uri(source.uri) else os.path.realpath(source.uri)
+        if real in seen:
+            also = "" if seen[real] == source.uri else f" (also as {seen[real]})"
+            raise SourceError(f"{source.uri}: named twice{also}, its rows would be embedded twice")
+        seen[real] = source.uri
     return found
 
 
@@ -155,8 +159,14 @@ def _local(given: str, others: Counter[str]) -> list[Source]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    found = []
-    for root, folders, files in os.walk(folder):
+    """Files below a folder, through links to folders as well: each folder once."""
+    found: list[Path] = []
+    walked: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in walked:
+            folders.clear()
+            continue
+        walked.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         found += [Path(root) / name for name in files if not name.startswith((".", "_"))]
     return sorted(found)
@@ -177,8 +187,19 @@ def _behind_uri(given: str, others: Counter[str]) -> list[Source]:
     entries = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
     names = sorted(entry.path for entry in entries if entry.type == pafs.FileType.File)
     if first_glob >= 0:
-        names = [name for name in names if fnmatch.fnmatch(prefix + name, address)]
-    return _known((prefix + name + suffix for name in names if not _hidden(name[len(path) :])), others)
+        pattern = address.split("/")
+        names = [name for name in names if glob_matches((prefix + name).split("/"), pattern)]
+    shown = (quote(name, safe=_PLAIN) for name in names if not _hidden(name[len(path) :]))
+    return _known((prefix + name + suffix for name in shown), others)
+
+
+def glob_matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """As a local glob: * within a name, ** for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(glob_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and glob_matches(parts[1:], pattern[1:])
 
 
 def _hidden(path: str) -> bool:

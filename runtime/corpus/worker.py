@@ -79,7 +79,9 @@ class ShardRunner:
             if plan.reuse is not None:
                 from flashvec.runtime.corpus.reuse import EarlierVectors, earlier_plan
 
-                earlier_plan(plan.reuse, plan.settings, plan.model)  # it may have been made anew since
+                earlier = earlier_plan(plan.reuse, plan.settings, plan.model)  # it may have been made anew since
+                if earlier.int8_ranges != plan.int8_ranges:
+                    raise PlanError(f"reuse: {plan.reuse} was made anew, under other int8 ranges: begin this job anew")
                 known = EarlierVectors(plan.reuse)
             self._job = (job, plan, known)
         _, plan, known = self._job

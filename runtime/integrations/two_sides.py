@@ -93,4 +93,5 @@ class TwoSides:
 def _prompt(encoder: Encoder, instruction: str | None, names: tuple[str, ...]) -> dict[str, str | None]:
     if instruction is not None:
         return {"instruction": instruction}
-    return {"prompt_name": first_prompt(encoder.spec.prompts, names)}
+    name = first_prompt(encoder.spec.prompts, names)
+    return {"instruction": ""} if name is None else {"prompt_name": name}  # not the default, which is the other side's

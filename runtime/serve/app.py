@@ -6,18 +6,20 @@ Requests are embedded together (`batcher.py`). Needs the extra `serve`: pip inst
 import asyncio
 import base64
 import hmac
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 try:
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.requests import ClientDisconnect
@@ -31,6 +33,7 @@ from flashvec.runtime.serve.body import Limits, Refused, Wanted, read
 from flashvec.runtime.texts import as_texts
 
 BATCH_TOKENS = 8192
+COUNTERS = 2  # threads
 MAX_TOKEN_CHARS = 256  # a run of spaces or dashes is the longest token there is, of up to 128
 GONE = 499  # the client hung up: nobody reads this
 
@@ -97,12 +100,15 @@ def create_app(
         max_waiting_s=bounds.answer_s,
         on_round=metrics.on_round,
     )
+    # Counting that nobody waits for any more still runs to its end: that much of it at once, and no answer behind it.
+    counters = ThreadPoolExecutor(COUNTERS, "flashvec-count")
     requests = 0  # that are read or wait for their answer
     metrics.waiting.set_function(lambda: batcher.waiting_tokens)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        counters.shutdown(wait=False, cancel_futures=True)
         await batcher.close()
 
     app = FastAPI(title="flashvec", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -171,7 +177,8 @@ def create_app(
         async def embedded() -> tuple[np.ndarray, int]:
             if not truncate:  # no vocabulary has such tokens: this one need not be asked
                 _refuse_long(np.array([len(text) for text in wanted.texts]) > MAX_TOKEN_CHARS * longest, longest)
-            counts = await asyncio.to_thread(_count, encoder, wanted.texts, instruction, longest + 1)
+            count = partial(_count, encoder, wanted.texts, instruction, longest + 1)
+            counts = await asyncio.get_running_loop().run_in_executor(counters, count)
             if not truncate:
                 _refuse_long(counts > longest, longest)
             counts = np.minimum(counts, longest)
@@ -180,7 +187,8 @@ def create_app(
         answered = await _answer(request, embedded(), bounds.answer_s)
         if answered is None:
             return Response(status_code=GONE)
-        return JSONResponse(await asyncio.to_thread(_body, wanted, name, *answered))
+        body = await asyncio.to_thread(_body, wanted, name, *answered)
+        return Response(body, media_type="application/json")
 
     return app
 
@@ -225,12 +233,18 @@ async def _answer(request: Request, answer: Awaitable[Answer], limit_s: float) -
         gone.cancel()
 
 
-def _body(wanted: Wanted, name: str, vectors: np.ndarray, tokens: int) -> dict[str, Any]:
+def _body(wanted: Wanted, name: str, vectors: np.ndarray, tokens: int) -> bytes:
+    """JSON, row by row: other threads, the one that answers /health among them, get their turn in between."""
+
     def shown(vector: np.ndarray) -> Any:
         if wanted.encoding_format == "base64":
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()
         return vector.tolist()
 
-    rows = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
+    rows = (
+        json.dumps({"object": "embedding", "index": i, "embedding": shown(vector)}, allow_nan=False)
+        for i, vector in enumerate(vectors)
+    )
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": rows, "model": name, "usage": usage}
+    start, stop = json.dumps({"object": "list", "model": name, "usage": usage, "data": []}).rsplit("]", 1)
+    return f"{start}{', '.join(rows)}]{stop}".encode()

@@ -1,6 +1,7 @@
 """sentence-transformers' names: the same parameters, and scores by the model's own similarity."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from flashvec.runtime.drop_in import SentenceTransformerNames
+from flashvec.runtime.encoder import Encoder
+from flashvec.runtime.integrations.two_sides import TwoSides
 
 
 class Fixed(SentenceTransformerNames):
@@ -38,6 +41,19 @@ def test_queries_and_documents_take_their_prompts():
     enc.encode_query(["a"], prompt="mine: ")
     assert [a["prompt_name"] for a in enc.asked] == ["query", "corpus", None]
     assert enc.asked[2]["instruction"] == "mine: "
+
+
+@pytest.mark.parametrize("side", ["query", "document"])
+def test_a_side_without_a_prompt_does_not_take_the_default_which_is_the_others(side, folder):
+    other = "document" if side == "query" else "query"
+    enc = Encoder.load(folder)
+    enc.spec = replace(enc.spec, prompts={other: "Prompt: "}, default_prompt_name=other)
+    plain = enc.embed(["a river"], instruction="")
+    assert not np.array_equal(enc.embed(["a river"]), plain)
+    assert np.array_equal(getattr(enc, f"encode_{side}")(["a river"]), plain)
+    assert np.array_equal(getattr(enc, f"encode_{other}")(["a river"]), enc.embed(["a river"]))
+    sides = TwoSides(enc)
+    assert np.array_equal(sides.documents(["a river"]) if side == "document" else [sides.query("a river")], plain)
 
 
 @pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])

@@ -167,6 +167,12 @@ def test_refuses_by_name(change, message):
         decoder_spec(config, "bidirectional")
 
 
+def test_mistral_with_kinds_of_layers_is_ministral_as_in_transformers():
+    config = {**BASE, "model_type": "ministral", "sliding_window": 8}
+    config["layer_types"] = ["sliding_attention", "full_attention"] * (BASE["num_hidden_layers"] // 2)
+    assert decoder_spec({**config, "model_type": "mistral"}, "causal") == decoder_spec(config, "causal")
+
+
 def test_code_in_a_config_is_ignored():
     hostile = {
         "auto_map": {"AutoModel": "evil.Model"},

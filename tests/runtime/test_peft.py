@@ -69,6 +69,27 @@ def test_equals_pefts_merge(case, headless, tmp_path):
     assert_merged(AdapterSource(SafetensorsSource(tmp_path / "base"), tmp_path / "adapter"), merged)
 
 
+def test_an_update_of_an_embedding_goes_over_the_one_that_was_saved_beside_it(tmp_path):
+    model = tiny_model(tmp_path / "base")
+    merged = tiny_adapter(model, tmp_path / "adapter", **CASES["embedding"])
+    path = tmp_path / "base" / "model.safetensors"
+    stored = load_file(path)
+    (name,) = [key for key in stored if key.endswith("embed_tokens.weight")]
+    save_file({**stored, name: stored[name] + 1}, path, {"format": "pt"})  # a base whose rows are others
+    assert_merged(AdapterSource(SafetensorsSource(tmp_path / "base"), tmp_path / "adapter"), merged)
+
+
+def test_a_module_under_two_prefixes_is_refused(base, adapter):
+    path = adapter / "adapter_model.safetensors"
+    stored = load_file(path)
+    twice = {
+        key.replace("base_model.model.layers", "base_model.model.model.layers"): x + 1 for key, x in stored.items()
+    }
+    save_file(stored | twice, path)
+    with pytest.raises(CheckpointError, match=r"holds (model\.)?layers\.0\..* twice, under two prefixes"):
+        AdapterSource(SafetensorsSource(base[1]), adapter)
+
+
 def test_patterns_are_anchored_as_in_peft(tmp_path):
     """`^model...` matches under the language-model head only, `layers.1` not layer 11."""
     model = tiny_model(tmp_path / "base", causal_lm=True, num_hidden_layers=12)

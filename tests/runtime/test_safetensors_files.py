@@ -200,6 +200,13 @@ def test_files_too_short_for_a_header(tmp_path: Path, content: bytes) -> None:
         SafetensorsSource(tmp_path)
 
 
+def test_a_header_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashvec.runtime.checkpoint.safetensors_files.MAX_HEADER_BYTES", 10)
+    save_file({"a": torch.ones(1)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a header of \d+ bytes, more than the names"):
+        SafetensorsSource(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import deque
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,17 @@ from flashvec.runtime.texts import TextWarning, as_instructions, as_texts
 def test_one_text(text: str) -> None:
     rows, single = as_texts(text)
     assert rows == [str(text)] and type(rows[0]) is str and single
+
+
+class Task(str, Enum):  # noqa: UP042 - a StrEnum's str is its text
+    """Its own str is its member's name."""
+
+    QUERY = "query: "
+
+
+def test_enums_are_their_text() -> None:
+    assert as_texts(Task.QUERY) == (["query: "], True) and as_texts(["a", Task.QUERY]) == (["a", "query: "], False)
+    assert as_instructions(Task.QUERY, 1) == ["query: "]
 
 
 class Column:

@@ -30,23 +30,23 @@ def test_passes_in_fp32(folder, attention):
 
 
 STATED = {
-    "says bidirectional": ("llama", {"is_causal": False}),
-    "says causal": ("llama", {"is_causal": True}),
-    "windows": ("gemma3", {"is_causal": False}),
-    "halved windows": ("gemma3", {"use_bidirectional_attention": True}),
-    "by its name": ("llama", {"model_type": "llama_bidirec"}),
+    "says bidirectional": ("llama", {"is_causal": False}, "bidirectional"),
+    "says causal": ("llama", {"is_causal": True}, "causal"),
+    "windows": ("gemma3", {"is_causal": False}, "bidirectional"),
+    "halved windows": ("gemma3", {"use_bidirectional_attention": True}, "bidirectional"),
+    "by its name": ("llama", {"model_type": "llama_bidirec"}, "bidirectional"),
 }
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal", None])
 @pytest.mark.parametrize("stated", STATED)
 def test_runs_the_chosen_direction_on_both_sides(stated, attention, tmp_path):
-    family, keys = STATED[stated]
+    family, keys, own = STATED[stated]
     tiny_checkpoint(tmp_path, family)
     config = json.loads((tmp_path / "config.json").read_text()) | keys
     (tmp_path / "config.json").write_text(json.dumps(config))
     report = verify_model(tmp_path, TEXTS, dtype="float32", attention=attention)
-    assert not report["failures"] and report["attention"] == (attention or report["attention"])
+    assert not report["failures"] and report["attention"] == (attention or own)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -86,6 +86,21 @@ def test_an_actor_and_a_node_are_lost(cluster, tmp_path):
     assert tree(tmp_path / "ray") == tree(tmp_path / "local")
 
 
+def test_actors_that_find_no_room_are_given_nothing(cluster, tmp_path):
+    """The second node is gone: one of three actors runs, and does it all."""
+    (tmp_path / "in.txt").write_text("".join(f"row {i}\n" for i in range(30)))
+    result = embed_corpus(
+        tmp_path / "in.txt",
+        tmp_path / "ray",
+        model="stand-in",
+        load={"pids": str(tmp_path / "pids")},
+        settings=JobSettings(shard_size=SIZE),
+        fleet=lambda load: RayFleet(load, num_workers=3, make=slow_stand_in),
+    )
+    assert result.rows == 30 and not result.set_aside
+    assert len((tmp_path / "pids").read_text().splitlines()) == 1
+
+
 def test_errors_come_through(cluster, tmp_path):
     (tmp_path / "in.txt").write_text("a\n\n\n")
     with pytest.raises(WorkerError, match="max_errors"):

@@ -79,6 +79,11 @@ def test_large_records(tmp_path, monkeypatch):
     assert read(tmp_path / "a.jsonl", settings)[1:] == (["", "ok"], {0: "too_large"})
     pq.write_table(pa.table({"text": ["x" * 5000, "ok"]}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", settings)[1:] == (["", "ok"], {0: "too_large"})
+    (tmp_path / "a.csv").write_text(f"text\nfirst\n{'x' * 5000}\n\nok\n")
+    assert read(tmp_path / "a.csv", settings, start=5)[1:] == (["first", "", "ok"], {1: "too_large"})
+    (tmp_path / "b.csv").write_text(f"{'x' * 5000}\nok\n")
+    with pytest.raises(SourceError, match="no header line"):  # and not the line after it
+        read(tmp_path / "b.csv", settings)
 
 
 def invalid_strings():
@@ -124,6 +129,10 @@ def test_truncated_parquet(tmp_path):
         read(tmp_path / "a.parquet")
 
 
-def test_messages_never_quote_the_row():
+def test_messages_never_quote_the_row(tmp_path):
     reasons = [value for value in vars(rows).values() if isinstance(value, rows.Bad)]
     assert len(reasons) >= 9 and len({reason.code for reason in reasons}) == len(reasons)
+    lines = ['{"text": ["secret"]}', '{"text": {"secret": 1}}', "secret", '{"other": "secret"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    found, _, bad = read(tmp_path / "a.jsonl", JobSettings(text_columns=("text",)))
+    assert len(bad) == 4 and not any("secret" in reason.message for part in found for reason in part.bad.values())

@@ -73,6 +73,39 @@ def test_an_earlier_job_that_was_made_anew_or_is_damaged_is_not_taken_from(tmp_p
         embed_with_stand_in(tmp_path / "a.txt", tmp_path / "new", reuse=tmp_path / "old")
 
 
+def test_ranges_of_an_earlier_job_that_was_made_anew_are_not_mixed(tmp_path):
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    (tmp_path / "b.txt").write_text("c\nd\na\nb\n")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "old", precision="int8")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "new", precision="int8", reuse=tmp_path / "old", plan_only=True)
+    shutil.rmtree(tmp_path / "old")
+    embed_with_stand_in(tmp_path / "b.txt", tmp_path / "old", precision="int8")
+    with pytest.raises(Exception, match="was made anew, under other int8 ranges: begin this job anew"):
+        embed_with_stand_in(tmp_path / "a.txt", tmp_path / "new", precision="int8", reuse=tmp_path / "old")
+
+
+def test_parts_that_are_written_anew_while_vectors_are_taken_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    (tmp_path / "b.txt").write_text("b\na\n")
+    embed_with_stand_in(tmp_path / "a.txt", tmp_path / "old")
+    known = EarlierVectors(str(tmp_path / "old"))
+    hashes = pq.read_table(tmp_path / "old" / "part-00000.parquet")["hash"].to_pylist()
+    shutil.rmtree(tmp_path / "old")
+    embed_with_stand_in(tmp_path / "b.txt", tmp_path / "old")  # whole, by its own manifest
+    with pytest.raises(PlanError, match="is not as its job wrote it"):
+        known.find(hashes)
+
+
+def test_changes_are_by_text_where_one_job_has_no_ids_and_none_where_parts_are_gone(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 2}\n')
+    embed_with_stand_in(tmp_path / "a.jsonl", tmp_path / "old")
+    settings = {"id_column": "id", "reuse": tmp_path / "old"}
+    assert embed_with_stand_in(tmp_path / "a.jsonl", tmp_path / "new", **settings).changes == (0, 0, 0)
+    (tmp_path / "old" / "part-00000.parquet").unlink()
+    again = embed_with_stand_in(tmp_path / "a.jsonl", tmp_path / "new", **settings)
+    assert again.changes is None and again.rows == 2
+
+
 def test_a_finished_job_is_left_alone_where_the_earlier_one_is_gone(tmp_path):
     (tmp_path / "a.txt").write_text("a\nb\n")
     embed_with_stand_in(tmp_path / "a.txt", tmp_path / "old")

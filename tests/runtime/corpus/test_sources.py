@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from flashvec.runtime.corpus.sources import SourceError, describe_change, find_sources
+from flashvec.runtime.corpus.sources import SourceError, describe_change, find_sources, open_source
 
 
 def names(sources):
@@ -25,6 +25,39 @@ def test_files_folders_and_globs(folder):
     (source,) = find_sources([f"file://{folder}/b.jsonl"])
     assert (source.format, source.compression, source.size) == ("jsonl", None, 2)
     assert names(find_sources([f"file://{folder}/*.gz"])) == ["a.csv.gz"]
+
+
+def test_globs_behind_uris_are_those_of_paths(folder):
+    (folder / "sub/deep").mkdir()
+    (folder / "sub/deep/e.txt").write_text("x\n")
+    for pattern in ("*.txt", "sub/*.txt", "**/*.txt", "sub/**/*.txt", "s[tu]b/*", "**", "*/deep/*.txt"):
+        local = {source.uri for source in find_sources([f"{folder}/{pattern}"])} if pattern != "*.txt" else set()
+        local = {uri for uri in local if "/_skip/" not in uri}
+        behind = set() if pattern == "*.txt" else {s.uri for s in find_sources([f"file://{folder}/{pattern}"])}
+        assert behind == {f"file://{uri}" for uri in local}, pattern
+    with pytest.raises(SourceError, match="no input file there"):
+        find_sources([f"file://{folder}/*.txt"])  # those further down are not meant
+
+
+def test_names_that_uris_write_otherwise(tmp_path):
+    for name in ("Who am I?.txt", "a#1.txt", "a%20b.txt", "a b.txt", "\u00fc.txt", "year=2024,x.txt"):
+        (tmp_path / name).write_text(name)
+    found = find_sources([f"file://{tmp_path}"])
+    contents = {open_source(source).read().decode() for source in found}
+    assert contents == {path.name for path in tmp_path.iterdir()}
+    assert f"file://{tmp_path}/year=2024,x.txt" in {source.uri for source in found}
+
+
+def test_links_to_folders_are_followed_once_and_a_file_is_not_taken_twice(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.txt").write_text("x\n")
+    (tmp_path / "in/year").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(tmp_path / "in")
+    assert names(find_sources([tmp_path / "in"])) == ["a.txt"]
+    (tmp_path / "in/latest.txt").symlink_to(tmp_path / "elsewhere/a.txt")
+    with pytest.raises(SourceError, match=r"named twice \(also as .*latest\.txt\)"):
+        find_sources([tmp_path / "in"])
 
 
 def test_what_was_passed_over_is_said(folder):

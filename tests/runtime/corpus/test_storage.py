@@ -1,5 +1,6 @@
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -38,10 +39,17 @@ def test_synced_before_and_after_the_rename(tmp_path, monkeypatch):
     assert calls == ["fsync", "rename", "fsync"]
 
 
-def test_made_folders_are_synced_from_the_top(tmp_path):
+def test_made_folders_are_synced_up_to_what_was_there(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(module, "sync_folder", lambda path: synced.append(Path(path)))
     storage = Storage(tmp_path / "a" / "b")
     storage.make("c")
     assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert sorted(synced) == [
+        tmp_path,
+        tmp_path / "a",
+        tmp_path / "a" / "b",
+    ]  # each holds the name of what was made in it
 
 
 def test_sweep_takes_only_its_own(tmp_path):

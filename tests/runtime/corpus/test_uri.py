@@ -58,6 +58,10 @@ def test_from_and_to_a_bucket(bucket, tmp_path):
         embed_with_stand_in([uri("in")], uri("out"), shard_size=25)
     with pytest.raises(ValueError, match="its parts would become inputs"):
         embed_with_stand_in([uri("in")], uri("in/out"))
+    with pytest.raises(ValueError, match="its parts would become inputs"):
+        embed_with_stand_in([uri("in/**/*"), tmp_path / "out" / "*.parquet"], uri("in/out"))
+    with pytest.raises(ValueError, match="its parts would become inputs"):
+        embed_with_stand_in([f"file://{tmp_path}"], tmp_path / "out2")
 
 
 def test_npy_behind_a_uri(bucket, tmp_path):

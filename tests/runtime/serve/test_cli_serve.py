@@ -96,10 +96,11 @@ def test_sigterm_ends_it_once_what_it_accepted_is_answered(command):
     process, url = command("--truncate")
     answers = []
     body = {"model": "tiny", "input": ["some words to read " * 20] * 2000}
-    ask = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/embeddings", json=body, timeout=60)))
+    ask = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/embeddings", json=body, timeout=600)))
     ask.start()
-    while "flashvec_round_seconds_count 0.0" in httpx.get(f"{url}/metrics").text:  # until the first round is done
-        time.sleep(0.01)
+    with httpx.Client(timeout=600) as client:  # one: making them takes the processor that the server needs
+        while "flashvec_round_seconds_count 0.0" in client.get(f"{url}/metrics").text:  # until the first round is done
+            time.sleep(0.01)
     assert not answers, "the request was answered before anybody asked it to end"
     process.send_signal(signal.SIGTERM)
     ask.join()
