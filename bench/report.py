@@ -77,7 +77,11 @@ def quality_table(rows: list[Row]) -> list[str]:
         lines += ["|---" * (len(sets) + 1) + "|"]
         for variant in sorted(dict.fromkeys(variant for variant, _ in newest), key=_stage):
             cells = [newest.get((variant, name)) for name, _ in sets]
-            lines.append(f"| {variant} | " + " | ".join(f"{c['score']:.1f}" if c else "" for c in cells) + " |")
+            shown = (
+                f"{c['score']:.1f}" + (f" ± {c['deviation']:.1f}" if "deviation" in c else "") if c else ""
+                for c in cells
+            )
+            lines.append(f"| {variant} | " + " | ".join(shown) + " |")
         about = f"{group[-1]['model']}, {group[-1]['dtype'].removeprefix('torch.')}, on {where(list(newest.values()))}."
         lines += ["", *about.splitlines(), ""]
     return lines[:-1]
