@@ -8,7 +8,7 @@ from flashvec.runtime.corpus.inspect import Inspected
 from flashvec.runtime.corpus.records import next_line_start, read_lines, read_records
 from flashvec.runtime.corpus.sources import Source, SourceError
 
-SAMPLED_BYTES = 256 << 10  # of a line-based file, for the mean length of its lines
+SAMPLED_BYTES, SAMPLED_PLACES = 256 << 10, 4  # of a line-based file, for the mean length of its lines
 
 
 class Piece(NamedTuple):
@@ -87,7 +87,13 @@ def _by_bytes(source: Source, room: int, size: int) -> Iterator[tuple[int, int, 
 
 
 def _mean_line(source: Source) -> float:
+    """Of lines at several places: one large record, or a file sorted by length, must not size all shards."""
+    apart = source.size // SAMPLED_PLACES
+    starts = [0]
+    if apart > SAMPLED_BYTES:
+        starts += [next_line_start(source, place * apart) for place in range(1, SAMPLED_PLACES)]
     num_bytes = num_lines = 0
-    for record in read_lines(source, 0, SAMPLED_BYTES):
-        num_bytes, num_lines = record.stop, num_lines + 1
+    for start in starts:
+        for record in read_lines(source, start, start + SAMPLED_BYTES):
+            num_bytes, num_lines = num_bytes + record.stop - record.start, num_lines + 1
     return num_bytes / max(num_lines, 1)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from flashvec.runtime.corpus import rows as reasons
 from flashvec.runtime.corpus.records import MAX_RECORD, Record, csv_header, read_records
-from flashvec.runtime.corpus.rows import Bad, Rows, make_rows, strings
+from flashvec.runtime.corpus.rows import Bad, Rows, make_rows, sound, strings
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.sources import Source, SourceError, open_source
 from flashvec.runtime.corpus.storage import is_uri
@@ -125,9 +125,9 @@ def _tables(
             for i, values in enumerate(zip(*fields.values(), strict=True))
             if sum(len(v) for v in values if v is not None) > MAX_RECORD
         }
-        columns = {name: part.column(name) for name in settings.columns}
+        columns = {name: sound(part.column(name)) for name in settings.columns}
         if settings.id_column is not None:
-            columns = {"id": part.column(settings.id_column), **columns}
+            columns = {"id": sound(part.column(settings.id_column)), **columns}
         yield make_rows(file, np.arange(at + low, at + high), fields, bad, columns, settings)
 
 

@@ -115,6 +115,15 @@ def strings(array: pa.Array) -> list[Any]:
         return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
 
 
+def sound(array: pa.Array) -> pa.Array:
+    """A column with null for text that is not UTF-8, as line-based formats give it: parts must be readable."""
+    try:
+        (array.dictionary if pa.types.is_dictionary(array.type) else array).validate(full=True)
+        return array
+    except pa.ArrowInvalid:
+        return pa.array([value if isinstance(value, str) else None for value in strings(array)], pa.large_string())
+
+
 def _decoded(value: bytes | None) -> Any:
     try:
         return value if value is None else value.decode("utf-8")

@@ -13,7 +13,7 @@ from flashvec.runtime.corpus.rows import Bad, Rows
 from flashvec.runtime.corpus.sources import SourceError, describe_change
 
 WINDOW_ROWS = 8192  # the encoder's own window
-WINDOW_CHARS = 32 << 20
+WINDOW_CHARS = 32 << 20  # of texts, and bytes of the columns that go with them
 
 
 @dataclass
@@ -49,7 +49,7 @@ def read_windows(plan: Plan, pieces: Sequence[Piece]) -> Iterator[Window]:
     num_rows = num_chars = 0
     for piece in pieces:
         for rows in read_rows(piece.file, plan.sources[piece.file], piece.start, piece.stop, plan.settings):
-            chars = sum(map(len, rows.texts))
+            chars = sum(map(len, rows.texts)) + sum(column.nbytes for column in rows.columns.values())
             if held and (num_rows + len(rows) > WINDOW_ROWS or num_chars + chars > WINDOW_CHARS):
                 yield _window(plan, held)
                 held, num_rows, num_chars = [], 0, 0

@@ -41,6 +41,14 @@ def test_shards_hold_every_row_once_in_order(mixed, size):
     assert all(shard.num_rows == size for shard in counted[:-1])
 
 
+def test_a_large_first_record_does_not_size_all_shards(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 300_000 + "\n" + ("y" * 99 + "\n") * 20_000)
+    sources = find_sources([path])
+    shards = cut(sources, inspect_sources(sources), 1000)
+    assert 15 <= len(shards) <= 30
+
+
 def test_nothing_to_embed(tmp_path):
     (tmp_path / "a.txt").touch()
     sources = find_sources([tmp_path / "a.txt"])

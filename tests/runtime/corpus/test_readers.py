@@ -115,6 +115,20 @@ def test_invalid_utf8_in_parquet(tmp_path):
     assert texts == ["good", "", ""] and bad == {1: "invalid_utf8", 2: "null"}
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_ids_and_columns_that_are_no_utf8_are_null(kind, tmp_path):
+    strange = invalid_strings()
+    if pa.types.is_dictionary(kind):
+        strange = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int32()), strange.slice(0, 2))
+    table = pa.table({"text": ["a", "b", "c"], "id": strange, "note": strange})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    settings = JobSettings(text_columns=("text",), id_column="id", columns=("note",))
+    found, _, bad = read(tmp_path / "a.arrow", settings)
+    assert bad == {1: "no_id", 2: "no_id"}
+    assert [found[0].columns[name].to_pylist() for name in ("id", "note")] == [["good", None, None]] * 2
+
+
 def test_template_takes_what_is_there(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"t": "T", "b": "B"}\n{"b": "B"}\n{"t": null}\n{"t": "", "b": " "}\n')
     settings = JobSettings(text_template="{t}: {b}")

@@ -180,6 +180,16 @@ def test_windows_are_bounded(tmp_path, monkeypatch):
     assert sum(sizes) == 20_000 and max(sizes) <= 4096
 
 
+def test_windows_are_bounded_by_their_columns_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "WINDOW_CHARS", 400_000)
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": "t", "body": "x" * 99}) + "\n" for _ in range(20_000))
+    )
+    plan = plan_of(tmp_path / "a.jsonl", text_columns=("text",), columns=("body",))
+    sizes = [len(window.texts) for window in read_windows(plan, plan.shards[0].pieces)]
+    assert sum(sizes) == 20_000 and max(sizes) <= 4096
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Python's own allocations over four times the rows; `bench/bench_corpus.py` measures the process up to 10^6."""
     peaks = []
