@@ -246,19 +246,29 @@ def _ropes(hf: Any, sliding: list[bool], where: str) -> tuple[tuple[Rope, ...], 
     return (_rope(parameters, hf, where),), (0,) * len(sliding)
 
 
+def _number(parameters: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
+    """A positive number of a RoPE rule; null stands for the default."""
+    value = parameters.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise CheckpointError(f"{where}: RoPE's {key} is {value!r}; expected a positive number")
+    return float(value)
+
+
 def _rope(parameters: dict[str, Any], hf: Any, where: str) -> Rope:
     kind = parameters.get("rope_type", "default")
-    theta = float(parameters.get("rope_theta") or 10_000.0)
+    theta = _number(parameters, "rope_theta", where, 10_000.0)
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"{where}: partial_rotary_factor is not 1: heads rotated in part are not supported")
     if kind in ("default", "dynamic"):  # dynamic changes nothing up to max_position_embeddings
         return Rope(theta)
-    factor = float(parameters.get("factor") or 1.0)
-    original = int(parameters.get("original_max_position_embeddings") or hf.max_position_embeddings)
+    original = int(_number(parameters, "original_max_position_embeddings", where, hf.max_position_embeddings))
+    # As transformers has it: yarn without a factor stretches to the model's own length.
+    factor = _number(parameters, "factor", where, hf.max_position_embeddings / original if kind == "yarn" else None)
     if kind == "linear":
         return Rope(theta, "linear", factor)
     if kind == "llama3":
-        low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+        low, high = (_number(parameters, f"{name}_freq_factor", where) for name in ("low", "high"))
         return Rope(theta, "llama3", factor, low, high, original)
     if kind == "yarn":
         return Rope(
@@ -266,8 +276,8 @@ def _rope(parameters: dict[str, Any], hf: Any, where: str) -> Rope:
             "yarn",
             factor,
             original_max_positions=original,
-            beta_fast=float(parameters.get("beta_fast") or 32),
-            beta_slow=float(parameters.get("beta_slow") or 1),
+            beta_fast=_number(parameters, "beta_fast", where, 32),
+            beta_slow=_number(parameters, "beta_slow", where, 1),
             attention_factor=_yarn_attention_factor(parameters, factor),
             truncate=bool(parameters.get("truncate", True)),
         )

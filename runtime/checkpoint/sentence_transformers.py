@@ -269,7 +269,7 @@ def _read_pooling(folder: Path, config: dict[str, Any]) -> tuple[tuple[PoolingMo
     if not isinstance(modes, list) or not modes:
         raise CheckpointError(f"{where}: pooling_mode is {modes!r}; expected a name or a list of names")
     for mode in modes:
-        if mode not in POOLING:
+        if not isinstance(mode, str) or mode not in POOLING:
             raise CheckpointError(f"{where}: pooling_mode is {mode!r}, known are {', '.join(POOLING)}")
     width = values.get("embedding_dimension", values.get("word_embedding_dimension"))
     if width is not None and width != config.get("hidden_size", width):
@@ -329,7 +329,7 @@ def _read_settings(folder: Path, overrides: Overrides) -> dict[str, Any]:
         raise CheckpointError(f"{SETTINGS_FILE}: prompts must be texts by name")
     prompts = {name: prompt for name, prompt in prompts.items() if prompt is not None}
     default = settings.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and not (isinstance(default, str) and default in prompts):
         raise CheckpointError(
             f"{SETTINGS_FILE}: default_prompt_name is {default!r}; prompts are {', '.join(prompts) or 'none'}"
         )

@@ -157,6 +157,8 @@ def test_every_family_is_compared():
         ({"num_key_value_heads": 4}, "no multiple of num_key_value_heads 4"),
         ({"head_dim": 15}, "head_dim.*15"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": None}}, "RoPE's factor is None"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "abc"}}, "RoPE's rope_theta is 'abc'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
@@ -165,6 +167,15 @@ def test_refuses_by_name(change, message):
     config = {**BASE, "model_type": "llama", **change}
     with pytest.raises(CheckpointError, match=message):
         decoder_spec(config, "bidirectional")
+
+
+def test_yarn_without_a_factor_stretches_to_the_models_length():
+    rule = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": None}
+    config = {**BASE, "model_type": "llama", "max_position_embeddings": 64}
+    (found,) = decoder_spec({**config, "rope_parameters": rule}, "causal").ropes
+    assert found.factor == 4.0 and decoder_spec(
+        {**config, "rope_parameters": {**rule, "factor": 4}}, "causal"
+    ).ropes == (found,)
 
 
 def test_mistral_with_kinds_of_layers_is_ministral_as_in_transformers():

@@ -383,6 +383,7 @@ def test_settings_are_checked(chain):
     path = folder / "base-mntp-supervised" / "llm2vec_config.json"
     for values, named in (
         ({"pooling_mode": "median"}, r"pooling_mode is 'median'.*pass pooling="),
+        ({"pooling_mode": ["mean"]}, r"pooling_mode is \['mean'\].*pass pooling="),
         ({"max_length": -1}, "max_length is -1"),
         ({"doc_max_length": "long"}, "doc_max_length is 'long'"),
     ):

@@ -219,6 +219,12 @@ def test_code_named_by_a_folder_is_never_run(plain, tmp_path):
     ("file", "values", "named"),
     [
         ("1_Pooling/config.json", {"pooling_mode": "median"}, "pooling_mode is 'median'"),
+        ("1_Pooling/config.json", {"pooling_mode": [{"a": 1}]}, "pooling_mode is {'a': 1}"),
+        (
+            "config_sentence_transformers.json",
+            {"default_prompt_name": ["query"]},
+            "default_prompt_name is ['query']",
+        ),
         ("1_Pooling/config.json", {"embedding_dimension": 31}, "embedding_dimension is 31"),
         ("1_Pooling/config.json", {"include_prompt": "no"}, "include_prompt is 'no'"),
         ("2_Dense/config.json", {"activation_function": "os.system"}, "activation_function is 'os.system'"),
