@@ -75,7 +75,7 @@ def bench_profile(
     timed = {name: _Timed(name, embedder, inputs) for name, embedder in embedders.items()}
     with Progress(len(timed), sys.stderr.isatty(), f"comparing vectors of {profile}", "programs") as progress:
         for each in timed.values():
-            each.compare(warm, truth, truth_name)
+            each.compare(warm, truth, truth_name, truth if each.name == truth_name else None)
             progress.advance(1, 0)
     variants: dict[str, Callable[[int], Any]] = {name: each.run for name, each in timed.items() if not each.failed}
     for kind, bare in ceilings.items():
@@ -127,9 +127,9 @@ class _Timed:
         self.failed, self.peak_mib = "", 0.0
         self.agreement: dict[str, float] = {}
 
-    def compare(self, texts: list[str], truth: np.ndarray, of: str) -> None:
+    def compare(self, texts: list[str], truth: np.ndarray, of: str, vectors: np.ndarray | None = None) -> None:
         """Whether its vectors are those of `truth`, of other exactness; where they are not, it is not timed."""
-        vectors = self._embed(texts)
+        vectors = self._embed(texts) if vectors is None else vectors
         if vectors is None:
             return
         if vectors.shape != truth.shape:

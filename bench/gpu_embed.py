@@ -62,12 +62,13 @@ def profiles() -> list[Profile]:
     return [Profile(model, mean, count) for model, count in tokens.items() for mean in (256, 64)]
 
 
-def contenders(model: RandomModel, vocabulary: int = VOCABULARY) -> dict[str, Callable[[], Any]]:
-    """Who runs, and how each is made."""
+def contenders(model: RandomModel, num_tokens: int, vocabulary: int = VOCABULARY) -> dict[str, Callable[[], Any]]:
+    """Who runs on so many tokens, and how each is made."""
     found: dict[str, Callable[[], Any]] = {}
-    for budget in BUDGETS:
+    budgets = [budget for budget in BUDGETS if budget <= num_tokens] or list(BUDGETS[:1])
+    for budget in budgets:
         found[f"flashvec, {budget:,} tokens a pack"] = partial(Ours, model, budget)
-    for budget in BUDGETS:
+    for budget in budgets:
         found[f"transformers sdpa, sorted, {budget:,} padded"] = partial(HuggingFacePadded, model.module, budget)
     found["transformers sdpa, batches of 32"] = partial(HuggingFacePadded, model.module, None)
     flattened = partial(SentenceTransformers, model.module, vocabulary, "flash_attention_2")
@@ -109,7 +110,10 @@ def truth_of(session: Session, model: RandomModel, texts: Sequence[np.ndarray]) 
 def compared(session: Session, model: RandomModel, made: dict[str, Any], texts: Sequence[np.ndarray]) -> dict[str, Row]:
     """Each contender's cosines to the truth, and `wrong` for one that runs another model, or ours if less exact."""
     truth, dtype = truth_of(session, model, texts)
-    found: dict[str, Row] = {name: cosines(contender.embed(texts), truth) for name, contender in made.items()}
+    found: dict[str, Row] = {
+        name: {**cosines(contender.embed(texts), truth), "truth": dtype.removeprefix("torch.")}
+        for name, contender in made.items()
+    }
     theirs = [c["median_cosine"] for name, c in found.items() if name.startswith("transformers")]
     for name, cosine in found.items():
         floor = SAME_MODEL
@@ -128,7 +132,7 @@ def time_profile(session: Session, profile: Profile, model: RandomModel, vocabul
     texts = [draw_texts(profile.num_tokens, profile.mean_length, seed, vocabulary) for seed in range(REPETITIONS)]
     made: dict[str, Any] = {}
     rows: list[Row] = []
-    for name, make in contenders(model, vocabulary).items():
+    for name, make in contenders(model, profile.num_tokens, vocabulary).items():
         if not session.takes(name):
             continue
         try:
@@ -160,7 +164,6 @@ def time_profile(session: Session, profile: Profile, model: RandomModel, vocabul
                 "tflops": float(f"{tflops:.4g}"),
                 "share_of_989": round(tflops / DATASHEET_TFLOPS, 3),
                 "share_of_products": round(rate / ceiling, 3),
-                "packs": len(packs_of(texts[0], BUDGETS[0])),
                 "repetitions": len(times),
                 **found[name],
             }

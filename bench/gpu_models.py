@@ -169,8 +169,10 @@ def flops_of(spec: DecoderSpec, lengths: Sequence[int]) -> float:
     n = np.asarray(lengths, np.float64)
     total = 2.0 * n.sum() * product_weights(spec) * spec.num_layers
     for window in spec.layer_windows:
-        seen = n if window is None else np.minimum(n, 2 * window + 1)
-        total += float((4.0 * n * seen).sum()) * spec.head_size * spec.num_heads
+        pairs = n * n
+        if window is not None:  # less those beyond it, a triangle on each side
+            pairs -= np.maximum(n - window - 1, 0) * np.maximum(n - window, 0)
+        total += float((4.0 * pairs).sum()) * spec.head_size * spec.num_heads
     return total
 
 

@@ -3,7 +3,8 @@
 Each runs at the shapes of real models on 16,384 tokens. Memory-bound ops are given in GB/s of bytes that must move
 (each input read once, each output written once) and as a share of what a copy reaches on the same device; LoRA and the
 losses in TFLOP/s and as a share of what a large product reaches. Beside ours stand torch's own operations, eager and
-compiled: the op's definition, or what torch's users write where the definition is wider inside.
+compiled: for LoRA and the losses what torch's users write, for the others the op's definition, wider inside (fp32) than
+most would write it.
 """
 
 from collections.abc import Callable, Sequence

@@ -65,12 +65,16 @@ def gpu_embed_table(rows: list[Row]) -> list[str]:
     timed = [row for row in rows if "tokens_per_s" in row]
     lines: list[str] = []
     for group in groups(timed, "gpu"):
-        newest = {(r["model"], r["lengths"], r["variant"]): r for r in group}
+        commits = {(r["model"], r["lengths"]): r["commit"] for r in group}  # one run's rows, not the newest of each
+        own = [r for r in group if r["commit"] == commits[r["model"], r["lengths"]]]
+        newest = {(r["model"], r["lengths"], r["variant"]): r for r in own}
         lines += ["| model | lengths | | tokens/s | of 989 TFLOP/s | of its products | cosine |", "|---" * 7 + "|"]
         for row in newest.values():
+            is_truth = row["variant"].startswith("transformers") and row.get("truth", "float32") != "float32"
+            cosine = "" if is_truth else f"{row['median_cosine']:.5f}"
             lines.append(
                 f"| {row['model']} | {row['lengths']} | {row['variant']} | {row['tokens_per_s']:,} {row['spread']} | "
-                f"{row['share_of_989']:.0%} | {row['share_of_products']:.0%} | {row['median_cosine']:.5f} |"
+                f"{row['share_of_989']:.0%} | {row['share_of_products']:.0%} | {cosine} |"
             )
         lines += ["", *f"{where_gpu(list(newest.values()))}.".splitlines()]
     return lines

@@ -2,7 +2,7 @@
 
 Random weights at the shapes of real models, rank 16 on every product of a layer, the base frozen in bf16; half of the
 texts are queries, the other half their documents, with log-normal lengths. Both sides have the same updates, texts and
-loss. Gradients of all updates are compared, with PEFT's in fp32 where that fits, before time is taken. The step has no
+loss. Gradients of all updates are compared before time is taken. The step has no
 optimiser: it costs both sides the same. `tflops` counts 4 FLOPs a weight and token (forward, and the gradient of each
 product's input; the base has none of its own) and 3.5 times attention's forward.
 """

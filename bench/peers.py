@@ -22,17 +22,18 @@ from flashvec.runtime.verify import hugging_face_model
 
 BATCH_SIZE = 32
 LLM2VEC = "llm2vec"
-BUDGET = 1024  # padded tokens per OpenVINO batch: where it is fastest
+BUDGET = 1024  # padded tokens of a batch of texts sorted by length: where OpenVINO is fastest
 
 
 class HuggingFace:
-    """transformers' own model: padded to the batch, mean pooled in fp32.
+    """transformers' own model, mean pooled in fp32.
 
     Args:
         model: folder or GGUF file.
         dtype: of weights and products.
         max_length: tokens of a text, the rest is cut; so of every class here.
-        by_length: batches of texts of about the same length; otherwise in the order they come.
+        by_length: batches of texts of about the same length and at most `BUDGET` padded tokens; otherwise of 32 texts
+            in the order they come.
     """
 
     def __init__(self, model: str, dtype: torch.dtype, max_length: int, *, by_length: bool = True) -> None:
@@ -44,8 +45,9 @@ class HuggingFace:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         ids = self._tokenise(texts)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i])) if self.by_length else list(range(len(ids)))
-        batches = [order[at : at + BATCH_SIZE] for at in range(0, len(order), BATCH_SIZE)]
+        if self.by_length:
+            return _by_budget(ids, self.spec.decoder.hidden_size, self._run)
+        batches = [list(range(len(ids)))[at : at + BATCH_SIZE] for at in range(0, len(ids), BATCH_SIZE)]
         vectors = np.zeros((len(ids), self.spec.decoder.hidden_size), np.float32)
         for rows in batches:
             vectors[rows] = F.normalize(self._mean(*_pad([ids[i] for i in rows])), dim=-1).numpy()
@@ -53,6 +55,10 @@ class HuggingFace:
 
     def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids[: self.spec.max_length] for e in self.tokenizer.backend.encode_batch_fast(list(texts))]
+
+    def _run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        ids, mask = (torch.from_numpy(inputs[name]) for name in ("input_ids", "attention_mask"))
+        return self._mean(ids, mask).numpy()
 
     @torch.inference_mode()
     def _mean(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -83,7 +89,8 @@ class OpenVINO(HuggingFace):
 
             converted = nncf.compress_weights(converted)
         hint = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-        self.compiled: Any = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        own = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.compiled: Any = openvino.Core().compile_model(converted, "CPU", own)
         del self.module
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:

@@ -72,17 +72,17 @@ class SentenceTransformerNames:
         )
 
     def encode_query(self, inputs: str | Iterable[str], **settings: Any) -> Any:
-        """`encode` with the prompt named "query", where the model has one."""
+        """`encode` with the prompt named "query"; without one, with none."""
         return self._encode_as(QUERY_PROMPTS, inputs, settings)
 
     def encode_document(self, inputs: str | Iterable[str], **settings: Any) -> Any:
-        """`encode` with the first prompt named "document", "passage" or "corpus" that the model has."""
+        """`encode` with the first prompt named "document", "passage" or "corpus" that the model has, else with none."""
         return self._encode_as(DOCUMENT_PROMPTS, inputs, settings)
 
     def _encode_as(self, names: Sequence[str], inputs: Any, settings: dict[str, Any]) -> Any:
         if settings.get("prompt") is None and settings.get("prompt_name") is None:
             name = first_prompt(self.spec.prompts, names)
-            settings |= {"prompt": ""} if name is None else {"prompt_name": name}  # not the default, of the other side
+            settings |= {"prompt": ""} if name is None else {"prompt_name": name}  # as theirs: not the default
         return self.encode(inputs, **settings)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:

@@ -250,7 +250,7 @@ def _number(parameters: dict[str, Any], key: str, where: str, default: float | N
     """A positive number of a RoPE rule; null stands for the default."""
     value = parameters.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise CheckpointError(f"{where}: RoPE's {key} is {value!r}; expected a positive number")
     return float(value)
 
@@ -262,7 +262,8 @@ def _rope(parameters: dict[str, Any], hf: Any, where: str) -> Rope:
         raise CheckpointError(f"{where}: partial_rotary_factor is not 1: heads rotated in part are not supported")
     if kind in ("default", "dynamic"):  # dynamic changes nothing up to max_position_embeddings
         return Rope(theta)
-    original = int(_number(parameters, "original_max_position_embeddings", where, hf.max_position_embeddings))
+    known = _number(parameters, "original_max_position_embeddings", where, hf.max_position_embeddings)
+    original = max(1, int(known))
     # As transformers has it: yarn without a factor stretches to the model's own length.
     factor = _number(parameters, "factor", where, hf.max_position_embeddings / original if kind == "yarn" else None)
     if kind == "linear":
@@ -278,20 +279,20 @@ def _rope(parameters: dict[str, Any], hf: Any, where: str) -> Rope:
             original_max_positions=original,
             beta_fast=_number(parameters, "beta_fast", where, 32),
             beta_slow=_number(parameters, "beta_slow", where, 1),
-            attention_factor=_yarn_attention_factor(parameters, factor),
+            attention_factor=_yarn_attention_factor(parameters, factor, where),
             truncate=bool(parameters.get("truncate", True)),
         )
     raise CheckpointError(f"{where}: rope_type is {kind!r}; known are default, linear, dynamic, llama3, yarn")
 
 
-def _yarn_attention_factor(parameters: dict[str, Any], factor: float) -> float:
+def _yarn_attention_factor(parameters: dict[str, Any], factor: float, where: str) -> float:
     if parameters.get("attention_factor") is not None:
-        return float(parameters["attention_factor"])
+        return _number(parameters, "attention_factor", where)
 
     def magnitude(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
     mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if mscale and mscale_all:
-        return magnitude(float(mscale)) / magnitude(float(mscale_all))
+        return magnitude(_number(parameters, "mscale", where)) / magnitude(_number(parameters, "mscale_all_dim", where))
     return magnitude(1.0)

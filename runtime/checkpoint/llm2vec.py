@@ -45,7 +45,7 @@ TEMPLATES = {  # by the id of the original base: the reference knows these and n
 }
 NO_EOS_AFTER_TEMPLATE = ("meta-llama/Meta-Llama-3-8B-Instruct",)
 EOS_BY_BASE = {"meta-llama/Meta-Llama-3-8B": "<|end_of_text|>"}
-EOS_BY_FAMILY = {"llama": " </s>", "mistral": " </s>", "gemma": "<eos>", "qwen2": "<|endoftext|>"}
+EOS_BY_FAMILY = {"llama": " </s>", "mistral": " </s>", "ministral": " </s>", "gemma": "<eos>", "qwen2": "<|endoftext|>"}
 POOLING: dict[str, PoolingMode] = {
     "mean": "mean",
     "weighted_mean": "weighted_mean",

@@ -120,11 +120,11 @@ class AdapterSource:
         return merged
 
     def _own(self, name: str) -> Tensor:
-        """The base's tensor in fp32, in memory that may be written into; a second copy only of what is mapped."""
-        if whole := self._updates[name].whole:
-            return self.weights.read(whole).float().clone()
-        read = self.base.read(name)
-        is_new = read.dtype != torch.float32 or (isinstance(self.base, AdapterSource) and self.base.makes(name))
+        """What A and B are added to, fp32, in memory that may be written into; a second copy only of what is mapped."""
+        whole = self._updates[name].whole
+        source: TensorSource = self.weights if whole else self.base
+        read = source.read(whole or name)
+        is_new = read.dtype != torch.float32 or (isinstance(source, AdapterSource) and source.makes(name))
         return read.float() if is_new else read.clone()
 
     def makes(self, name: str) -> bool:
@@ -188,7 +188,7 @@ class AdapterSource:
             raise CheckpointError(
                 f"{self.where}: {magnitude}: DoRA of embeddings is not merged; merge it with peft first"
             )
-        if bool(magnitude) != bool(self.config.get("use_dora")) and not transposed:
+        if bool(magnitude) != bool(self.config.get("use_dora")):
             raise CheckpointError(f"{self._config_name}: use_dora does not agree with the tensors of {module}")
         if magnitude:
             self._check_shape(magnitude, (rows,), name)

@@ -150,11 +150,14 @@ def _open(path: Path) -> Any:
 
 def _header(path: Path) -> list[str]:
     """Names stored in a file, after the library's checks and ours: it keeps the last of two equal keys."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if MAX_HEADER_BYTES < size <= LIBRARYS_BOUND:  # what is larger is no header at all: the library says so
-            raise CheckpointError(f"{path}: a header of {size} bytes, more than the names of tensors can take")
-        header = file.read(min(size, MAX_HEADER_BYTES))
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(min(size, MAX_HEADER_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if MAX_HEADER_BYTES < size <= LIBRARYS_BOUND:  # what is larger is no header at all: the library says so
+        raise CheckpointError(f"{path}: a header of {size} bytes, more than the names of tensors can take")
     names = list(_open(path).keys())
     pairs = json.loads(header, object_pairs_hook=list)
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]

@@ -80,7 +80,7 @@ def _local_path(given: str) -> Path | None:
 
 def _would_take_uri(given: str, base: str) -> bool:
     """Does an input behind a URI, a folder or a glob, name files that a job writes below `base`?"""
-    written = [(base + name).split("/") for name in OWN_FILES]
+    written = [(base + name).split("/") for name in OWN_FILES if not name.startswith("_")]  # those are never taken
     return base.startswith(given + "/") or any(glob_matches(parts, given.split("/")) for parts in written)
 
 

@@ -54,10 +54,10 @@ class EarlierVectors:
             raise PlanError(f"reuse: {location} holds no job any more")
         self.plan: Plan = plan
         hashes, shards, rows = [], [], []
-        self._sums: dict[int, str] = {}  # of the parts that the index below is of
+        # Before the index is made: a part that is written anew meanwhile is then found out.
+        self._sums = {shard: self._sum(shard) for shard in range(len(plan.shards))}
         for shard, table in _facts(self.storage, plan, ["hash"]):
             values = b"".join(table["hash"].to_pylist())
-            self._sums[shard] = self._sum(shard)
             hashes.append(np.frombuffer(values, ">u8").reshape(-1, 2).astype(np.uint64))
             shards.append(np.full(len(table), shard, np.uint32))
             rows.append(np.arange(len(table), dtype=np.uint32))
@@ -95,7 +95,7 @@ class EarlierVectors:
         return part_vectors(self.storage, self.plan, shard)
 
     def _sum(self, shard: int) -> str:
-        """A part's checksum by its manifest; empty without one, which no part has."""
+        """A part's checksum by its manifest; "" without one, which is no part's."""
         entry, name = is_done(self.storage, shard), part_names(self.plan, shard)[0]
         files = entry.files if entry is not None else ()
         return next((facts.xxh3 for facts in files if facts.name == name), "")

@@ -117,8 +117,12 @@ def strings(array: pa.Array) -> list[Any]:
 
 def sound(array: pa.Array) -> pa.Array:
     """A column with null for text that is not UTF-8, as line-based formats give it: parts must be readable."""
+    is_dictionary = pa.types.is_dictionary(array.type)
+    kind = array.type.value_type if is_dictionary else array.type
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        return array
     try:
-        (array.dictionary if pa.types.is_dictionary(array.type) else array).validate(full=True)
+        (array.dictionary if is_dictionary else array).validate(full=True)
         return array
     except pa.ArrowInvalid:
         return pa.array([value if isinstance(value, str) else None for value in strings(array)], pa.large_string())

@@ -16,6 +16,7 @@ from flashvec.runtime.corpus.sources import SourceError, describe_change
 from flashvec.runtime.corpus.storage import Storage
 from flashvec.runtime.corpus.vectors import embed_settings
 from flashvec.runtime.corpus.writers import part_names
+from flashvec.runtime.drop_in import QUERY_PROMPTS, first_prompt
 
 BLOCK_ROWS = 16_384
 
@@ -83,7 +84,7 @@ def describe_hits(storage: Storage, found: list[tuple[float, int, int]]) -> list
 
 
 def embed_query(storage: Storage, query: str, instruction: str | None = None, prompt_name: str | None = None) -> Any:
-    """The query's vector [1, d] by the job's model; its prompt is `query` where the model has one of that name.
+    """The query's vector [1, d] by the job's model; its prompt is the model's for queries, where it has one.
 
     Raises:
         PlanError: no job in the folder, or its model is another one by now.
@@ -96,8 +97,9 @@ def embed_query(storage: Storage, query: str, instruction: str | None = None, pr
     different = list(plan.model.differences(model_facts(encoder, {})))
     if different:
         raise PlanError(f"{storage.location}: {'; '.join(different)}: queries need the model that made the vectors")
-    if instruction is None and prompt_name is None and "query" in encoder.spec.prompts:
-        prompt_name = "query"
+    if instruction is None and prompt_name is None:
+        prompt_name = first_prompt(encoder.spec.prompts, QUERY_PROMPTS)
+        instruction = "" if prompt_name is None else None  # not the model's default, as sentence-transformers has it
     settings = {**embed_settings(plan.settings), "instruction": instruction, "prompt_name": prompt_name}
     return encoder.embed([query], **settings)
 

@@ -72,20 +72,22 @@ def find_sources(inputs: Sequence[str | Path], note: Callable[[str], None] | Non
     found: list[Source] = []
     for given in map(str, inputs):
         others: Counter[str] = Counter()
-        listed = _behind_uri(given, others) if is_uri(given) else _local(given, others)
+        linked: list[str] = []
+        listed = _behind_uri(given, others) if is_uri(given) else _local(given, others, linked)
         if not listed:
             seen_there = f", only {_listed(others)}" if others else ""
             raise SourceError(f"{given}: no input file there{seen_there}; known endings are {', '.join(FORMATS)}")
         if others and note is not None:
             note(f"{given}: passed over {_listed(others)}; known endings are {', '.join(FORMATS)}")
+        if linked and note is not None:
+            what = "folder that is a link" if len(linked) == 1 else "folders that are links"
+            note(f"{given}: passed over {len(linked)} {what}; name one to take what it holds")
         found += listed
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     for source in found:
-        real = source.uri if is_uri(source.uri) else os.path.realpath(source.uri)
-        if real in seen:
-            also = "" if seen[real] == source.uri else f" (also as {seen[real]})"
-            raise SourceError(f"{source.uri}: named twice{also}, its rows would be embedded twice")
-        seen[real] = source.uri
+        if source.uri in seen:
+            raise SourceError(f"{source.uri}: named twice, its rows would be embedded twice")
+        seen.add(source.uri)
     return found
 
 
@@ -147,27 +149,23 @@ def _listed(endings: Counter[str]) -> str:
     return ", ".join(shown) + (" and others" if len(endings) > SHOWN_ENDINGS else "")
 
 
-def _local(given: str, others: Counter[str]) -> list[Source]:
+def _local(given: str, others: Counter[str], linked: list[str]) -> list[Source]:
     path = Path(given).expanduser().absolute()
     if path.is_file():
         return [stat_source(str(path))]
     if path.is_dir():
-        return _known((str(p) for p in _walk(path)), others)
+        return _known((str(p) for p in _walk(path, linked)), others)
     if _GLOB & set(given):
         return _known((p for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p)), others)
     return []
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Files below a folder, through links to folders as well: each folder once."""
+def _walk(folder: Path, linked: list[str]) -> list[Path]:
+    """Files below a folder. Links to folders are not followed, which may lead to where a job writes, but listed."""
     found: list[Path] = []
-    walked: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in walked:
-            folders.clear()
-            continue
-        walked.add(real)
+    for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        linked += [name for name in folders if os.path.islink(os.path.join(root, name))]
         found += [Path(root) / name for name in files if not name.startswith((".", "_"))]
     return sorted(found)
 

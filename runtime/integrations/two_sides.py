@@ -54,6 +54,8 @@ class TwoSides:
         for name, value in (("query_instruction", query_instruction), ("document_instruction", document_instruction)):
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{name} is {type(value).__name__}: give a str")
+        if own := {"instruction", "prompt_name"} & settings.keys():
+            raise TypeError(f"{min(own)} is for one side: give query_instruction or document_instruction")
         self.encoder = encoder
         self._query_settings = {**settings, **_prompt(encoder, query_instruction, QUERY_PROMPTS)}
         self._document_settings = {**settings, **_prompt(encoder, document_instruction, DOCUMENT_PROMPTS)}
@@ -94,4 +96,6 @@ def _prompt(encoder: Encoder, instruction: str | None, names: tuple[str, ...]) -
     if instruction is not None:
         return {"instruction": instruction}
     name = first_prompt(encoder.spec.prompts, names)
-    return {"instruction": ""} if name is None else {"prompt_name": name}  # not the default, which is the other side's
+    return (
+        {"instruction": ""} if name is None else {"prompt_name": name}
+    )  # not the default, as sentence-transformers has it

@@ -100,7 +100,7 @@ def create_app(
         max_waiting_s=bounds.answer_s,
         on_round=metrics.on_round,
     )
-    # Counting that nobody waits for any more still runs to its end: that much of it at once, and no answer behind it.
+    # A count cannot be stopped when its client leaves: it has threads of its own, and answers do not wait behind it.
     counters = ThreadPoolExecutor(COUNTERS, "flashvec-count")
     requests = 0  # that are read or wait for their answer
     metrics.waiting.set_function(lambda: batcher.waiting_tokens)
@@ -241,10 +241,7 @@ def _body(wanted: Wanted, name: str, vectors: np.ndarray, tokens: int) -> bytes:
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()
         return vector.tolist()
 
-    rows = (
-        json.dumps({"object": "embedding", "index": i, "embedding": shown(vector)}, allow_nan=False)
-        for i, vector in enumerate(vectors)
-    )
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    start, stop = json.dumps({"object": "list", "model": name, "usage": usage, "data": []}).rsplit("]", 1)
-    return f"{start}{', '.join(rows)}]{stop}".encode()
+    compact = partial(json.dumps, allow_nan=False, separators=(",", ":"))
+    rows = (compact({"object": "embedding", "index": i, "embedding": shown(v)}) for i, v in enumerate(vectors))
+    usage = compact({"prompt_tokens": tokens, "total_tokens": tokens})
+    return f'{{"object":"list","model":{compact(name)},"usage":{usage},"data":[{",".join(rows)}]}}'.encode()

@@ -93,6 +93,20 @@ def test_rows_of_a_profile(folder, monkeypatch):
         bench_profile("queries", Texts(None, 3.0), enc, {"flashvec": enc, "flashvec 2": Broken(1)}, ceilings, 1)
 
 
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_the_ceiling_counts_what_was_multiplied(threads, folder, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda num: None)
+    monkeypatch.setattr(ceiling, "CEILING_ROWS", (64, 256))
+    monkeypatch.setattr(ceiling, "CEILING_TOKENS", 1024)
+    bare, multiplied = ceiling.Ceiling(Encoder.load(folder)), []
+    monkeypatch.setattr(ceiling.F, "linear", lambda x, weight: multiplied.append(len(x)))
+    for form, run in bare.forms.items():
+        multiplied.clear()
+        run(0)
+        assert sum(multiplied) == len(bare.weights) * ceiling._tokens_of(form) > 0
+
+
 def test_each_variant_runs_in_its_own_process_and_those_that_cannot_are_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_embed, "TOKENS_PER_RUN", 200)
     monkeypatch.setattr(bench_embed, "WARM_UP_TOKENS", 50)

@@ -151,9 +151,9 @@ def test_sizes_are_the_published_ones():
 def test_flops_count_what_attention_sees():
     spec = model_spec({"model_type": "gemma3_text", "max_position_embeddings": 256, **TINY["gemma3_text"]}).decoder
     full = 2.0 * 100 * product_weights(spec) * 3
-    windows = [None if w is None else 2 * w + 1 for w in spec.layer_windows]
-    attention = sum(4.0 * 100 * min(100, w or 100) * 16 * 2 for w in windows)
-    assert flops_of(spec, [100]) == full + attention
+    distance = np.abs(np.arange(100)[:, None] - np.arange(100))
+    pairs = [int((distance <= (100 if w is None else w)).sum()) for w in spec.layer_windows]
+    assert min(pairs) < 100 * 100 and flops_of(spec, [100]) == full + sum(4.0 * n * 16 * 2 for n in pairs)
 
 
 def test_texts_are_new_for_every_seed():

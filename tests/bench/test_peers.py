@@ -169,6 +169,19 @@ def test_peers_as_installed_give_the_models_vectors_in_the_order_of_the_texts(fo
     assert padded == [len(row) for row in peer._tokenise(TEXTS)]
 
 
+def test_sorted_batches_hold_no_more_than_others_get(folder, monkeypatch):
+    peer = peers.ways(str(folder), "float32")["hugging face float32, sorted"].open()
+    sizes: list[int] = []
+    monkeypatch.setattr(peers, "BUDGET", 64)
+    monkeypatch.setattr(
+        peers, "_pad", lambda rows, pad=peers._pad: sizes.append(len(rows) * max(map(len, rows))) or pad(rows)
+    )
+    texts = [*TEXTS, "a long text of many words " * 4]
+    found = peer.embed(texts)
+    assert max(sizes[1:]) <= 64 and len(sizes) > 2
+    np.testing.assert_allclose(found, Encoder.load(folder, dtype="float32").embed(texts), atol=1e-5)
+
+
 def test_which_peers_a_model_has(folder, tmp_path):
     names = list(peers.ways(str(folder), "float32", tmp_path / "small.Q8_0.gguf"))
     assert names[-3:] == [

@@ -150,6 +150,26 @@ def test_attention_on_a_gpu_is_shown_by_lengths_beside_its_peers():
     assert lines[-1] == "commit aaa, 2026-01-01; medians of 15 interleaved repetitions."
 
 
+def test_models_on_a_gpu_are_shown_by_their_newest_run_alone():
+    shared = {"benchmark": "gpu embed", "gpu": "H100", "torch": "t", "triton": "3", "date": "d", "model": "m"}
+    shared |= {"lengths": "log-normal 256", "spread": "±1%", "share_of_989": 0.5, "share_of_products": 0.8}
+    rows = [
+        {**shared, "commit": "old", "variant": "transformers, 65,536", "tokens_per_s": 900, "median_cosine": 1.0},
+        {**shared, "commit": "new", "variant": "flashvec", "tokens_per_s": 5000, "median_cosine": 0.99999},
+        {
+            **shared,
+            "commit": "new",
+            "variant": "transformers",
+            "tokens_per_s": 1000,
+            "median_cosine": 1.0,
+            "truth": "bfloat16",
+        },
+    ]
+    table = "\n".join(gpu_tables.gpu_embed_table(rows))
+    assert "5,000" in table and "1,000" in table and "900" not in table and "commit new" in table
+    assert "| 0.99999 |" in table and "1.00000" not in table  # compared with itself
+
+
 def test_training_is_shown_beside_peft_and_the_products():
     row = embed_row(
         dtype="float32", profile="sentences", over_peft=2.5, of_ceiling=0.66, step_mib=2202, tokens_per_s=238.1

@@ -1,6 +1,5 @@
 import json
-
-import pytest
+import re
 
 from flashvec.bench import timing
 
@@ -28,4 +27,4 @@ def test_spread():
 
 
 def test_this_machine_has_a_name():
-    assert timing.device_name() and timing.machine()["commit"] != pytest.approx(0)
+    assert timing.device_name() and re.fullmatch(r"[0-9a-f]{7,}\+?|unknown", timing.machine()["commit"])

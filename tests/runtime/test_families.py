@@ -159,6 +159,11 @@ def test_every_family_is_compared():
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": None}}, "RoPE's factor is None"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "abc"}}, "RoPE's rope_theta is 'abc'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("inf")}}, "factor is inf"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2, "attention_factor": "abc"}},
+            "attention_factor is 'abc'",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],

@@ -79,6 +79,18 @@ def test_an_update_of_an_embedding_goes_over_the_one_that_was_saved_beside_it(tm
     assert_merged(AdapterSource(SafetensorsSource(tmp_path / "base"), tmp_path / "adapter"), merged)
 
 
+@pytest.mark.parametrize(("magnitude", "named"), [(True, "DoRA of embeddings is not"), (False, "use_dora does not")])
+def test_dora_of_an_embedding_is_refused(magnitude, named, tmp_path):
+    tiny_adapter(tiny_model(tmp_path / "base"), tmp_path / "adapter", r=4, target_modules=["embed_tokens"])
+    edit(tmp_path / "adapter" / "adapter_config.json", use_dora=True)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    if magnitude:
+        key = "base_model.model.embed_tokens.lora_magnitude_vector"
+        save_file(load_file(path) | {key: torch.ones(32)}, path)
+    with pytest.raises(CheckpointError, match=named):
+        AdapterSource(SafetensorsSource(tmp_path / "base"), tmp_path / "adapter")
+
+
 def test_a_module_under_two_prefixes_is_refused(base, adapter):
     path = adapter / "adapter_model.safetensors"
     stored = load_file(path)

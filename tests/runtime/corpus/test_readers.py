@@ -129,6 +129,16 @@ def test_ids_and_columns_that_are_no_utf8_are_null(kind, tmp_path):
     assert [found[0].columns[name].to_pylist() for name in ("id", "note")] == [["good", None, None]] * 2
 
 
+def test_columns_of_other_kinds_go_through_whatever_they_hold(tmp_path):
+    odd = pa.array([1, 86_400_001], pa.int64()).view(pa.date64())  # not a whole day
+    with pytest.raises(pa.ArrowInvalid):
+        odd.validate(full=True)
+    with pa.ipc.new_file(tmp_path / "a.arrow", pa.schema({"text": pa.string(), "day": pa.date64()})) as writer:
+        writer.write_table(pa.table({"text": ["a", "b"], "day": odd}))
+    found, _, bad = read(tmp_path / "a.arrow", JobSettings(text_columns=("text",), columns=("day",)))
+    assert not bad and found[0].columns["day"].equals(odd)
+
+
 def test_template_takes_what_is_there(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"t": "T", "b": "B"}\n{"b": "B"}\n{"t": null}\n{"t": "", "b": " "}\n')
     settings = JobSettings(text_template="{t}: {b}")

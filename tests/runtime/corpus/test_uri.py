@@ -62,6 +62,8 @@ def test_from_and_to_a_bucket(bucket, tmp_path):
         embed_with_stand_in([uri("in/**/*"), tmp_path / "out" / "*.parquet"], uri("in/out"))
     with pytest.raises(ValueError, match="its parts would become inputs"):
         embed_with_stand_in([f"file://{tmp_path}"], tmp_path / "out2")
+    client.put_object(Bucket="bucket", Key="in/a/b.jsonl", Body=b'{"text": "a"}\n')
+    assert embed_with_stand_in([uri("in/**/*.jsonl")], uri("in/vectors")).rows == 1  # its own end in .parquet
 
 
 def test_npy_behind_a_uri(bucket, tmp_path):
