@@ -101,7 +101,7 @@ def test_another_model_is_not_timed(model, small, tmp_path, monkeypatch):
         def embed(self, texts):
             return -super().embed(texts)
 
-    monkeypatch.setattr(gpu_embed, "contenders", lambda m, v: {"flashvec": lambda: Other(m, 64), "peer": crash})
+    monkeypatch.setattr(gpu_embed, "contenders", lambda m, n, v: {"flashvec": lambda: Other(m, 64), "peer": crash})
 
     def crash():
         raise ImportError("no such package")
