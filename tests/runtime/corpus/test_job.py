@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from stand_in import DIM, NOT_FINITE, StandIn, embed_with_stand_in, facts, tree
+from stand_in_job import InProcess
 
 from flashvec.runtime.corpus.job import embed_corpus
 from flashvec.runtime.corpus.local import WorkerError
 from flashvec.runtime.corpus.manifest import check_job
 from flashvec.runtime.corpus.plan import PlanError
+from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.shard import TooManyErrors
 from flashvec.runtime.corpus.storage import Storage
 from flashvec.runtime.corpus.worker import ShardRunner
@@ -208,3 +210,17 @@ def test_engines(texts_file, tmp_path, monkeypatch, values, named):
     with pytest.raises(ValueError, match=named):
         embed_corpus(texts_file, tmp_path / "out", model="stand-in", **values)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_model_refuses_is_told_before_there_is_a_plan(texts_file, tmp_path, monkeypatch):
+    def refuse(self, texts, settings):
+        raise ValueError("prompt_name is 'qurey'; this model's prompts are: query")
+
+    monkeypatch.setattr(ShardRunner, "speed", refuse)
+    settings = JobSettings(prompt_name="qurey")
+    with pytest.raises(ValueError, match="prompt_name is 'qurey'"):
+        embed_corpus(texts_file, tmp_path / "out", model="stand-in", settings=settings, fleet=InProcess)
+    assert not (tmp_path / "out" / "plan.json").exists()
+    monkeypatch.undo()
+    settings = JobSettings(prompt_name="query")  # the same folder, the typing error mended
+    assert embed_corpus(texts_file, tmp_path / "out", model="stand-in", settings=settings, fleet=InProcess).rows
