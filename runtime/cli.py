@@ -17,7 +17,7 @@ import flashvec
 from flashvec.bench.cli import bench
 from flashvec.runtime import cli_corpus
 from flashvec.runtime.cli_serve import serve
-from flashvec.training.cli import evaluate_app, mine, sentences, train_app
+from flashvec.training.cli import evaluate_app, mine, pairs, sentences, train_app
 
 app = typer.Typer(
     name="flashvec",
@@ -31,6 +31,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
 app.command()(mine)
 app.command()(sentences)
+app.command()(pairs)
 app.command()(bench)
 # What is printed is a file's or a user's word: "[INST]" in it is no markup, ":cat:" no picture.
 stdout = Console(markup=False, emoji=False)

@@ -31,7 +31,10 @@ def folder(tmp_path, monkeypatch) -> Path:
     tiny_checkpoint(tmp_path / "smollm2-encoder", "llama", hidden_size=256, tie_word_embeddings=True)  # as SmolLM2's
     (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
     (tmp_path / "wiki.txt").write_text("\n".join(f"{text} {i}" for i in range(3) for text in SENTENCES))
-    paragraph = "The lantern of house {0} was lit all winter. Nobody in the town knew who paid house {0} for it.\n"
+    paragraph = (
+        "The lantern of house {0} was lit all winter. Nobody in the town knew who paid house {0} for it. "
+        "The keeper of house {0} never told them.\n"
+    )
     (tmp_path / "articles.txt").write_text("".join(paragraph.format(i) for i in range(30)))
     lines = [f"main\tnews\t2017\t{s}\t{s}\t{a}\t{b}" for s, (a, b) in enumerate(pairwise(SENTENCES))]
     (tmp_path / "sts-dev.csv").write_text("\n".join(lines))

@@ -320,3 +320,30 @@ def sentences(
         print(json.dumps({"out": str(out), "lines": len(lines), "words": words}))
         return
     stdout.print(f"{out}: {len(lines):,} lines, {words / len(lines):.0f} words each", highlight=False)
+
+
+def pairs(
+    texts: Annotated[list[Path], typer.Argument(help=".txt files of one paragraph a line.", show_default=False)],
+    out: Annotated[Path, typer.Option(help=".jsonl file of pairs to write.", show_default=False)],
+    limit: Annotated[int | None, typer.Option(help="Pairs at most, of paragraphs drawn at random.", min=1)] = None,
+    max_words: Annotated[int, typer.Option(help="Of a passage; what follows is cut off.", min=1)] = 80,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Cut running text into pairs to train search on: a sentence asks, the rest of its paragraph answers.
+
+    Example: `flashvec pairs wiki/*.txt --out pairs.jsonl --limit 5000`
+    """
+    from flashvec.training.cloze import MIN_SENTENCES, cloze_pairs
+    from flashvec.training.mine import write_pairs
+
+    found = cloze_pairs([str(path) for path in texts], limit=limit, max_words=max_words, seed=seed)
+    if not found:
+        names = ", ".join(path.name for path in texts)
+        raise ValueError(f"{names}: no paragraph (a line) has {MIN_SENTENCES} whole sentences")
+    write_pairs(out, found)
+    negatives = sum(bool(pair.negatives) for pair in found)
+    if as_json:
+        print(json.dumps({"out": str(out), "pairs": len(found), "negatives": negatives}))
+        return
+    stdout.print(f"{out}: {len(found):,} pairs, {negatives:,} with a negative", highlight=False)

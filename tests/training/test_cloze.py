@@ -1,0 +1,88 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flashvec.runtime.cli import app
+from flashvec.training.cloze import cloze_pairs
+from flashvec.training.data import DataError, read_pairs
+
+NAMES = ("Alder", "Birch", "Cedar", "Dogwood", "Elm", "Fir")
+
+
+def paragraph(name):
+    return f"{name} grows beside the old river. {name} is cut down in late winter. {name} burns slowly and very hot."
+
+
+def write(path, *documents):
+    blocks = ["\n".join(['<doc id="1" title="t">', "A heading.", *lines, "</doc>"]) for lines in documents]
+    path.write_text("\n".join(blocks) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def name_of(text):
+    (found,) = {name for name in NAMES if name in text}
+    return found
+
+
+def test_a_sentence_asks_for_its_paragraph_against_one_of_its_document(tmp_path):
+    trees = [paragraph(name) for name in NAMES[:4]]
+    files = [
+        write(tmp_path / "a.txt", trees[:3], [trees[3]]),
+        write(tmp_path / "b.txt", [paragraph("Elm"), "One line."]),
+    ]
+    pairs = cloze_pairs(files)
+    assert [name_of(pair.query) for pair in pairs] == list(NAMES[:5])  # in the order of the source
+    for pair in pairs:
+        whole = paragraph(name := name_of(pair.query))
+        assert pair.query in whole and name_of(pair.positive) == name
+        rest = " ".join(whole.replace(pair.query, "").split())
+        assert pair.positive in (rest, whole)
+    others = [[name_of(text) for text in pair.negatives] for pair in pairs]
+    assert all(len(found) == 1 for found in others[:3]) and others[3:] == [[], []]  # of another document: none
+    assert all(found[0] in NAMES[:3] and found[0] != name for found, name in zip(others, NAMES[:3], strict=False))
+
+
+def test_one_of_ten_keeps_its_sentence_and_negatives_are_any_other(tmp_path):
+    numbers = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+    lines = [paragraph(f"The {a} and {b} tree") for a in numbers for b in numbers]
+    pairs = cloze_pairs([write(tmp_path / "a.txt", lines)])
+    kept = sum(pair.query in pair.positive for pair in pairs)
+    assert len(pairs) == 100 and 3 <= kept <= 20
+    assert len({pair.negatives for pair in pairs}) > 40
+    assert all(pair.positive.split(" grows")[0] not in pair.negatives[0] for pair in pairs)
+
+
+def test_a_limit_and_a_seed_draw(tmp_path):
+    file = write(tmp_path / "a.txt", [paragraph(name) for name in NAMES])
+    draws = [cloze_pairs([file], limit=3, seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2] and [len(draw) for draw in draws] == [3, 3, 3]
+    assert all(len(pair.positive.split()) == 4 for pair in cloze_pairs([file], max_words=4))
+    same = write(tmp_path / "b.txt", [paragraph("Fir")] * 9)
+    assert len({pair.query for pair in cloze_pairs([same])}) == len(cloze_pairs([same])) <= 3
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.txt: no such file"):
+        cloze_pairs([str(tmp_path / "nowhere.txt")])
+    file = write(tmp_path / "a.txt", ["Two sentences are here now. That is one too few."])
+    assert cloze_pairs([file]) == []
+    for bad in ({"max_words": 0}, {"limit": 0}):
+        with pytest.raises(ValueError, match="expected at least 1"):
+            cloze_pairs([file], **bad)
+
+
+def test_the_command_writes_what_training_reads(tmp_path):
+    file = write(tmp_path / "trees.txt", [paragraph(name) for name in NAMES])
+    out = tmp_path / "pairs.jsonl"
+    done = CliRunner().invoke(app, ["pairs", file, "--out", str(out), "--json"])
+    assert done.exit_code == 0 and json.loads(done.output) == {"out": str(out), "pairs": 6, "negatives": 6}
+    assert [(p.query, p.positive, p.negatives) for p in read_pairs([str(out)])] == [
+        (p.query, p.positive, p.negatives) for p in cloze_pairs([file])
+    ]
+    told = CliRunner().invoke(app, ["pairs", file, "--out", str(out), "--limit", "2"])
+    assert "2 pairs, 2 with a negative" in " ".join(told.output.split())
+    file = write(tmp_path / "short.txt", ["Nothing here."])
+    failed = CliRunner().invoke(app, ["pairs", file, "--out", str(tmp_path / "none.jsonl")])
+    assert failed.exit_code == 1 and not (tmp_path / "none.jsonl").exists()
+    assert str(failed.exception) == "short.txt: no paragraph (a line) has 3 whole sentences"
