@@ -5,9 +5,10 @@
 
 Untrained: bidirectional mean pooling, causal mean pooling, and the strongest reading known of an untrained decoder,
 the last token's state under a one-word prompt (Jiang et al. 2023), two layers before the end. Trained: bidirectional
-mean pooling without a prompt, at the model's full depth and cut. Retrieval also by BM25 (Robertson; Lucene's form, with
-English stop words and stems). Beside them, other encoders (`--beside`), run by transformers. Words by linear probes on
-their vectors, three seeds. Spearman of cosines, nDCG@10, accuracy (parts of speech, chunks), entities' F1, all x 100.
+mean pooling without a prompt. All means at the model's full depth and cut (`--depths`). Retrieval also by BM25
+(Robertson; Lucene's form, with English stop words and stems). Beside them, other encoders (`--beside`), run by
+transformers. Words by linear probes on their vectors, three seeds. Spearman of cosines, nDCG@10, accuracy (parts of
+speech, chunks), entities' F1, all x 100.
 """
 
 import argparse
@@ -67,7 +68,7 @@ class WordTask(NamedTuple):
 def readings(
     num_layers: int, adapters: tuple[str, ...], depths: list[int], *, untrained: bool, name: str = TRAINED
 ) -> Iterator[Reading]:
-    """Those without training, then the adapters' at each depth.
+    """Those without training, then the adapters'; means at each depth.
 
     Args:
         num_layers: of the model.
@@ -76,16 +77,19 @@ def readings(
         untrained: include the readings without an adapter.
         name: of the adapters' readings.
     """
+    cuts = sorted({*depths, num_layers}, reverse=True)
+    at = {layers: "" if layers == num_layers else f", {layers} layers" for layers in cuts}
     if untrained:
-        yield Reading("untrained, bidirectional, mean", {"attention": "bidirectional", "pooling": "mean"})
-        yield Reading("untrained, causal, mean", {"attention": "causal", "pooling": "mean"})
+        for attention in ("bidirectional", "causal"):
+            for layers in cuts:
+                load = {"attention": attention, "pooling": "mean", "layers": layers}
+                yield Reading(f"untrained, {attention}, mean{at[layers]}", load)
         layers = max(1, num_layers - LAYERS_BEFORE_END)
         causal = {"attention": "causal", "pooling": "last", "layers": layers}
         yield Reading(f"untrained, causal, one-word prompt, layer {layers}", causal, ONE_WORD)
     if adapters:
-        for layers in sorted({*depths, num_layers}, reverse=True):
-            at = "" if layers == num_layers else f", {layers} layers"
-            yield Reading(f"{name}, bidirectional, mean{at}", {"adapters": adapters, "layers": layers})
+        for layers in cuts:
+            yield Reading(f"{name}, bidirectional, mean{at[layers]}", {"adapters": adapters, "layers": layers})
 
 
 def measure(
@@ -167,7 +171,7 @@ def main() -> None:
         "--adapter", action="append", default=[], help="adapter folder, repeated for one over another; default none"
     )
     parser.add_argument("--name", default=TRAINED, help="what the adapter's rows are called; default %(default)s")
-    parser.add_argument("--depths", type=int, nargs="*", default=[], help="numbers of layers to cut the adapter's at")
+    parser.add_argument("--depths", type=int, nargs="*", default=[], help="numbers of layers to cut the model at")
     parser.add_argument("--trained-only", action="store_true", help="leave the untrained readings out")
     parser.add_argument("--sts", type=Path, action="append", default=[], help="scored pairs; may be repeated")
     parser.add_argument(

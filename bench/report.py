@@ -68,23 +68,30 @@ def _stage(variant: str) -> int:
 
 
 def quality_table(rows: list[Row]) -> list[str]:
-    """Scores of readings, untrained and trained, a column for each set; a table for each model and machine."""
+    """Scores of readings, a column for each set: of texts, then of words; two tables for each model and machine."""
     lines: list[str] = []
     for group in comparable(rows, "model", "dtype"):
         newest = {(row["variant"], row["data"]): row for row in group}
-        sets = list(dict.fromkeys((row["data"], row["measure"]) for row in newest.values()))
-        lines += ["| | " + " | ".join(f"{name} ({measure})" for name, measure in sets) + " |"]
-        lines += ["|---" * (len(sets) + 1) + "|"]
-        for variant in sorted(dict.fromkeys(variant for variant, _ in newest), key=_stage):
-            cells = [newest.get((variant, name)) for name, _ in sets]
-            shown = (
-                f"{c['score']:.1f}" + (f" ± {c['deviation']:.1f}" if "deviation" in c else "") if c else ""
-                for c in cells
-            )
-            lines.append(f"| {variant} | " + " | ".join(shown) + " |")
+        for title, of_words in (("| |", False), ("| words |", True)):
+            if shown := {key: row for key, row in newest.items() if ("words" in row) == of_words}:
+                lines += [*_scores(shown, title), ""]
         about = f"{group[-1]['model']}, {group[-1]['dtype'].removeprefix('torch.')}, on {where(list(newest.values()))}."
-        lines += ["", *about.splitlines(), ""]
+        lines += [*about.splitlines(), ""]
     return lines[:-1]
+
+
+def _scores(newest: dict[tuple[str, str], Row], title: str) -> list[str]:
+    """A line for each reading, a cell for each set."""
+    sets = list(dict.fromkeys((row["data"], row["measure"]) for row in newest.values()))
+    lines = [f"{title} " + " | ".join(f"{name} ({measure})" for name, measure in sets) + " |"]
+    lines += ["|---" * (len(sets) + 1) + "|"]
+    for variant in sorted(dict.fromkeys(variant for variant, _ in newest), key=_stage):
+        cells = [newest.get((variant, name)) for name, _ in sets]
+        shown = (
+            f"{c['score']:.1f}" + (f" ± {c['deviation']:.1f}" if "deviation" in c else "") if c else "" for c in cells
+        )
+        lines.append(f"| {variant} | " + " | ".join(shown) + " |")
+    return lines
 
 
 def parity_tables(rows: list[Row]) -> list[str]:

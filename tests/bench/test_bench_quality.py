@@ -13,14 +13,16 @@ from flashvec.training.run import run_training
 def test_readings():
     names = [(reading.variant, reading.load.get("layers")) for reading in readings(30, "a", [15, 30], untrained=True)]
     assert names == [
-        ("untrained, bidirectional, mean", None),
-        ("untrained, causal, mean", None),
+        ("untrained, bidirectional, mean", 30),
+        ("untrained, bidirectional, mean, 15 layers", 15),
+        ("untrained, causal, mean", 30),
+        ("untrained, causal, mean, 15 layers", 15),
         ("untrained, causal, one-word prompt, layer 28", 28),
         ("trained, bidirectional, mean", 30),
         ("trained, bidirectional, mean, 15 layers", 15),
     ]
     assert [r.variant for r in readings(30, "a", [], untrained=False)] == ["trained, bidirectional, mean"]
-    assert len(list(readings(30, None, [15], untrained=True))) == 3
+    assert len(list(readings(30, (), [15], untrained=True))) == 5
 
 
 def test_rows_of_every_reading_and_file(tmp_path, monkeypatch, capsys):
@@ -37,9 +39,9 @@ def test_rows_of_every_reading_and_file(tmp_path, monkeypatch, capsys):
     arguments = ["x", "--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "out"), "--depths", "1"]
     monkeypatch.setattr("sys.argv", [*arguments, "--sts", str(pairs)])
     bench_quality.main()
-    assert [row["variant"].split(",")[0] for row in kept] == ["untrained"] * 3 + ["trained"] * 2
+    assert [row["variant"].split(",")[0] for row in kept] == ["untrained"] * 5 + ["trained"] * 2
     assert all(row["pairs"] == 16 and row["data"] == "pairs" and -100 <= row["score"] <= 100 for row in kept)
-    assert capsys.readouterr().out.count("Spearman") == 5
+    assert capsys.readouterr().out.count("Spearman") == 7
     for wrong in (arguments, ["x", "--model", "m", "--sts", "f", "--trained-only"]):
         monkeypatch.setattr("sys.argv", wrong)
         with pytest.raises(SystemExit, match="2"):
@@ -121,8 +123,19 @@ def test_a_table_has_a_column_for_each_set():
         {**about, "variant": "trained", "data": "sts", "measure": "Spearman", "score": 76.04},
         {**about, "variant": "all-MiniLM", "data": "sts", "measure": "Spearman", "score": 86.7},
         {**about, "variant": "trained, cut", "data": "sts", "measure": "Spearman", "score": 70.0},
+        {
+            **about,
+            "variant": "MNTP, 8 layers",
+            "data": "ud pos",
+            "measure": "accuracy",
+            "score": 91.26,
+            "deviation": 0.12,
+            "words": 9,
+        },
     ]
     lines = report.quality_table(rows)
     assert lines[0] == "| | sts (Spearman) | cisi (nDCG@10) |"
     assert "| untrained | 28.4 |  |" in lines and "| trained | 76.0 | 31.2 |" in lines
+    words = lines.index("| words | ud pos (accuracy) |")  # a table of their own, for readings that have any
+    assert lines[words + 2] == "| MNTP, 8 layers | 91.3 ± 0.1 |" and not any("MNTP" in line for line in lines[:words])
     assert lines[-2].startswith("m, float32, on 2 cores of c")
