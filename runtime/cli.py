@@ -34,8 +34,8 @@ app.command()(sentences)
 app.command()(pairs)
 app.command()(bench)
 # What is printed is a file's or a user's word: "[INST]" in it is no markup, ":cat:" no picture.
-stdout = Console(markup=False, emoji=False)
-stderr = Console(stderr=True, markup=False, emoji=False)
+stdout = Console(markup=False, emoji=False, soft_wrap=True)
+stderr = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -89,7 +89,7 @@ def info(
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in spec_rows(checkpoint.spec):
         table.add_row(name, value)
-    stdout.print(table, highlight=False)
+    stdout.print(table, highlight=False, soft_wrap=False)
     for notice in checkpoint.notices:
         stderr.print(f"note: {notice}", highlight=False)
 
@@ -174,13 +174,13 @@ def verify(
             table.add_column(column, justify="right" if table.columns else "left", no_wrap=True)
         for row in report_rows(report)[1:]:
             table.add_row(*row)
-        stdout.print(table, highlight=False)
+        stdout.print(table, highlight=False, soft_wrap=False)
         stdout.print(
             f"cosine to Hugging Face in fp32 over {report['texts']} texts; signs: share of flipped ones",
             highlight=False,
         )
         for line in report["failures"] or ["passed: " + report["gate"]]:
-            stdout.print(line, highlight=False, soft_wrap=True)
+            stdout.print(line, highlight=False)
     if report["failures"]:
         raise typer.Exit(1)
 
@@ -190,7 +190,7 @@ cli_corpus.register(app)
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    stderr.print(f"flashvec: {message}", highlight=False, soft_wrap=True)
+    stderr.print(f"flashvec: {message}", highlight=False)
     sys.exit(status)
 
 

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 # What is printed is a file's or a user's word: "[INST]" in it is no markup, ":cat:" no picture.
-stdout = Console(markup=False, emoji=False)
-stderr = Console(stderr=True, markup=False, emoji=False)
+stdout = Console(markup=False, emoji=False, soft_wrap=True)
+stderr = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: an object for each event, the last one the result.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or all; default all GPUs, else the CPU.")]
@@ -215,7 +215,7 @@ def search(
         place = f"{Path(hit.file).name}:{hit.row}" + ("" if hit.id is None else f" id {hit.id}")
         stdout.print(f"{hit.score:.4f}  {place}", highlight=False)
         if hit.text is not None:
-            stdout.print(f"        {' '.join(hit.text.split())[:200]}", highlight=False, soft_wrap=True)
+            stdout.print(f"        {' '.join(hit.text.split())[:200]}", highlight=False)
 
 
 def register(app: typer.Typer) -> None:
@@ -239,7 +239,7 @@ def _check(folder: str, as_json: bool) -> None:
             f"{counted(check.errors, 'error')}"
         )
         for problem in check.problems:
-            stdout.print(problem, highlight=False, soft_wrap=True)
+            stdout.print(problem, highlight=False)
     if check.problems:
         raise typer.Exit(1)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 train_app = typer.Typer(help="Train an encoder: mntp, contrastive, distill; average.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Measure an encoder on files.", no_args_is_help=True)
-stdout = Console(markup=False, emoji=False)  # names of files are printed as they are
+stdout = Console(markup=False, emoji=False, soft_wrap=True)  # names of files stay whole
 
 Config = Annotated[Path, typer.Argument(help="YAML or JSON file of settings.", show_default=False)]
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, over the file's; lora.r=8", show_default=False)]

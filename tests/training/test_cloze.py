@@ -81,7 +81,7 @@ def test_the_command_writes_what_training_reads(tmp_path):
         (p.query, p.positive, p.negatives) for p in cloze_pairs([file])
     ]
     told = CliRunner().invoke(app, ["pairs", file, "--out", str(out), "--limit", "2"])
-    assert "2 pairs, 2 with a negative" in " ".join(told.output.split())
+    assert told.output == f"{out}: 2 pairs, 2 with a negative\n"  # on one line, however long the name
     file = write(tmp_path / "short.txt", ["Nothing here."])
     failed = CliRunner().invoke(app, ["pairs", file, "--out", str(tmp_path / "none.jsonl")])
     assert failed.exit_code == 1 and not (tmp_path / "none.jsonl").exists()
