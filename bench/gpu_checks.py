@@ -1,11 +1,13 @@
 """Are the kernels right on this device? Asked before any of them is timed.
 
 Each problem gets fresh random inputs, with the edges of tiles and length classes among its sizes. Its outputs and
-gradients are judged by `bench/criterion.py` against the definition in fp64, with every empty tensor poisoned by NaN.
+gradients are judged by `bench/criterion.py` against the definition in fp64, texts of like lengths by themselves, with
+every empty tensor poisoned by NaN.
 Run again, the bits must be the same; with its rows, sequences or spans in another order or fewer, so must each row's.
 What is wrong is reported, and not timed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +45,8 @@ EDGES = (
     301,
 )  # multiples of 16 in all, as timed batches are: Triton compiles others apart
 LONG = (1, 700, 64, 2049, 2)
+SHORT = 63  # tokens: shorter units are judged together, longer ones with those of up to twice their length
+MOST_UNITS = 64  # of a problem whose units are texts, not rows
 
 
 @dataclass
@@ -127,8 +131,10 @@ def judge(problem: Problem, name: str, dtype: torch.dtype, order: Sequence[int] 
     wide = {key: x.double() if x.is_floating_point() else x for key, x in problem.tensors.items()}
     truth = evaluate(problem, problem.reference, wide, seeds)
     same = evaluate(problem, problem.reference, problem.tensors, seeds)
+    classes = _length_classes(problem)
     for key, value in got.items():
-        found = distance(value, same[key], truth[key])
+        parts = [rows[key] for rows in classes if key in rows] or [torch.arange(len(value), device=value.device)]
+        found = max((distance(value[i], same[key][i], truth[key][i]) for i in parts), key=_share)
         verdict.worst = max(verdict.worst, _share(found))
         if not found.passed:
             verdict.faults.append(f"{key} {found}")
@@ -138,6 +144,22 @@ def judge(problem: Problem, name: str, dtype: torch.dtype, order: Sequence[int] 
         units = np.random.default_rng(1).permutation(problem.num_units) if order is None else np.asarray(order)
         verdict.faults += _reordered(problem, units, seeds, got)
     return verdict
+
+
+def _length_classes(problem: Problem) -> list[dict[str, Tensor]]:
+    """Rows of units of like lengths, by result: the values of a long text are smaller, and so are its errors to be.
+
+    Short ones are judged together: gradients of a single token are differences of what is alike, which have no scale.
+    None in fp32, where errors are those of sums in another order, not of one rounding at the end.
+    """
+    is_half = all(x.dtype != torch.float32 for x in problem.tensors.values() if x.ndim > 2)
+    if not is_half or problem.take is None or not 1 < problem.num_units <= MOST_UNITS:
+        return []
+    units: dict[int, list[int]] = {}
+    for unit in range(problem.num_units):
+        longest = max((len(rows) for rows in problem.take([unit])[1].values()), default=0)
+        units.setdefault(max(SHORT, longest).bit_length(), []).append(unit)
+    return [problem.take(each)[1] for each in units.values()]
 
 
 def _reordered(problem: Problem, units: np.ndarray, seeds: Sequence[Tensor], got: Results) -> list[str]:
@@ -158,7 +180,8 @@ def _reordered(problem: Problem, units: np.ndarray, seeds: Sequence[Tensor], got
 def _share(found: Distance) -> float:
     if found.error == 0:
         return 0.0
-    return found.error / found.allowed if found.allowed else float("inf")
+    share = found.error / found.allowed if found.allowed else float("inf")
+    return float("inf") if math.isnan(share) else share
 
 
 # --- which problems ---------------------------------------------------------------------------------------

@@ -99,6 +99,25 @@ def test_a_wrong_op_is_found(fault, message):
     assert not verdict.row()["passed"]
 
 
+def test_an_error_of_a_long_text_is_judged_by_long_texts():
+    """Beside a text of one token, whose values are larger, it was within what is allowed."""
+    problem = attention_problem(AttentionShape((1, 300, 40, 2), 2, 1, 16), Maker(CPU, torch.float16))
+    row = torch.arange(343)[:, None, None]
+    long = (row >= 1) & (row < 301)
+
+    def run(t):
+        (out,) = problem.reference(t)
+        return (torch.where(long, out + 2e-3, out),)
+
+    whole = problem.reference(problem.tensors)[0]
+    truth = problem.reference({key: x.double() for key, x in problem.tensors.items()})[0]
+    assert criterion.distance(run(problem.tensors)[0], whole, truth).passed
+    assert gpu_checks.judge(problem, "attention", torch.float16).faults == []
+    verdict = gpu_checks.judge(replace(problem, run=run), "attention", torch.float16)
+    wrong = [fault for fault in verdict.faults if "off by" in fault]
+    assert len(wrong) == 1 and wrong[0].startswith("out 0 off by") and verdict.worst > 1
+
+
 def test_an_op_that_raises_is_a_verdict():
     def run(t):
         raise RuntimeError("no such kernel\nsecond line")
