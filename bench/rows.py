@@ -51,7 +51,7 @@ def fullest_run(rows: list[Row]) -> list[Row]:
 def where(rows: list[Row]) -> str:
     """The machine, the torch, the commits and the newest day of rows that share a table."""
     last = rows[-1]
-    threads = "" if last["threads"] == last["cores"] else f", {last['threads']} threads"
+    threads = "" if last["threads"] == last["cores"] else f", {last['threads']} thread{'s' * (last['threads'] > 1)}"
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     return (
         f"{last['cores']} cores of {last['cpu']} ({last['instructions']}{threads}), torch {last['torch']},\n"
