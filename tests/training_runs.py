@@ -57,6 +57,7 @@ def config_for(objective: str, folder: Path, **values: Any) -> Any:
     given: dict[str, Any] = {
         "model": str(base),
         "output": str(folder / "out"),
+        "dtype": "float32",  # whatever the processor is fast at
         "max_length": 24,
         "batch_size": 8,
         "lora": {"r": 4, "dropout": 0.1},

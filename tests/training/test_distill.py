@@ -197,7 +197,7 @@ def test_an_earlier_adapter_teaches_beside_the_prompt(tmp_path):
     alone = objective_for(tmp_path).teacher
     texts = [objective.texts[row] for row in objective.teacher.sample]
     earlier = torch.from_numpy(
-        Encoder.load(tmp_path / "base", adapters=(tmp_path / "first",), max_length=24).embed(texts)
+        Encoder.load(tmp_path / "base", adapters=(tmp_path / "first",), max_length=24, dtype="float32").embed(texts)
     )
     others = ~torch.eye(len(texts), dtype=torch.bool)
     floor = float((earlier @ earlier.T)[others].mean())
@@ -223,7 +223,9 @@ def test_a_teacher_of_another_base_is_refused_and_one_over_adapters_stands_on_th
         objective_for(tmp_path, teachers=[str(tmp_path / "first")])
     objective = objective_for(tmp_path, teachers=[str(tmp_path / "first")], **over)
     both = (tmp_path / "below", tmp_path / "first")
-    want = Encoder.load(tmp_path / "base", adapters=both, max_length=24).embed(objective.texts[:3], normalize=False)
+    want = Encoder.load(tmp_path / "base", adapters=both, max_length=24, dtype="float32").embed(
+        objective.texts[:3], normalize=False
+    )
     got = objective.teacher._readings[-1](objective.texts[:3], normalize=False)
     np.testing.assert_array_equal(got, want)
 

@@ -200,7 +200,10 @@ def test_rules_that_a_folder_states_are_kept_or_refused(tmp_path):
     model = load_model(own)
     read_adapter(tmp_path / "out", model.trainable.lora)
     want = embed_with(model)(["a river"])
-    for loaded in (Encoder.load(tmp_path / "out"), Encoder.load(tmp_path / "mean", adapters=(tmp_path / "out",))):
+    for loaded in (
+        Encoder.load(tmp_path / "out", dtype="float32"),
+        Encoder.load(tmp_path / "mean", adapters=(tmp_path / "out",), dtype="float32"),
+    ):
         np.testing.assert_allclose(loaded.embed(["a river"]), want / np.linalg.norm(want), atol=1e-5)
 
 
