@@ -117,8 +117,10 @@ class ContrastiveConfig(TrainConfig):
     attention_dropout: float = 0.0
     view: Literal["dropout", "crop"] = "dropout"
     loss: Literal["info_nce", "cosent"] = "info_nce"
+    neighbours: int = 1  # pairs or texts that follow each other in a file and meet in a batch, as distill's do
     margin: float | None = None  # candidates closer than the positive by more than this are left out
     prefixes: tuple[int, ...] = ()  # Matryoshka sizes, ascending
+    depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone
     instruction: str | None = None  # written before queries, and before both texts of views and of scored pairs
     e5_instructions: bool = False  # before queries that have none: what LLM2Vec says for their file, by its name
     max_length: int = 128
@@ -164,7 +166,7 @@ def read_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     from flashvec.training.reference_config import is_reference, translate
 
     path = Path(path)
-    values = _read_file(path)
+    values = read_values(path)
     if is_reference(values):
         values = translate(values, cls.__name__, path.name)
     for override in overrides:
@@ -206,7 +208,12 @@ def _yaml() -> Any:
     return yaml
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys and values of a .yaml, .yml or .json file, unchecked.
+
+    Raises:
+        ConfigError: names the file.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -361,6 +368,10 @@ def _check(config: TrainConfig, where: str) -> None:
     for name, (is_within, said) in own.items():
         if (value := getattr(config, name, None)) is not None:
             rules.append((name, value, is_within(value), said))
+    if isinstance(config, ContrastiveConfig | DistillConfig):
+        depths = list(config.depths)
+        rules.append(("depths", depths, depths == sorted({d for d in depths if d >= 1}), "rising numbers from 1 on"))
+        rules.append(("neighbours", config.neighbours, config.neighbours >= 1, "1 or more"))
     if isinstance(config, DistillConfig):
         rules += _distill_rules(config)
     for key, value, holds, expected in rules:
@@ -375,7 +386,6 @@ def _can_be_drawn(rate: float) -> bool:
 
 def _distill_rules(config: DistillConfig) -> list[tuple[str, Any, bool, str]]:
     weights = (config.vector_weight, config.divergence_weight, config.squared_weight)
-    depths = config.depths
     return [
         ("prompts", list(config.prompts), bool(config.prompts) and all("{text}" in p for p in config.prompts),
          "one or more, each with {text} in it"),
@@ -385,6 +395,4 @@ def _distill_rules(config: DistillConfig) -> list[tuple[str, Any, bool, str]]:
          "0 or more, and not all 0"),
         ("batch_size", config.batch_size, config.batch_size > 1 or not max(weights[1:]),
          "2 or more, where cosines are taught (divergence_weight, squared_weight)"),
-        ("depths", list(depths), list(depths) == sorted({d for d in depths if d >= 1}), "rising numbers from 1 on"),
-        ("neighbours", config.neighbours, config.neighbours >= 1, "1 or more"),
     ]  # fmt: skip

@@ -22,6 +22,7 @@ from flashvec.training.data import (
     SourceBatches,
     read_pairs,
     read_texts,
+    run_starts,
     text_files,
     text_hash,
 )
@@ -50,6 +51,7 @@ class Contrastive:
         self.model, self.config, self.world = model, config, world
         if bool(config.texts) == bool(config.pairs):
             raise ConfigError("give either texts (each its own positive) or pairs")
+        model.end_at(config.depths)
         self.pairs = _as_pairs(config)
         if (config.loss == "cosent") != (self.pairs[0].score is not None):
             raise ConfigError(f"loss is {config.loss}: scores belong to cosent, pairs without them to info_nce")
@@ -63,7 +65,8 @@ class Contrastive:
         names = [frozenset(text_hash(t) for t in {p.query, p.positive}) for p in self.pairs]
         sources = np.array([p.source for p in self.pairs])
         files = ["texts"] if config.texts else list(map(str, text_files(config.pairs)))
-        self.batches = SourceBatches(sources, names, config.batch_size, config.loop.seed, files=files)
+        groups = np.split(np.arange(len(sources)), run_starts(sources, config.neighbours)[1:])
+        self.batches = SourceBatches(sources, names, config.batch_size, config.loop.seed, files=files, groups=groups)
         self.rates = Rates(config.attention_dropout, self._lora_dropout, config.loop.seed)
         agree = world.least if config.loop.shard_base else int
         self.retention = Retention(config.loop.activation_gib, agree)
@@ -116,14 +119,14 @@ class Contrastive:
 
     def step(self, step: int) -> dict[str, float]:
         """Gradients of one step, of this process's share; and the loss of all."""
-        columns, loop, device = self.batch(step), self.config.loop, self.model.decoder.device
+        config, columns, device = self.config, self.batch(step), self.model.decoder.device
         rows = columns.rows
-        training = self.rates.training(self.model.trainable.training(), step, loop.recompute)
+        training = self.rates.training(self.model.trainable.training(), step, config.loop.recompute)
 
         def vectors_of(own: np.ndarray) -> Tensor:
-            return encode(self.model, rows.take(own), own, training)
+            return encode(self.model, rows.take(own), own, training, config.depths)
 
-        packs = own_packs(self.world, rows.lengths, loop, device)
+        packs = own_packs(self.world, rows.lengths, config.loop, device)
         loss, gradient = backward_through(
             vectors_of,
             packs,
@@ -139,7 +142,11 @@ class Contrastive:
         return {"loss": float(loss), "tokens": int(rows.lengths.sum())}
 
     def loss(self, vectors: Tensor, columns: Columns) -> Tensor:
-        """The loss of a whole batch's vectors [n, D]."""
+        """The loss of a whole batch's vectors [n, D], those of several depths side by side: the mean of theirs."""
+        parts = vectors.chunk(max(1, len(self.config.depths)), 1)
+        return torch.stack([self._at(part.contiguous(), columns) for part in parts]).mean()
+
+    def _at(self, vectors: Tensor, columns: Columns) -> Tensor:
         n, config = columns.num_queries, self.config
         if columns.scores is not None:
             return cosent(vectors[:n], vectors[n : 2 * n], columns.scores, config.temperature)

@@ -230,6 +230,13 @@ def rows_of_step(num_rows: int, batch_size: int, seed: int, step: int) -> np.nda
     return epoch_order(num_rows, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
+def run_starts(sources: np.ndarray, length: int) -> np.ndarray:
+    """Where runs of at most `length` rows of one file start, for files whose rows lie together."""
+    _, firsts = np.unique(sources, return_index=True)
+    ends = [*firsts[1:].tolist(), len(sources)]
+    return np.concatenate([np.arange(first, end, length) for first, end in zip(firsts, ends, strict=True)])
+
+
 class SourceBatches:
     """Batches of rows of one file each, without a text twice in a batch, in an order drawn for every epoch.
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.training.config import ConfigError, DistillConfig
-from flashvec.training.data import SourceBatches, existing_files, read_texts, text_files, text_hash
+from flashvec.training.data import SourceBatches, existing_files, read_texts, run_starts, text_files, text_hash
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, encode, own_packs, token_rows
 from flashvec.training.model import Model
@@ -44,11 +44,7 @@ class Distill:
 
     def __init__(self, model: Model, config: DistillConfig, world: World) -> None:
         self.model, self.config, self.world = model, config, world
-        count = len(model.decoder.layers)
-        if any(depth > count for depth in config.depths):
-            raise ConfigError(f"depths are {list(config.depths)}, the model has {count} layers")
-        if config.depths:
-            model.trainable.freeze_after(config.depths[-1])  # layers behind run for no loss
+        model.end_at(config.depths)
         files = [read_texts([str(file)]) for file in existing_files(config.texts, "texts")]
         self.lines = self.texts = [text for texts in files for text in texts]
         self.origins = np.arange(len(self.lines))  # the line that each text is or was cut from
@@ -74,10 +70,8 @@ class Distill:
     def _groups(self) -> list[np.ndarray]:
         """Rows that meet in a batch: lines that follow each other in a file, and their crops."""
         first_rows = np.flatnonzero(np.diff(self.origins, prepend=-1))  # of each line
-        _, first_lines = np.unique(self.sources[first_rows], return_index=True)
-        ends = [*first_lines[1:].tolist(), len(first_rows)]
-        starts = [range(start, end, self.config.neighbours) for start, end in zip(first_lines, ends, strict=True)]
-        return np.split(np.arange(len(self.texts)), first_rows[np.concatenate(starts)][1:])
+        starts = run_starts(self.sources[first_rows], self.config.neighbours)
+        return np.split(np.arange(len(self.texts)), first_rows[starts][1:])
 
     def _rotations(self) -> tuple[Tensor, ...]:
         """For each depth R, fp32 [width of the teacher's vectors, of the student's].

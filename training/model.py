@@ -6,7 +6,7 @@ that a text is trained on as it will be embedded.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -80,6 +80,18 @@ class Model:
         """The decoder's own tensors."""
         layers = [x for layer in self.decoder.layers for x in vars(layer).values() if x is not None]
         return [self.decoder.embedding_VD, self.decoder.norm_D, *layers]
+
+    def end_at(self, depths: Sequence[int]) -> None:
+        """Train no layer after the last of `depths`, which would run for no loss; without any, all layers.
+
+        Raises:
+            ConfigError: the model has fewer layers.
+        """
+        count = len(self.decoder.layers)
+        if any(depth > count for depth in depths):
+            raise ConfigError(f"depths are {list(depths)}, the model has {count} layers")
+        if depths:
+            self.trainable.freeze_after(depths[-1])
 
     def save(self, folder: Path) -> None:
         """Write what was trained so that `Encoder.load` opens it: an adapter, or the whole encoder in `encoder/`.

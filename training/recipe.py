@@ -1,10 +1,15 @@
-"""How `models/smollm2-135m` was made: texts from Wikipedia and WordNet, self-distillation again and again, the mean.
+"""How `models/smollm2-135m` was made: texts from Wikipedia and WordNet, one generation of training after the other.
 
     python -m flashvec.training.recipe --wikipedia wiki/*.txt --wordnet /usr/share/wordnet --out out/smollm2
 
-The first generation learns from the frozen model's one-word answers; each further one goes on from the one before,
-taught by an earlier one's vectors and by the answers to another prompt. A generation is a file of settings, in the
-order of their names. With several seeds all generations are made for each, and the mean of the last ones is the result.
+A generation is a file of settings. It goes on from the one before, or from the one that `lora.start` names:
+
+    prompts, teachers   self-distillation (`distill.py`): the frozen model's one-word answers teach, or those and the
+                        vectors of earlier generations
+    pairs               contrastive learning: a sentence finds the paragraph that it was taken from (`cloze.py`)
+    mean                the mean of the updates of earlier generations
+
+With several seeds all generations are made for each, and the mean of the last ones is the result.
 
 Wikipedia as an extractor leaves it (a paragraph a line); WordNet 3.0's data files (Debian: wordnet-base), of which the
 example sentences and the definitions are taken: short, everyday language beside an encyclopaedia's. Only text is used,
@@ -16,23 +21,39 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from flashvec.training.average import average_adapters
-from flashvec.training.config import DistillConfig, read_config
+from flashvec.training.cloze import cloze_pairs
+from flashvec.training.config import ContrastiveConfig, DistillConfig, LoraConfig, build, read_config, read_values
 from flashvec.training.data import DataError
+from flashvec.training.mine import write_pairs
 from flashvec.training.run import run_training
 from flashvec.training.sentences import training_lines, write_lines
 
+TEXTS = "texts"  # the folder of what is trained on
+TEXT_FILES = ("sentences.txt", "passages.txt", "examples.txt", "glosses.txt")
+PAIRS_FILES = ("pairs.jsonl",)
 SETTINGS = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m"
 TOGETHER = 4  # lines that stay neighbours: WordNet lists what is alike side by side
 MAX_SENTENCE_WORDS = 20
 MIN_WORDS, MAX_GLOSS_WORDS = 5, 20
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 SENTENCES, PASSAGES, EXAMPLES, GLOSSES = 4000, 352, 6000, 1600  # lines of each kind; passages are several sentences
+
+
+@dataclass(frozen=True)
+class MeanConfig:
+    """A generation that is not trained: the mean of earlier ones' updates; one that is named twice counts twice."""
+
+    mean: tuple[str, ...]
+    output: str
+
+
+Generation = DistillConfig | ContrastiveConfig | MeanConfig
 
 
 def wordnet_texts(folder: Path) -> tuple[list[str], list[str]]:
@@ -70,19 +91,19 @@ def drawn_runs(lines: Sequence[str], limit: int, seed: int) -> list[str]:
     return [lines[TOGETHER * run + place] for run in sorted(runs.tolist()) for place in range(TOGETHER)]
 
 
-def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> list[str]:
-    """The files that are trained on, each a source of its own; returns their paths."""
+def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> None:
+    """The files that are trained on, each a source of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     examples, glosses = wordnet_texts(wordnet)
-    found = {
-        "sentences.txt": training_lines(wikipedia, limit=SENTENCES, passages=0.0, max_words=MAX_SENTENCE_WORDS, seed=0),
-        "passages.txt": training_lines(wikipedia, limit=PASSAGES, passages=1.0, seed=1),
-        "examples.txt": drawn_runs(examples, EXAMPLES, 0),
-        "glosses.txt": drawn_runs(glosses, GLOSSES, 0),
-    }
-    for name, lines in found.items():
+    found = (
+        training_lines(wikipedia, limit=SENTENCES, passages=0.0, max_words=MAX_SENTENCE_WORDS, seed=0),
+        training_lines(wikipedia, limit=PASSAGES, passages=1.0, seed=1),
+        drawn_runs(examples, EXAMPLES, 0),
+        drawn_runs(glosses, GLOSSES, 0),
+    )
+    for name, lines in zip(TEXT_FILES, found, strict=True):
         write_lines(folder / name, lines)
-    return [str(folder / name) for name in found]
+    write_pairs(folder / PAIRS_FILES[0], cloze_pairs(wikipedia))
 
 
 def make(options: argparse.Namespace) -> None:
@@ -91,45 +112,70 @@ def make(options: argparse.Namespace) -> None:
     Raises:
         DataError: no settings, or texts that are missing.
     """
-    settings = sorted(options.settings.glob("generation-*.yaml"))
+    settings = sorted(options.settings.glob("generation-*.yaml"), key=lambda file: (len(file.name), file.name))
     if not settings:
         raise DataError(f"{options.settings}: no generation-1.yaml in it: settings of self-distillation")
-    texts = write_texts(options.wikipedia, options.wordnet, options.out / "texts")
-    made = [
-        make_generations(settings, texts, options.out / f"seed-{seed}", seed, options.overrides)
-        for seed in options.seeds
-    ]
+    write_texts(options.wikipedia, options.wordnet, options.out / TEXTS)
+    made = [make_generations(settings, options.out, seed, options.overrides) for seed in options.seeds]
     if len(made) > 1:
-        mean = options.out / "mean"
-        if mean.exists():  # of an earlier call: made anew in a second
-            shutil.rmtree(mean)
-        left_out = average_adapters(made, mean)
-        print(f"the mean of {len(made)} seeds, {left_out:.2%} of a product at most left out: {mean}", flush=True)
+        write_mean(made, options.out / "mean")
 
 
-def make_generations(
-    settings: Sequence[Path], texts: Sequence[str], out: Path, seed: int, overrides: Sequence[str]
-) -> Path:
-    """One after the other, each from the one before; returns the last one's folder.
+def make_generations(settings: Sequence[Path], out: Path, seed: int, overrides: Sequence[str]) -> Path:
+    """One after the other, in a folder of the seed's own; returns the last one's folder.
 
-    `teachers` of the settings name earlier generations by their folders' last part, where `out` holds them now; without
-    any, prompts teach alone.
+    Settings name earlier generations, texts and pairs by the last part of a path, wherever `out` holds them now.
     """
-    configs: list[DistillConfig] = []
+    planned: dict[str, Generation] = {}
     for number, file in enumerate(settings):
-        own = [f"texts={list(texts)}", f"output={out / file.stem}", f"loop.seed={seed + number}"]
-        own += [f"lora.start={before.output}" for before in configs[-1:]]
-        config = read_config(DistillConfig, file, [*own, *overrides])
-        made = {Path(before.output).name: before.output for before in configs}
-        names = [Path(teacher).name for teacher in config.teachers]
-        if missing := [name for name in names if name not in made]:
-            raise DataError(f"{file}: teachers: {missing[0]} is no generation before this one")
-        configs.append(replace(config, teachers=tuple(made[name] for name in names)))
-    for number, config in enumerate(configs, 1):
-        name = Path(config.output).name
-        print(f"{name}, {number} of {len(configs)}, seed {seed}: {config.output}", flush=True)
-        run_training(config)
-    return Path(configs[-1].output)
+        folder = out / f"seed-{seed}" / file.stem
+        planned[file.stem] = _read_generation(file, folder, out / TEXTS, seed + number, list(planned), overrides)
+    for number, (name, config) in enumerate(planned.items(), 1):
+        print(f"{name}, {number} of {len(planned)}, seed {seed}: {config.output}", flush=True)
+        if isinstance(config, MeanConfig):
+            write_mean(list(map(Path, config.mean)), Path(config.output))
+        else:
+            run_training(config)
+    return Path(config.output)
+
+
+def _read_generation(
+    file: Path, folder: Path, texts: Path, seed: int, earlier: Sequence[str], overrides: Sequence[str]
+) -> Generation:
+    """The settings of a generation, its paths those of this call."""
+
+    def among_earlier(key: str, paths: Sequence[str]) -> tuple[str, ...]:
+        names = [Path(path).name for path in paths]
+        if missing := [name for name in names if name not in earlier]:
+            raise DataError(f"{file}: {key}: {missing[0]} is no generation before this one")
+        return tuple(str(folder.parent / name) for name in names)
+
+    def goes_on(lora: LoraConfig) -> LoraConfig:
+        start = among_earlier("lora.start", [lora.start] if lora.start else earlier[-1:])
+        return replace(lora, start=start[0] if start else None)
+
+    values = read_values(file)
+    if "mean" in values:
+        mean = build(MeanConfig, values | {"output": str(folder)}, file.name)
+        return replace(mean, mean=among_earlier("mean", mean.mean))
+    own = [f"output={folder}", f"loop.seed={seed}", *overrides]
+    if "pairs" in values:
+        search = read_config(ContrastiveConfig, file, own)
+        names = [Path(path).name for path in search.pairs]
+        if unknown := [name for name in names if name not in PAIRS_FILES]:
+            raise DataError(f"{file}: pairs: {unknown[0]} is not made; known are {', '.join(PAIRS_FILES)}")
+        return replace(search, pairs=tuple(str(texts / name) for name in names), lora=goes_on(search.lora))
+    config = read_config(DistillConfig, file, own)
+    every = tuple(str(texts / name) for name in TEXT_FILES)
+    return replace(config, texts=every, teachers=among_earlier("teachers", config.teachers), lora=goes_on(config.lora))
+
+
+def write_mean(folders: Sequence[Path], mean: Path) -> None:
+    """The mean of adapters; one of an earlier call is made anew, which takes a second."""
+    if mean.exists():
+        shutil.rmtree(mean)
+    left_out = average_adapters(folders, mean)
+    print(f"the mean of {len(folders)} adapters, {left_out:.2%} of a product at most left out: {mean}", flush=True)
 
 
 def main() -> None:

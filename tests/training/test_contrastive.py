@@ -36,6 +36,43 @@ def test_loss_is_cross_entropy_of_cosines_over_positives_and_all_negatives(tmp_p
     torch.testing.assert_close(objective.loss(vectors, columns), want, rtol=1e-5, atol=1e-6)
 
 
+def test_several_depths_are_taught_each_as_it_were_alone(tmp_path):
+    pairs = [str(write_pairs(tmp_path / "p.jsonl"))]
+    objective = objective_for(tmp_path, pairs=pairs, depths=[1, 2])
+    columns = objective.batch(0)
+    parts = [vectors_for(columns, seed) for seed in (0, 1)]
+    alone = objective_for(tmp_path, pairs=pairs)
+    want = sum(alone.loss(part, columns) for part in parts) / 2
+    torch.testing.assert_close(objective.loss(torch.cat(parts, 1), columns), want)
+    objective.step(0)
+    assert all(x.grad is not None for x in objective.model.trainable.parameters().values())
+
+
+def test_layers_after_the_last_depth_do_not_learn(tmp_path):
+    objective = objective_for(tmp_path, pairs=[str(write_pairs(tmp_path / "p.jsonl"))], depths=[1])
+    objective.step(0)
+    trained = objective.model.trainable.parameters()
+    assert trained and all(name.startswith("layers.0.") and x.grad is not None for name, x in trained.items())
+
+
+@pytest.mark.parametrize(
+    ("depths", "named"), [([1, 3], "depths are .1, 3., the model has 2 layers"), ([2, 1], "expected rising numbers")]
+)
+def test_depths_that_a_model_cannot_have_are_refused(tmp_path, depths, named):
+    with pytest.raises(ConfigError, match=named):
+        objective_for(tmp_path, pairs=[str(write_pairs(tmp_path / "p.jsonl"))], depths=depths)
+
+
+def test_pairs_that_follow_each_other_meet_where_neighbours_says_so(tmp_path):
+    files = [str(write_pairs(tmp_path / f"{name}.jsonl", count=9)) for name in "pq"]
+    objective = objective_for(tmp_path, pairs=files, batch_size=8, neighbours=4)
+    for step in range(6):
+        rows = objective.batches.rows(step)
+        first = 9 * (rows[0] // 9)  # of the batch's file
+        runs = [set(range(first + start, first + min(start + 4, 9))) for start in (0, 4, 8)]
+        assert sum(run <= set(rows.tolist()) for run in runs) == 2 and len(set(rows.tolist())) == 8
+
+
 def test_copies_of_a_positive_are_left_out(tmp_path):
     objective = objective_for(tmp_path, pairs=[str(write_pairs(tmp_path / "p.jsonl"))])
     columns = objective.batch(0)

@@ -1,3 +1,4 @@
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ from tiny_models import tiny_checkpoint
 
 from flashvec.runtime.encoder import Encoder
 from flashvec.training import recipe
-from flashvec.training.config import DistillConfig, read_config
+from flashvec.training.config import ContrastiveConfig, DistillConfig, read_config
 from flashvec.training.data import DataError
 
 LICENCE = "  1 This software and database | is being provided\n"
@@ -25,7 +26,8 @@ def sources(tmp_path):
     """Wikipedia's and WordNet's files, and a tiny base model."""
     tiny_checkpoint(tmp_path / "base", "llama", num_hidden_layers=2)
     line = "The mill of village {0} was built of grey stone. It stands beside the road to village {0} still.\n"
-    (tmp_path / "wiki.txt").write_text("".join(line.format(i) for i in range(40)))
+    asked = "A fox lives in wood {0}. It hunts in the fields near wood {0}. Few people have seen the fox of wood {0}.\n"
+    (tmp_path / "wiki.txt").write_text("".join(line.format(i) + asked.format(i) for i in range(40)))
     folder = tmp_path / "wordnet"
     folder.mkdir()
     (folder / "data.noun").write_text(NOUNS)
@@ -57,22 +59,42 @@ def test_runs_keep_neighbours():
     assert all(np.diff(drawn[i : i + 4]).tolist() == [1, 1, 1] and drawn[i] % 4 == 0 for i in (0, 4, 8))
 
 
-def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsys):
-    out, settings = sources / "out", sources / "settings"
-    settings.mkdir()
-    for number in (1, 2, 3):
-        own = f"model: elsewhere\noutput: nowhere\nbatch_size: 8\nwhitening_texts: 8\nloop: {{steps: {2 * number}}}\n"
-        own += f"teachers: [{', '.join(f'o/generation-{i}' for i in range(1, number))}]\n"
-        (settings / f"generation-{number}.yaml").write_text(own)
-    overrides = [f"model={sources / 'base'}", "lora.saved_as=bfloat16"]
-    arguments = ["--wikipedia", str(sources / "wiki.txt"), "--wordnet", str(sources / "wordnet"), "--out", str(out)]
-    monkeypatch.setattr(
-        "sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings), "--seeds", "5", "25"]
-    )
+def write_settings(folder, *generations):
+    folder.mkdir(exist_ok=True)
+    for number, settings in enumerate(generations, 1):
+        (folder / f"generation-{number}.yaml").write_text(settings)
+
+
+def run_recipe(monkeypatch, sources, *arguments):
+    given = [f"model={sources / 'base'}", "lora.saved_as=bfloat16", "--out", str(sources / "out")]
+    given += ["--wikipedia", str(sources / "wiki.txt"), "--wordnet", str(sources / "wordnet")]
+    monkeypatch.setattr("sys.argv", ["recipe", *given, "--settings", str(sources / "settings"), *arguments])
     recipe.main()
+
+
+def product_of(folder):
+    """One update, fp32."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    a, b = (
+        next(x for name, x in tensors.items() if name.endswith(f"layers.1.mlp.down_proj.lora_{letter}.weight"))
+        for letter in "AB"
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return b.float() @ a.float() * (config["lora_alpha"] / config["r"])
+
+
+DISTILL = "model: elsewhere\noutput: nowhere\nbatch_size: 8\nwhitening_texts: 8\nloop: {steps: 2}\n"
+SEARCH = "model: elsewhere\noutput: nowhere\nbatch_size: 8\npairs: [o/pairs.jsonl]\nloop: {steps: 2}\n"
+
+
+def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsys):
+    taught = [f"teachers: [{', '.join(f'o/generation-{i}' for i in range(1, number))}]\n" for number in (1, 2, 3)]
+    write_settings(sources / "settings", *(DISTILL + line for line in taught))
+    run_recipe(monkeypatch, sources, "--seeds", "5", "25")
     printed = capsys.readouterr().out
-    assert "generation-3, 3 of 3, seed 25" in printed and "the mean of 2 seeds" in printed
-    names = ["examples.txt", "glosses.txt", "passages.txt", "sentences.txt"]
+    assert "generation-3, 3 of 3, seed 25" in printed and "the mean of 2 adapters" in printed
+    out = sources / "out"
+    names = ["examples.txt", "glosses.txt", "pairs.jsonl", "passages.txt", "sentences.txt"]
     assert sorted(file.name for file in (out / "texts").iterdir()) == names
     folders = [out / "seed-5" / f"generation-{number}" for number in (1, 2, 3)]
     vectors = [
@@ -86,21 +108,49 @@ def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsy
     assert [config.loop.seed for config in kept] == [5, 6, 7]
     assert [config.teachers for config in kept] == [(), (str(folders[0]),), (str(folders[0]), str(folders[1]))]
     assert [config.lora.start for config in kept] == [None, str(folders[0]), str(folders[1])]
-    other = out / "seed-25" / "generation-3"
-    last = [load_file(folder / "adapter_model.safetensors") for folder in (folders[2], other, out / "mean")]
-    key = "base_model.model.layers.1.mlp.down_proj.lora_{}.weight"
-    products = [x[key.format("B")].float() @ x[key.format("A")].float() for x in last]
-    updates = [2 * products[0], 2 * products[1], products[2]]  # alpha is twice the rank of a run, and the mean's rank
-    parts = torch.linalg.svdvals((updates[0] + updates[1]) / 2)[:16].square()  # a run's rank
-    assert (updates[0] - updates[1]).norm() > 1e-3  # seeds do differ
-    assert float(updates[2].square().sum()) == pytest.approx(float(parts.sum()), rel=2e-2)
+    first, second, mean = map(product_of, (folders[2], out / "seed-25" / "generation-3", out / "mean"))
+    parts = torch.linalg.svdvals((first + second) / 2)[:16].square()  # a run's rank
+    assert (first - second).norm() > 1e-3  # seeds do differ
+    assert float(mean.square().sum()) == pytest.approx(float(parts.sum()), rel=2e-2)
     assert (out / "mean" / "seen.npy").is_file()
-    (settings / "generation-1.yaml").write_text("model: elsewhere\noutput: nowhere\nteachers: [o/generation-2]\n")
-    monkeypatch.setattr("sys.argv", ["recipe", *overrides, *arguments, "--settings", str(settings)])
-    with pytest.raises(
-        SystemExit, match=r"generation-1\.yaml: teachers: generation-2 is no generation before this one"
-    ):
-        recipe.main()
-    monkeypatch.setattr("sys.argv", ["recipe", *arguments, "--settings", str(sources / "none")])
-    with pytest.raises(SystemExit, match=r"recipe: .*none: no generation-1\.yaml in it"):
-        recipe.main()
+
+
+def test_a_generation_can_learn_search_and_one_be_the_mean_of_earlier_ones(sources, monkeypatch):
+    side = SEARCH + "lora: {start: o/generation-1}\n"
+    write_settings(
+        sources / "settings", DISTILL, SEARCH, side, "mean: [o/generation-1, o/generation-3, o/generation-3]"
+    )
+    run_recipe(monkeypatch, sources, "--seeds", "5")
+    folders = [sources / "out" / "seed-5" / f"generation-{number}" for number in (1, 2, 3, 4)]
+    kept = [read_config(ContrastiveConfig, folder / "train.yaml") for folder in folders[1:3]]
+    assert [config.lora.start for config in kept] == [str(folders[0])] * 2
+    assert [config.pairs for config in kept] == [(str(sources / "out" / "texts" / "pairs.jsonl"),)] * 2
+    first, _, third, mean = map(product_of, folders)
+    assert (third - first).norm() > 1e-3
+    assert torch.linalg.svdvals(mean - (first + 2 * third) / 3).max() < 0.1 * torch.linalg.svdvals(third - first).max()
+    before = np.load(folders[3] / "seen.npy", allow_pickle=False)
+    run_recipe(monkeypatch, sources, "--seeds", "5")  # nothing left to train; the mean is made anew
+    assert torch.equal(product_of(folders[3]), mean)
+    assert np.array_equal(np.load(folders[3] / "seen.npy", allow_pickle=False), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (
+            [DISTILL + "teachers: [o/generation-2]"],
+            r"generation-1\.yaml: teachers: generation-2 is no gen",
+        ),
+        ([DISTILL + "lora: {start: o/other}"], r"generation-1\.yaml: lora\.start: other is no generation before this"),
+        ([DISTILL, "mean: [o/generation-2]"], r"generation-2\.yaml: mean: generation-2 is no generation before this"),
+        (
+            [DISTILL, SEARCH.replace("pairs.j", "other.j")],
+            r"generation-2\.yaml: pairs: other\.jsonl is not made; known are",
+        ),
+        ([], r"recipe: .*settings: no generation-1\.yaml in it"),
+    ],
+)
+def test_settings_that_name_what_is_not_there_are_refused(sources, monkeypatch, settings, named):
+    write_settings(sources / "settings", *settings)
+    with pytest.raises(SystemExit, match=named):
+        run_recipe(monkeypatch, sources)
