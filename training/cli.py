@@ -327,6 +327,7 @@ def pairs(
     out: Annotated[Path, typer.Option(help=".jsonl file of pairs to write.", show_default=False)],
     limit: Annotated[int | None, typer.Option(help="Pairs at most, of paragraphs drawn at random.", min=1)] = None,
     max_words: Annotated[int, typer.Option(help="Of a passage; what follows is cut off.", min=1)] = 80,
+    negatives: Annotated[bool, typer.Option(help="Another paragraph of each document beside its pair.")] = True,
     seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
@@ -337,13 +338,14 @@ def pairs(
     from flashvec.training.cloze import MIN_SENTENCES, cloze_pairs
     from flashvec.training.mine import write_pairs
 
-    found = cloze_pairs([str(path) for path in texts], limit=limit, max_words=max_words, seed=seed)
+    given = [str(path) for path in texts]
+    found = cloze_pairs(given, limit=limit, max_words=max_words, with_negatives=negatives, seed=seed)
     if not found:
         names = ", ".join(path.name for path in texts)
         raise ValueError(f"{names}: no paragraph (a line) has {MIN_SENTENCES} whole sentences")
     write_pairs(out, found)
-    negatives = sum(bool(pair.negatives) for pair in found)
+    count = sum(bool(pair.negatives) for pair in found)
     if as_json:
-        print(json.dumps({"out": str(out), "pairs": len(found), "negatives": negatives}))
+        print(json.dumps({"out": str(out), "pairs": len(found), "negatives": count}))
         return
-    stdout.print(f"{out}: {len(found):,} pairs, {negatives:,} with a negative", highlight=False)
+    stdout.print(f"{out}: {len(found):,} pairs, {count:,} with a negative", highlight=False)

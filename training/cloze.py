@@ -2,7 +2,8 @@
 
 The inverse cloze task (Lee et al. 2019): a sentence is taken out of its paragraph, and the paragraph is to be found by
 it; in one of ten the sentence stays, so that shared words count as well. Another paragraph of the same document stands
-beside them as what does not match: it is of the same topic, which makes it hard. A document is a `<doc ...>` block of
+beside them as what does not match: it is of the same topic, which makes it hard. Contrastive training's `neighbours`
+brings pairs of one document together instead, which costs no text more. A document is a `<doc ...>` block of
 Wikipedia extractors, or a whole file. Only text is used, no title, no link, no label.
 """
 
@@ -26,17 +27,20 @@ class Paragraph(NamedTuple):
     document: int
 
 
-def cloze_pairs(paths: Sequence[str], *, limit: int | None = None, max_words: int = 80, seed: int = 0) -> list[Pair]:
+def cloze_pairs(
+    paths: Sequence[str], *, limit: int | None = None, max_words: int = 80, with_negatives: bool = True, seed: int = 0
+) -> list[Pair]:
     """A pair for each paragraph of at least `MIN_SENTENCES` sentences, in the order of the source; each query once.
 
     Args:
         paths: .txt files of one paragraph a line.
         limit: pairs at most: paragraphs are then drawn at random.
         max_words: of a passage; what follows is cut off.
+        with_negatives: without them the pairs are the same: where neighbours meet in a batch, each is the others'.
         seed: of what is drawn.
 
     Returns:
-        Each with one negative, but for those whose document has no other paragraph.
+        Each with one negative, if wanted, but for those whose document has no other paragraph.
 
     Raises:
         DataError: a file is missing, of another kind, or damaged.
@@ -61,7 +65,7 @@ def cloze_pairs(paths: Sequence[str], *, limit: int | None = None, max_words: in
             negatives = (_cut(paragraphs[other].sentences, max_words),)
         if (name := text_hash(sentences[asks])) not in seen:
             seen.add(name)
-            kept[index] = Pair(sentences[asks], _cut(answers, max_words), negatives)
+            kept[index] = Pair(sentences[asks], _cut(answers, max_words), negatives if with_negatives else ())
     return [kept[index] for index in sorted(kept)]
 
 

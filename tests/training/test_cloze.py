@@ -82,6 +82,10 @@ def test_the_command_writes_what_training_reads(tmp_path):
     ]
     told = CliRunner().invoke(app, ["pairs", file, "--out", str(out), "--limit", "2"])
     assert told.output == f"{out}: 2 pairs, 2 with a negative\n"  # on one line, however long the name
+    told = CliRunner().invoke(app, ["pairs", file, "--out", str(out), "--no-negatives"])
+    assert told.output == f"{out}: 6 pairs, 0 with a negative\n"
+    alone = [(p.query, p.positive) for p in read_pairs([str(out)])]
+    assert alone == [(p.query, p.positive) for p in cloze_pairs([file])]
     file = write(tmp_path / "short.txt", ["Nothing here."])
     failed = CliRunner().invoke(app, ["pairs", file, "--out", str(tmp_path / "none.jsonl")])
     assert failed.exit_code == 1 and not (tmp_path / "none.jsonl").exists()
