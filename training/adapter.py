@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
 from flashvec.runtime.checkpoint.chain import model_name
 from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE
 from flashvec.runtime.checkpoint.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
-from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
+from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource, write_tensors
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.tokenize import Tokenizer
@@ -46,7 +45,7 @@ def write_adapter(
         for letter, x in (("A", a_RC), ("B", b_nR)):
             tensors[f"{PREFIXES[wrapped]}{name}.lora_{letter}.weight"] = x.to("cpu", dtype).contiguous().clone()
     with whole(folder / WEIGHTS_FILE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        write_tensors(tensors, partial)
     config = {
         "peft_type": "LORA",
         "task_type": None,

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE
 from flashvec.runtime.checkpoint.peft import CONFIG_FILE, LORA_KEY, WEIGHTS_FILE, read_adapter_config
-from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
+from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource, write_tensors
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.training.adapter import PREFIXES, base_part
 from flashvec.training.files import whole
@@ -133,4 +132,4 @@ def _write(folders: Sequence[Path], output: Path, tensors: dict[str, Tensor], co
         seen = [np.load(folder / SEEN_FILE, allow_pickle=False) for folder in folders]
         np.save(output / SEEN_FILE, np.unique(np.concatenate(seen)), allow_pickle=False)
     (output / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    save_file(tensors, output / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(tensors, output / WEIGHTS_FILE)

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from flashvec.runtime.checkpoint.safetensors_files import write_tensors
 from flashvec.training.files import whole
 
 PREFIX = "checkpoint-"
@@ -54,7 +55,7 @@ def save_checkpoint(
             TENSOR_FILES[1]: optimizer_tensors(parameters, optimizer),
         }
         for name, tensors in contents.items():
-            save_file(tensors, partial / name)
+            write_tensors(tensors, partial / name)
         digests = {name: _digest(partial / name) for name in TENSOR_FILES}
         state = {"step": step, "fingerprint": fingerprint, "digests": digests, "torch": torch.__version__}
         (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flashvec.runtime.checkpoint.hf_config import hf_config
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.checkpoint.placing import target_folder, write_among_others, write_whole
+from flashvec.runtime.checkpoint.safetensors_files import write_tensors
 from flashvec.runtime.checkpoint.saved import SPEC_FILE, dense_folder
 from flashvec.runtime.checkpoint.sentence_transformers import (
     ACTIVATIONS,
@@ -233,7 +233,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> torch
     widest = WIDTHS[0]
 
     def flush() -> None:
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        write_tensors(held, folder / f"shard-{len(shards)}")
         shards.append(list(held))
         held.clear()
 
@@ -279,7 +279,7 @@ def _write_model(
         head.mkdir()
         found = {"linear.weight": weight, "linear.bias": bias}
         kept = {name: tensor.cpu().contiguous() for name, tensor in found.items() if tensor is not None}
-        save_file(kept, head / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(kept, head / "model.safetensors")
     _write_json(folder / SPEC_FILE, spec.to_dict())
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flashvec.runtime.checkpoint.source import CheckpointError
@@ -138,6 +139,18 @@ class SafetensorsSource:
 
     def _release(self, file: str) -> None:
         del self._open[file], self._unread[file]
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file with the permissions of any new file: the library's own can be read by its owner alone.
+
+    Raises:
+        SafetensorError, OSError: the disk is full or not writable.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _open(path: Path) -> Any:

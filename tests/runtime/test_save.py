@@ -31,6 +31,15 @@ def test_save_restores_bit_for_bit(family, dtype, tmp_path):
         assert library_difference(tmp_path / "saved") < TOLERANCE
 
 
+def test_every_file_may_be_read_by_whom_the_process_allows(tmp_path):
+    """Where other users run the model: safetensors' own files are their owner's alone."""
+    tiny_checkpoint(tmp_path / "model", "llama")
+    (tmp_path / "any").touch()
+    Encoder.load(tmp_path / "model").save(tmp_path / "saved")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "saved").rglob("*") if file.is_file()}
+    assert "model.safetensors" in modes and set(modes.values()) == {(tmp_path / "any").stat().st_mode}
+
+
 def test_save_keeps_heads_and_fewer_layers(tmp_path):
     library_model(tmp_path)
     encoder = Encoder.load(tmp_path / "model", layers=2, dtype="float32")

@@ -123,6 +123,14 @@ def test_what_is_written_peft_and_the_encoder_read(wrapped, tmp_path):
         assert torch.equal(got[name.split(".layers.")[1]], x) and x.any()
 
 
+def test_a_run_leaves_no_file_that_its_owner_alone_can_read(tmp_path):
+    run_training(config_for("mntp", tmp_path, loop={"steps": 1}))
+    (tmp_path / "any").touch()
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert {"adapter_model.safetensors", "parameters.safetensors"} <= {file.name for file in files}
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "any").stat().st_mode}
+
+
 def test_half_the_bytes_where_asked_and_a_finished_run_is_only_saved_anew(tmp_path):
     config = config_for("contrastive", tmp_path, loop={"steps": 2}, lora={"dropout": 0.0})
     run_training(config)
