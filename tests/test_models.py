@@ -14,9 +14,10 @@ from tiny_models import tiny_checkpoint
 
 from flashvec import Encoder
 from flashvec.training.adapter import read_adapter
-from flashvec.training.config import DistillConfig, LoraConfig, read_config
+from flashvec.training.config import ContrastiveConfig, DistillConfig, LoraConfig, build, read_config, read_values
 from flashvec.training.data import text_hash
 from flashvec.training.lora import Lora
+from flashvec.training.recipe import MeanConfig
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "models" / "smollm2-135m"
@@ -88,27 +89,34 @@ def test_opens_over_a_base_of_its_sizes(tmp_path):
 
 def test_says_how_it_is_pooled_and_how_it_was_made():
     settings = json.loads((FOLDER / "llm2vec_config.json").read_text())
-    assert settings["pooling_mode"] == "mean"
+    assert settings["pooling_mode"] == "mean" and settings["max_length"] == 512
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     for word in ("license: apache-2.0", "flashvec train distill", "Wikipedia", "STS-B", "seed"):
         assert word in card, word
 
 
-def test_its_settings_are_those_that_train_takes():
-    files = sorted(FOLDER.glob("generation-*.yaml"))
-    configs = [read_config(DistillConfig, file) for file in files]
-    for number, config in enumerate(configs, 1):
-        earlier = [before.output for before in configs[: number - 1]]
-        assert config.lora.start == (earlier[-1] if earlier else None)
-        assert set(config.teachers) <= set(earlier) and bool(config.teachers) == bool(earlier)
-        assert config.lora.r == json.loads((FOLDER / "adapter_config.json").read_text())["r"]
-        assert not any(Path(name).is_absolute() for name in (config.model, config.output, *config.texts))
+def test_its_settings_are_those_that_the_recipe_takes():
+    """Each generation from earlier ones, with paths of nobody's machine, and a log of all its steps."""
+    rank = json.loads((FOLDER / "adapter_config.json").read_text())["r"]
+    made: list[str] = []
+    for number in range(1, 1 + len(list(FOLDER.glob("generation-*.yaml")))):
+        file = FOLDER / f"generation-{number}.yaml"
+        values = read_values(file)
+        if "mean" in values:
+            mean = build(MeanConfig, values, file.name)
+            assert len(mean.mean) > 1 and set(mean.mean) <= set(made)
+            made.append(mean.output)
+            continue
+        config = read_config(ContrastiveConfig if "pairs" in values else DistillConfig, file)
+        assert config.lora.start == (made[-1] if made else None) and config.lora.r == rank
+        if isinstance(config, DistillConfig):
+            assert set(config.teachers) <= set(made) and bool(config.teachers) == bool(made)
+        data = config.pairs if isinstance(config, ContrastiveConfig) else config.texts
+        assert data and not any(Path(name).is_absolute() for name in (config.model, config.output, *data))
         log = (FOLDER / f"generation-{number}.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in log] == list(range(1, config.loop.steps + 1))
-    assert (
-        len(files) > 1
-        and configs[-1].max_length == json.loads((FOLDER / "llm2vec_config.json").read_text())["max_length"]
-    )
+        made.append(config.output)
+    assert len(made) > 1 and [Path(name).name for name in made] == [f"generation-{i + 1}" for i in range(len(made))]
 
 
 @pytest.mark.parametrize("name", ["a man is playing a guitar", "The woman is slicing onions.", "a dog"])

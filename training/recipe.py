@@ -103,7 +103,7 @@ def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> None:
     )
     for name, lines in zip(TEXT_FILES, found, strict=True):
         write_lines(folder / name, lines)
-    write_pairs(folder / PAIRS_FILES[0], cloze_pairs(wikipedia))
+    write_pairs(folder / PAIRS_FILES[0], cloze_pairs(wikipedia, with_negatives=False))
 
 
 def make(options: argparse.Namespace) -> None:
