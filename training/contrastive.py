@@ -65,7 +65,9 @@ class Contrastive:
         names = [frozenset(text_hash(t) for t in {p.query, p.positive}) for p in self.pairs]
         sources = np.array([p.source for p in self.pairs])
         files = ["texts"] if config.texts else list(map(str, text_files(config.pairs)))
-        groups = np.split(np.arange(len(sources)), run_starts(sources, config.neighbours)[1:])
+        groups = None
+        if config.neighbours > 1:
+            groups = np.split(np.arange(len(sources)), run_starts(sources, config.neighbours)[1:])
         self.batches = SourceBatches(sources, names, config.batch_size, config.loop.seed, files=files, groups=groups)
         self.rates = Rates(config.attention_dropout, self._lora_dropout, config.loop.seed)
         agree = world.least if config.loop.shard_base else int

@@ -40,7 +40,7 @@ def launch(size, code_or_file, *arguments):
 def test_two_and_four_processes_give_the_gradient_of_one(tmp_path):
     """Unequal tokens, ragged negatives, numbers of micro-batches that differ."""
     shared = {"batch_size": 7, "loop": {"micro_batch_tokens": 60}}
-    pairs = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "temperature": 0.5}
+    pairs = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "temperature": 0.5, "depths": [1, 2]}
     teacher = {"prompts": ['"{text}" means', "In a word, {text} is"], "whitening_texts": 40, "depths": [1, 2]}
     values = {"contrastive": {**shared, **pairs}, "mntp": shared, "distill": {**shared, **teacher}}
     want = {name: step_gradient(name, tmp_path, own) for name, own in values.items()}
@@ -63,7 +63,7 @@ SHARDED = {
 @pytest.mark.parametrize("loop", SHARDED.values(), ids=SHARDED)
 def test_a_base_in_parts_gives_the_gradient_of_the_whole(loop, tmp_path):
     """With a part of the products' bytes in each process; masks of dropout among what must be the same."""
-    pairs = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "temperature": 0.5}
+    pairs = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "temperature": 0.5, "depths": [1, 2]}
     values = {"contrastive": {"batch_size": 7, "attention_dropout": 0.1, **pairs}, "mntp": {"batch_size": 7}}
     want = {name: step_gradient(name, tmp_path, own | {"loop": loop}) for name, own in values.items()}
     sharded = {name: own | {"loop": {**loop, "shard_base": True}} for name, own in values.items()}
