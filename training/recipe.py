@@ -199,7 +199,10 @@ def main() -> None:
         help="of the first generation, each further one has the next; with several the result is in OUT/mean",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="over every generation's settings, such as loop.steps=20"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="over every generation's settings, such as loop.steps=20; written before --wikipedia and --seeds",
     )
     options = parser.parse_args()
     try:
