@@ -5,8 +5,9 @@
 
 Untrained: bidirectional mean pooling, causal mean pooling, and the strongest reading known of an untrained decoder,
 the last token's state under a one-word prompt (Jiang et al. 2023), two layers before the end. Trained: bidirectional
-mean pooling without a prompt. All means at the model's full depth and cut (`--depths`). Retrieval also by BM25
-(Robertson; Lucene's form, with English stop words and stems). Beside them, other encoders (`--beside`), run by
+mean pooling without a prompt. All means at the model's full depth and cut (`--depths`). Retrieval also with vectors
+whitened by the collection's documents, and by BM25 (Robertson; Lucene's form, with English stop words and stems), whose
+weights of words are those documents' too. Beside them, other encoders (`--beside`), run by
 transformers. Words by linear probes on their vectors, three seeds. Spearman of cosines, nDCG@10, accuracy (parts of
 speech, chunks), entities' F1, all x 100.
 """
@@ -24,13 +25,14 @@ import torch
 
 from flashvec.bench.timing import append_rows
 from flashvec.runtime.encoder import Encoder
+from flashvec.runtime.whitening import POWER
 from flashvec.training.evaluate import read_scored_pairs, sts_score
 from flashvec.training.retrieval import (
     Collection,
     judged_queries,
     ranking_score,
     read_collection,
-    retrieval_score,
+    vector_score,
 )
 from flashvec.training.word_files import TASKS, read_tagged
 from flashvec.training.words import MEASURES, probe_words
@@ -38,6 +40,7 @@ from flashvec.training.words import MEASURES, probe_words
 ONE_WORD = 'This sentence : "{text}" means in one word:"'
 LAYERS_BEFORE_END = 2
 TRAINED = "trained"
+WHITENED = ", whitened"  # a column beside the plain one
 
 
 class Reading(NamedTuple):
@@ -107,8 +110,10 @@ def measure(
     """
     encoder = reading.open(model)
 
+    as_pooled = {} if reading.beside else {"normalize": False}
+
     def embed(texts: Any) -> Any:
-        return encoder.embed(list(texts), instruction=reading.instruction)
+        return encoder.embed(list(texts), instruction=reading.instruction, **as_pooled)
 
     dtype = getattr(encoder, "dtype", torch.float32)
     about = {"benchmark": "quality", "model": Path(model).name, "variant": reading.variant, "dtype": str(dtype)}
@@ -118,9 +123,13 @@ def measure(
         yield {**about, "data": file.stem, "score": found["spearman"], "measure": "Spearman", "pairs": found["pairs"],
                "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
     for file in retrieval:
-        start = time.perf_counter()
-        scores = retrieval_score(embed, embed, read_collection(file))
-        yield {**about, "data": file.stem, **_retrieval(scores), "seconds": round(time.perf_counter() - start, 1)}
+        start, collection = time.perf_counter(), read_collection(file)
+        queries = embed(collection.queries[query] for query in judged_queries(collection))
+        documents = embed(collection.documents.values())
+        for power, ending in ((None, ""), (POWER, WHITENED)):
+            scores = vector_score(queries, documents, collection, whitening=power)
+            taken = round(time.perf_counter() - start, 1)
+            yield {**about, "data": file.stem + ending, **_retrieval(scores), "seconds": taken}
     for task in words if reading.instruction is None else []:
         start = time.perf_counter()
         train, dev = (read_tagged(path, task.task, max_sentences=task.max_sentences) for path in task[1:3])

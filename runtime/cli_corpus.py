@@ -1,4 +1,4 @@
-"""Commands over corpora: `flashvec embed`, `embed-shard`, `search`."""
+"""Commands over corpora: `flashvec embed`, `embed-shard`, `search`, `whiten`."""
 
 import json
 import os
@@ -17,6 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON: an object for ea
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or all; default all GPUs, else the CPU.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter to merge; may be repeated.")]
+RUN_OF_SAMPLE = 1024  # rows, of which the first are read
 Layers = Annotated[int | None, typer.Option(help="Run the first layers only.", min=1)]
 
 
@@ -218,9 +219,62 @@ def search(
             stdout.print(f"        {' '.join(hit.text.split())[:200]}", highlight=False)
 
 
+def whiten(
+    inputs: Annotated[
+        list[str], typer.Argument(help="The collection, in files as `flashvec embed` takes them.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="Model folder, GGUF file or hub id.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write the encoder to.", show_default=False)],
+    adapter: Adapters = None,
+    layers: Layers = None,
+    power: Annotated[
+        float, typer.Option(help="0 takes the texts' mean off, 0.5 makes all axes weigh the same.", min=0, max=0.5)
+    ] = 0.25,
+    sample: Annotated[int, typer.Option(help="Texts to read at most, from all over the files.", min=2)] = 2000,
+    text_column: Annotated[str | None, typer.Option(help="Default: text, or the only text column.")] = None,
+    text_template: Annotated[str | None, typer.Option(help='Several columns in one, as "{title}\\n{body}".')] = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fit an encoder to a collection: what its texts have in common weighs less. No labels, no training.
+
+    Embed the collection and its queries with the new folder; weights are stored in the dtype that ran.
+
+    Example: `flashvec whiten data/*.jsonl --model ./my-model --out ./my-model-for-data`
+    """
+    from flashvec.runtime.checkpoint.export import target_folder
+    from flashvec.runtime.corpus.job import draft_plan
+    from flashvec.runtime.corpus.reporter import counted
+    from flashvec.runtime.corpus.sample import sample_texts
+    from flashvec.runtime.corpus.settings import JobSettings
+    from flashvec.runtime.corpus.sources import find_sources
+    from flashvec.runtime.encoder import Encoder
+
+    def say(note: str) -> None:
+        stderr.print(f"note: {note}", highlight=False)
+
+    target_folder(out, overwrite)  # before the work, not after it
+    columns = () if text_column is None else (text_column,)
+    template = None if text_template is None else text_template.replace("\\n", "\n")
+    settings = JobSettings(text_columns=columns, text_template=template, shard_size=RUN_OF_SAMPLE)
+    texts = sample_texts(draft_plan(find_sources(inputs, say), settings, {}), sample)
+    encoder = Encoder.load(model, adapters=adapter or (), layers=layers, dtype=dtype)
+    encoder.whiten(texts, power=power, show_progress=False if as_json else None)
+    width = encoder.spec.dense[-1].out_features
+    if len(texts) < width:
+        say(f"{counted(len(texts), 'text')} for {width} axes: more of them, where there are any, fit better")
+    encoder.save(out, overwrite=overwrite)
+    if as_json:
+        print(json.dumps({"folder": str(out), "texts": len(texts), "power": power}))
+    else:
+        stdout.print(f"wrote {out}, fitted to {counted(len(texts), 'text')}", highlight=False)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to an application."""
     app.command()(embed)
+    app.command()(whiten)
     app.command("embed-shard")(embed_shard)
     app.command()(search)
 

@@ -33,8 +33,8 @@ class SpreadEncoder(Encoder):
     order. Each process tokenises its own texts. Use it as a context manager, or `close` it; it ends with the program
     too.
 
-    What an encoder on one device can do and this cannot: `output="torch"` gives a tensor on the CPU; `decoder` and
-    `save` are refused, since the weights are elsewhere.
+    What an encoder on one device can do and this cannot: `output="torch"` gives a tensor on the CPU; `decoder`,
+    `save` and `whiten` are refused, since the weights are elsewhere.
     """
 
     def __init__(
@@ -74,6 +74,9 @@ class SpreadEncoder(Encoder):
 
     def save(self, folder: Any, *, overwrite: bool = False) -> None:
         raise ValueError("an encoder on several devices does not hold its weights: load it on one device to save it")
+
+    def whiten(self, texts: Any, **settings: Any) -> None:
+        raise ValueError("an encoder on several devices cannot be whitened: do it on one, save it, and load the folder")
 
     def embed_iter(self, texts: Any, *, window: int | None = None, **settings: Any) -> Any:
         """As `Encoder.embed_iter`; the window grows with the number of devices."""

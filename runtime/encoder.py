@@ -1,5 +1,6 @@
 """`Encoder`: a decoder LLM as a text encoder. Load it, embed texts."""
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,9 +19,10 @@ from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.parts import PartVectors
 from flashvec.runtime.placement import choose_devices, choose_dtype
 from flashvec.runtime.pooling import DenseHead, number_format, vector_length
-from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.spec import DenseSpec, ModelSpec
 from flashvec.runtime.text_runner import Instruction
 from flashvec.runtime.texts import as_texts, check_ordered, elements
+from flashvec.runtime.whitening import POWER, fit_whitening
 from flashvec.runtime.windows import WINDOW, RunSettings, run_settings
 
 logger = logging.getLogger("flashvec")
@@ -301,6 +303,31 @@ class Encoder(PartVectors, SentenceTransformerNames):
             int8_ranges=(tuple(low.tolist()), tuple(high.tolist())),
             int8_length=vector_length(self.spec, len(low), settings.get("normalize")),
         )
+
+    def whiten(self, texts: Iterable[str], *, power: float = POWER, **settings: Any) -> None:
+        """Fit vectors to a collection: what its texts have in common weighs less (`runtime/whitening.py`).
+
+        A dense head is added, which `save` keeps and sentence-transformers runs too. Queries and documents go through
+        it alike; vectors from before do not compare with those that come after. The leading dimensions hold most:
+        `truncate_dim` may cut them. int8 ranges are forgotten.
+
+        Args:
+            texts: the collection's documents, or some hundreds of them.
+            power: 0 takes only the mean off, 0.5 makes all axes weigh the same.
+            settings: `instruction`, `prompt_name`, `max_length`, `batch_tokens`, `show_progress`, as in `embed`.
+
+        Raises:
+            TypeError, ValueError: a str, fewer than two texts, texts that are all alike, or as `embed`.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts is a str: give a list of the collection's texts")
+        whole = copy.copy(self)
+        whole.spec = replace(self.spec, truncate_dim=None)
+        weight, bias = map(torch.from_numpy, fit_whitening(whole.embed(texts, normalize=False, **settings), power))
+        width = len(bias)
+        self.heads = [*self.heads, DenseHead(weight.to(self.device), bias.to(self.device), "identity")]
+        head = DenseSpec(width, width, bias=True, activation="identity")
+        self.spec = replace(self.spec, dense=(*self.spec.dense, head), int8_ranges=None, int8_length=None)
 
     def count_tokens(
         self, texts: str | Iterable[str], *, instruction: Instruction = None, prompt_name: str | None = None

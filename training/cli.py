@@ -106,9 +106,10 @@ def _open(model: str, backend: str, choices: dict[str, Any]) -> Any:
 
 
 def _embedder(model: str, backend: str, choices: dict[str, Any]) -> Any:
-    """Texts and an instruction to vectors, by this package or by the model's own."""
+    """Texts and an instruction to vectors as they are pooled, by this package or by the model's own."""
     encoder = _open(model, backend, choices)
-    return lambda texts, instruction: encoder.embed(list(texts), instruction=instruction)
+    as_pooled = {} if backend == "hf" else {"normalize": False}
+    return lambda texts, instruction: encoder.embed(list(texts), instruction=instruction, **as_pooled)
 
 
 @evaluate_app.command()
@@ -151,6 +152,9 @@ def retrieval(
     pooling: Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")] = None,
     layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
     instruction: Annotated[str | None, typer.Option(help="Before each query.")] = None,
+    whiten: Annotated[
+        float | None, typer.Option(help="Fit vectors to the documents as `flashvec whiten` does; its power, 0 to 0.5.")
+    ] = None,
     backend: Backend = "flashvec",
     as_json: Json = False,
 ) -> None:
@@ -163,7 +167,9 @@ def retrieval(
     read = read_collection(collection)
     choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
     embed = _embedder(model, backend, choices)
-    found = retrieval_score(lambda texts: embed(texts, instruction), lambda texts: embed(texts, None), read)
+    found = retrieval_score(
+        lambda texts: embed(texts, instruction), lambda texts: embed(texts, None), read, whitening=whiten
+    )
     if as_json:
         print(json.dumps({"model": model, "collection": collection.name, **found}))
         return

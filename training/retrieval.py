@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flashvec.runtime.whitening import fit_whitening
 from flashvec.training.data import DataError
 
 logger = logging.getLogger("flashvec")
@@ -151,11 +152,38 @@ def _read(path: Path) -> str:
 
 
 def retrieval_score(
-    embed_queries: Embed, embed_documents: Embed, collection: Collection, depth: int = 10
+    embed_queries: Embed,
+    embed_documents: Embed,
+    collection: Collection,
+    depth: int = 10,
+    *,
+    whitening: float | None = None,
 ) -> dict[str, float]:
-    """`ranking_score` of cosines."""
-    documents = _unit(embed_documents(list(collection.documents.values())))
-    queries = _unit(embed_queries([collection.queries[query] for query in judged_queries(collection)]))
+    """`vector_score` of texts: of all documents, and of the queries that are judged."""
+    documents = embed_documents(list(collection.documents.values()))
+    queries = embed_queries([collection.queries[query] for query in judged_queries(collection)])
+    return vector_score(queries, documents, collection, depth, whitening=whitening)
+
+
+def vector_score(
+    queries_QD: np.ndarray,
+    documents_ND: np.ndarray,
+    collection: Collection,
+    depth: int = 10,
+    *,
+    whitening: float | None = None,
+) -> dict[str, float]:
+    """`ranking_score` of cosines.
+
+    Args:
+        queries_QD: vectors of `judged_queries`.
+        documents_ND: vectors of the documents, as pooled: `whitening` reads lengths too.
+        whitening: power of a whitening fitted to the documents (`runtime/whitening.py`), as `Encoder.whiten` would.
+    """
+    if whitening is not None:
+        weight, bias = fit_whitening(documents_ND, whitening)
+        queries_QD, documents_ND = queries_QD @ weight.T + bias, documents_ND @ weight.T + bias
+    queries, documents = _unit(queries_QD), _unit(documents_ND)
     rows = max(1, BLOCK_SCORES // len(documents))
     blocks = (queries[start : start + rows] @ documents.T for start in range(0, len(queries), rows))
     return ranking_score((row for block in blocks for row in block), collection, depth)

@@ -1,4 +1,4 @@
-"""A few texts from all over a job's inputs: for int8 ranges and for estimates."""
+"""A few texts from all over a job's inputs: for int8 ranges, estimates and whitening."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice

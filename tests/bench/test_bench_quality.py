@@ -67,12 +67,13 @@ def test_bm25_finds_words_by_their_stems_and_rows_carry_their_name(tmp_path, mon
     arguments = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "out"), "--retrieval", str(folder)]
     monkeypatch.setattr("sys.argv", ["x", *arguments, "--name", "SimCSE"])
     bench_quality.main()
-    assert [row["variant"].split(",")[0] for row in kept] == ["BM25", *["untrained"] * 3, "SimCSE"]
+    assert [row["variant"].split(",")[0] for row in kept] == ["BM25", *["untrained"] * 6, *["SimCSE"] * 2]
+    assert [row["data"] for row in kept] == ["beir", *["beir", "beir, whitened"] * 4]
     assert kept[0]["score"] == 100 and all(row["measure"] == "nDCG@10" and row["queries"] == 1 for row in kept)
     monkeypatch.setattr("sys.argv", ["x", *arguments, "--trained-only", "--dry"])
     bench_quality.main()
     out = capsys.readouterr().out
-    assert len(kept) == 5 and out.splitlines()[-1].startswith("trained, bidirectional, mean")
+    assert len(kept) == 9 and out.splitlines()[-1].startswith("trained, bidirectional, mean")
     with monkeypatch.context() as without:
         without.setattr(bench_quality.importlib.util, "find_spec", lambda name: None)
         assert not list(bench_quality.measure_bm25("m", torch.float32, [folder]))

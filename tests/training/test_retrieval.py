@@ -8,11 +8,13 @@ from scipy.spatial.distance import cosine
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sklearn.metrics import ndcg_score
-from tiny_models import tiny_tokenizer
+from tiny_models import TEXTS, tiny_tokenizer
 from training_runs import tiny_base
 from typer.testing import CliRunner
 
+from flashvec import Encoder
 from flashvec.runtime.cli import app
+from flashvec.runtime.whitening import POWER
 from flashvec.training.data import DataError
 from flashvec.training.hf_encoder import HfEncoder
 from flashvec.training.retrieval import Collection, ndcg, ranking_score, read_collection, retrieval_score
@@ -93,6 +95,21 @@ def test_score_of_a_known_ranking(tmp_path):
     assert (found["recall@100"], found["queries"], found["documents"]) == (100, 2, 2)
 
 
+def test_whitening_is_that_of_an_encoder_fitted_to_the_documents(tmp_path):
+    tiny_base(tmp_path / "base")
+    documents = {f"d{i}": f"{text} {i}" for i, text in enumerate(TEXTS * 3)}
+    queries = {f"q{i}": text for i, text in enumerate(TEXTS)}
+    relevance = {f"q{i}": {f"d{(5 * i + 2) % len(documents)}": 1.0} for i in range(len(queries))}
+    collection = Collection(documents, queries, relevance)
+    plain, fitted = (Encoder.load(tmp_path / "base", dtype="float32") for _ in range(2))
+    fitted.whiten(list(documents.values()))
+    whitened = retrieval_score(
+        *[lambda texts: plain.embed(texts, normalize=False)] * 2, collection, 10, whitening=POWER
+    )
+    assert whitened == retrieval_score(fitted.embed, fitted.embed, collection, 10)
+    assert whitened != retrieval_score(plain.embed, plain.embed, collection, 10)
+
+
 def test_a_document_that_is_the_query_itself_is_left_out(tmp_path):
     """As BEIR's measures do it; two that only share a name are two."""
     documents = {"q1": "a river", "d2": "a stream", "q2": "stones"}
@@ -143,7 +160,7 @@ def test_command_runs_ours_and_hugging_faces_encoders(tmp_path):
     write_smart(tmp_path)
     tiny_base(tmp_path / "base")
     write_bert(tmp_path / "bert")
-    for model, more in (("base", []), ("bert", ["--backend", "hf"])):
+    for model, more in (("base", ["--whiten", "0.25"]), ("base", []), ("bert", ["--backend", "hf"])):
         command = ["evaluate", "retrieval", str(tmp_path / model), str(tmp_path / "x.ALL"), "--json", *more]
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
