@@ -132,7 +132,7 @@ class DistillConfig(TrainConfig):
 
     texts: tuple[str, ...] = ()
     batch_size: int = 64
-    prompts: tuple[str, ...] = ('This sentence : "{text}" can be summarized in one word:"',)
+    prompts: tuple[str, ...] = ('This sentence : "{text}" can be summarized in one word:"',)  # or none, with teachers
     teacher_layers: int | None = None  # default all but two
     centred: bool = False  # the teacher's states, by their file's mean, and whitened along principal axes
     whitening: float = 0.5  # power of the inverse variances of the teacher's dimensions, or axes; 0 leaves them
@@ -387,8 +387,8 @@ def _can_be_drawn(rate: float) -> bool:
 def _distill_rules(config: DistillConfig) -> list[tuple[str, Any, bool, str]]:
     weights = (config.vector_weight, config.divergence_weight, config.squared_weight)
     return [
-        ("prompts", list(config.prompts), bool(config.prompts) and all("{text}" in p for p in config.prompts),
-         "one or more, each with {text} in it"),
+        ("prompts", list(config.prompts), all("{text}" in p for p in config.prompts)
+         and bool(config.prompts or config.teachers), "one or more, each with {text} in it; none where teachers teach"),
         ("whitening", config.whitening, 0 <= config.whitening <= 0.5, "a power from 0 to 0.5"),
         ("whitening_texts", config.whitening_texts, config.whitening_texts >= 2, "2 or more"),
         ("vector_weight, divergence_weight, squared_weight", weights, min(weights) >= 0 < max(weights),

@@ -198,7 +198,7 @@ def frozen_encoder(model: Model, config: DistillConfig) -> Encoder:
     layers = max(1, count - FALLBACK_LAYERS) if config.teacher_layers is None else config.teacher_layers
     if not 1 <= layers <= count:
         raise ConfigError(f"teacher_layers is {layers}, the model has {count}")
-    prompt_tokens = int(model.tokenizer.count(list(config.prompts), special=True).max())
+    prompt_tokens = int(model.tokenizer.count(list(config.prompts), special=True).max(initial=0))
     own = decoder.layers[:layers]
     norm_D = decoder.norm_D
     if config.train == "body":  # they are about to change

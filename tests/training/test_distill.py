@@ -215,6 +215,25 @@ def test_an_earlier_adapter_teaches_beside_the_prompt(tmp_path):
         run_training(objective.config)
 
 
+def test_an_earlier_adapter_alone_teaches_fewer_layers_what_all_of_its_say(tmp_path):
+    run_training(config_for("distill", tmp_path, output=str(tmp_path / "first"), dtype="float32"))
+    first = str(tmp_path / "first")
+    objective = objective_for(
+        tmp_path, prompts=[], teachers=[first], depths=[1, 2], lora={"start": first, "dropout": 0.0}
+    )
+    rows = objective.teacher.sample
+    encoder = Encoder.load(tmp_path / "base", adapters=(first,), max_length=24, dtype="float32")
+    texts = [objective.texts[row] for row in rows]
+    taught = objective.teacher.vectors(rows)
+    torch.testing.assert_close(taught, torch.from_numpy(encoder.embed(texts)), rtol=0, atol=1e-5)
+    training = objective.model.trainable.training()
+    start = encode(objective.model, token_rows(objective.model, texts), range(len(texts)), training, (1, 2))
+    half, whole = (F.normalize(x.detach()) for x in start.chunk(2, 1))
+    assert (
+        float(objective._at(1, whole, taught)) < 1e-5 < float(objective._at(0, half, taught))
+    )  # it is where it starts
+
+
 def test_a_teacher_of_another_base_is_refused_and_one_over_adapters_stands_on_them(tmp_path):
     run_training(config_for("distill", tmp_path, output=str(tmp_path / "below"), dtype="float32"))
     over = {"adapters": [str(tmp_path / "below")]}
@@ -300,7 +319,7 @@ def test_a_taught_layer_that_stays_as_it_was_stops(tmp_path):
         ({"depths": [2, 1]}, "depths is .2, 1.; expected rising numbers"),
         ({"depths": [0, 1]}, "expected rising numbers from 1 on"),
         ({"prompts": ["one word"]}, r"prompts is .*; expected one or more, each with \{text\} in it"),
-        ({"prompts": []}, "prompts is ..; expected one or more"),
+        ({"prompts": []}, "prompts is ..; expected one or more, .*; none where teachers teach"),
         ({"whitening": 0.6}, "whitening is 0.6; expected a power from 0 to 0.5"),
         ({"vector_weight": -1.0}, "vector_weight, .* is .-1.0, .*; expected 0 or more, and not all 0"),
         ({"vector_weight": 0.0}, "not all 0"),
