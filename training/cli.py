@@ -333,6 +333,7 @@ def pairs(
     out: Annotated[Path, typer.Option(help=".jsonl file of pairs to write.", show_default=False)],
     limit: Annotated[int | None, typer.Option(help="Pairs at most, of paragraphs drawn at random.", min=1)] = None,
     max_words: Annotated[int, typer.Option(help="Of a passage; what follows is cut off.", min=1)] = 80,
+    max_asking: Annotated[int, typer.Option(help="Sentences that ask together, one to so many.", min=1)] = 1,
     negatives: Annotated[bool, typer.Option(help="Another paragraph of each document beside its pair.")] = True,
     seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
     as_json: Json = False,
@@ -345,7 +346,9 @@ def pairs(
     from flashvec.training.mine import write_pairs
 
     given = [str(path) for path in texts]
-    found = cloze_pairs(given, limit=limit, max_words=max_words, with_negatives=negatives, seed=seed)
+    found = cloze_pairs(
+        given, limit=limit, max_words=max_words, max_asking=max_asking, with_negatives=negatives, seed=seed
+    )
     if not found:
         names = ", ".join(path.name for path in texts)
         raise ValueError(f"{names}: no paragraph (a line) has {MIN_SENTENCES} whole sentences")

@@ -118,6 +118,7 @@ class ContrastiveConfig(TrainConfig):
     view: Literal["dropout", "crop"] = "dropout"
     loss: Literal["info_nce", "cosent"] = "info_nce"
     neighbours: int = 1  # pairs or texts that follow each other in a file and meet in a batch, as distill's do
+    words: float = 0.0  # share of the loss that is taught by rare words that texts share (`overlap.py`)
     margin: float | None = None  # candidates closer than the positive by more than this are left out
     prefixes: tuple[int, ...] = ()  # Matryoshka sizes, ascending
     depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone
@@ -352,6 +353,7 @@ def _check(config: TrainConfig, where: str) -> None:
         rules += [
             ("margin", config.margin, config.margin is None or not is_cosent, "null with loss: cosent, which has none"),
             ("prefixes", config.prefixes, not config.prefixes or not is_cosent, "empty with loss: cosent"),
+            ("words", config.words, 0 <= config.words <= (not is_cosent), "0 to 1, and 0 with loss: cosent"),
             (
                 "view",
                 config.view,

@@ -29,6 +29,7 @@ from flashvec.training.data import (
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, check_instructions, encode, own_packs, text_rows, token_rows
 from flashvec.training.model import Model
+from flashvec.training.overlap import WordOverlap, overlap_loss
 from flashvec.training.reference_config import E5_INSTRUCTIONS
 from flashvec.training.step import Retention, backward_through
 
@@ -42,6 +43,7 @@ class Columns(NamedTuple):
     num_queries: int
     ids: np.ndarray  # int64: names of the texts, to leave copies of a positive out
     scores: np.ndarray | None  # float64 [num_queries], of graded pairs
+    overlap: np.ndarray | None  # fp32 [all, all], of the words that texts share, where these teach
 
 
 class Contrastive:
@@ -69,6 +71,7 @@ class Contrastive:
         if config.neighbours > 1:
             groups = np.split(np.arange(len(sources)), run_starts(sources, config.neighbours)[1:])
         self.batches = SourceBatches(sources, names, config.batch_size, config.loop.seed, files=files, groups=groups)
+        self.word_overlap = WordOverlap(pair.positive for pair in self.pairs) if config.words else None
         self.rates = Rates(config.attention_dropout, self._lora_dropout, config.loop.seed)
         agree = world.least if config.loop.shard_base else int
         self.retention = Retention(config.loop.activation_gib, agree)
@@ -114,7 +117,8 @@ class Contrastive:
             rows = joined(*(token_rows(self.model, *column) for column in columns))
         ids = np.array([text_hash(text) for text in texts], np.int64)
         scores = None if pairs[0].score is None else np.array([p.score for p in pairs], np.float64)
-        return Columns(rows, len(queries), ids, scores)
+        overlap = None if self.word_overlap is None else self.word_overlap(texts)
+        return Columns(rows, len(queries), ids, scores, overlap)
 
     def _instruction(self, pair: Pair) -> str:
         return pair.instruction if pair.instruction is not None else self.config.instruction or ""
@@ -160,8 +164,12 @@ class Contrastive:
             document_ids_M=torch.from_numpy(columns.ids[n:]).to(vectors.device),
             margin=config.margin,
             prefixes=config.prefixes or None,
-        )
-        return loss.mean()
+        ).mean()
+        if columns.overlap is None:
+            return loss
+        overlap, sizes = torch.from_numpy(columns.overlap), config.prefixes or (vectors.shape[1],)
+        shared = [overlap_loss(vectors[:, :size], overlap, config.temperature) for size in sizes]
+        return (1 - config.words) * loss + config.words * torch.stack(shared).mean()
 
     def seen(self, step: int) -> Iterator[str]:
         """Texts of a step."""

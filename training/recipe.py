@@ -4,9 +4,9 @@
 
 A generation is a file of settings. It goes on from the one before, or from the one that `lora.start` names:
 
-    prompts, teachers   self-distillation (`distill.py`): the frozen model's one-word answers teach, or those and the
-                        vectors of earlier generations
-    pairs               contrastive learning: a sentence finds the paragraph that it was taken from (`cloze.py`)
+    prompts, teachers   self-distillation (`distill.py`): the frozen model's one-word answers teach, the vectors of
+                        earlier generations, or both
+    pairs               contrastive learning: sentences find the paragraph that they were taken from (`cloze.py`)
     mean                the mean of the updates of earlier generations
 
 With several seeds all generations are made for each, and the mean of the last ones is the result.
@@ -36,7 +36,8 @@ from flashvec.training.sentences import training_lines, write_lines
 
 TEXTS = "texts"  # the folder of what is trained on
 TEXT_FILES = ("sentences.txt", "passages.txt", "examples.txt", "glosses.txt")
-PAIRS_FILES = ("pairs.jsonl",)
+PAIRS_FILES = ("pairs.jsonl", "longer-pairs.jsonl")  # one sentence asks; up to LONGER["max_asking"] do
+LONGER = {"max_asking": 4, "max_words": 100}
 SETTINGS = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m"
 TOGETHER = 4  # lines that stay neighbours: WordNet lists what is alike side by side
 MAX_SENTENCE_WORDS = 20
@@ -103,7 +104,8 @@ def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> None:
     )
     for name, lines in zip(TEXT_FILES, found, strict=True):
         write_lines(folder / name, lines)
-    write_pairs(folder / PAIRS_FILES[0], cloze_pairs(wikipedia, with_negatives=False))
+    for name, settings in zip(PAIRS_FILES, ({}, LONGER), strict=True):
+        write_pairs(folder / name, cloze_pairs(wikipedia, with_negatives=False, **settings))
 
 
 def make(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ class WordEncoder:
     def __init__(self) -> None:
         self.instructions: list[str | None] = []
 
-    def embed(self, texts, *, instruction=None, show_progress=None):
+    def embed(self, texts, *, instruction=None, normalize=None, show_progress=None):
         self.instructions.append(instruction)
         counts = [[text.lower().split().count(word) for word in self.WORDS] for text in texts]
         return np.array(counts, dtype=np.float32) + 10.0  # all point the same way, as untrained vectors do
@@ -91,15 +91,17 @@ def test_shows_what_was_found_and_what_was_missed(console):
     assert asked == ["error", "number", "loop  (missed)"]
 
 
-def test_centring_finds_what_a_common_direction_hides():
+def test_whitening_finds_what_a_common_direction_hides():
     passages = np.array([[10.0, 1.0], [10.0, -1.0], [11.0, 0.0], [9.0, 0.0]], dtype=np.float32)
-    scores = demo.centred_cosine(np.array([[10.0, 0.5]], dtype=np.float32), passages)
+    scores = demo.whitened_cosine(np.array([[10.0, 0.5]], dtype=np.float32), passages)
     np.testing.assert_allclose(scores, [[1.0, -1.0, 0.0, 0.0]], atol=1e-6)
 
 
-def test_vector_equal_to_the_mean_scores_zero_not_nan():
-    same = np.ones((2, 3), dtype=np.float32)
-    assert not demo.centred_cosine(same, same).any()
+def test_a_vector_equal_to_the_mean_scores_zero_not_nan_and_passages_all_alike_are_refused():
+    passages = np.array([[1.0, 0.0], [-1.0, 0.0]], dtype=np.float32)
+    assert not demo.whitened_cosine(np.zeros((1, 2), np.float32), passages).any()
+    with pytest.raises(ValueError, match="all alike"):
+        demo.whitened_cosine(passages, np.ones((2, 2), np.float32))
 
 
 @pytest.fixture

@@ -53,6 +53,17 @@ def test_one_of_ten_keeps_its_sentence_and_negatives_are_any_other(tmp_path):
     assert all(pair.positive.split(" grows")[0] not in pair.negatives[0] for pair in pairs)
 
 
+def test_several_sentences_may_ask_and_two_are_left(tmp_path):
+    lines = [
+        " ".join(f"{name} number {i} grows beside river {j}." for j in range(5)) for i, name in enumerate(NAMES * 5)
+    ]
+    pairs = cloze_pairs([write(tmp_path / "a.txt", lines)], max_asking=4)
+    counts = [pair.query.count("grows") for pair in pairs]
+    assert set(counts) == {1, 2, 3}  # of five sentences two answer
+    for pair, count in zip(pairs, counts, strict=True):
+        assert any(pair.query in line for line in lines) and pair.positive.count("grows") in (5 - count, 5)
+
+
 def test_a_limit_and_a_seed_draw(tmp_path):
     file = write(tmp_path / "a.txt", [paragraph(name) for name in NAMES])
     draws = [cloze_pairs([file], limit=3, seed=seed) for seed in (0, 0, 1)]
@@ -67,7 +78,7 @@ def test_bad_input(tmp_path):
         cloze_pairs([str(tmp_path / "nowhere.txt")])
     file = write(tmp_path / "a.txt", ["Two sentences are here now. That is one too few."])
     assert cloze_pairs([file]) == []
-    for bad in ({"max_words": 0}, {"limit": 0}):
+    for bad in ({"max_words": 0}, {"limit": 0}, {"max_asking": 0}):
         with pytest.raises(ValueError, match="expected at least 1"):
             cloze_pairs([file], **bad)
 

@@ -13,6 +13,7 @@ from flashvec.training.data import DataError
 from flashvec.training.distributed import World
 from flashvec.training.encode import text_rows, token_rows
 from flashvec.training.model import load_model
+from flashvec.training.overlap import overlap_loss
 from flashvec.training.run import run_training
 
 
@@ -46,6 +47,19 @@ def test_several_depths_are_taught_each_as_it_were_alone(tmp_path):
     torch.testing.assert_close(objective.loss(torch.cat(parts, 1), columns), want)
     objective.step(0)
     assert all(x.grad is not None for x in objective.model.trainable.parameters().values())
+
+
+def test_shared_words_teach_their_share_of_the_loss_at_every_size(tmp_path):
+    pairs = [str(write_pairs(tmp_path / "p.jsonl", negatives=2))]
+    objective = objective_for(tmp_path, pairs=pairs, words=0.25, prefixes=[8, 32])
+    columns = objective.batch(0)
+    vectors = vectors_for(columns)
+    alone = objective_for(tmp_path, pairs=pairs, prefixes=[8, 32]).loss(vectors, columns._replace(overlap=None))
+    assert columns.overlap.shape == (len(vectors), len(vectors)) and columns.overlap.any()
+    overlap = torch.from_numpy(columns.overlap)
+    shared = sum(overlap_loss(vectors[:, :size], overlap, objective.config.temperature) for size in (8, 32)) / 2
+    torch.testing.assert_close(objective.loss(vectors, columns), 0.75 * alone + 0.25 * shared)
+    assert objective.step(0)["loss"] > 0
 
 
 def test_layers_after_the_last_depth_do_not_learn(tmp_path):
@@ -243,6 +257,8 @@ def test_files_of_views_may_be_smaller_than_a_batch(tmp_path):
         ({"batch_size": 50}, DataError, "batch_size is 50, and .* does not hold as many"),
         ({"attention_dropout": 0.0, "lora": {"dropout": 0.0}}, ConfigError, "nothing is dropped"),
         ({"loss": "cosent"}, ConfigError, "scores belong to cosent"),
+        ({"words": 1.5}, ConfigError, "words is 1.5; expected 0 to 1, and 0 with loss: cosent"),
+        ({"words": 0.5, "loss": "cosent"}, ConfigError, "words is 0.5; expected 0 to 1, and 0 with loss: cosent"),
         ({"prefixes": [8, 64]}, ConfigError, "prefixes end at 64, vectors have 32"),
         ({"batch_size": 1}, ConfigError, "batch_size is 1: a text is told from the others of its batch"),
     ],
