@@ -197,6 +197,12 @@ def search(
     top: Annotated[int, typer.Option(help="Rows to show.", min=1)] = 10,
     instruction: Annotated[str | None, typer.Option(help="Of the query; default the model's prompt `query`.")] = None,
     prompt_name: Annotated[str | None, typer.Option(help="One of the model's prompts instead.")] = None,
+    whiten: Annotated[
+        float | None,
+        typer.Option(
+            help="Fit all vectors to the job's first, as `flashvec whiten` does; its power, 0.25.", min=0, max=0.5
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find the rows of a job whose vectors are nearest to a query's, exactly.
@@ -208,7 +214,7 @@ def search(
 
     storage = Storage(folder)
     vector = embed_query(storage, query, instruction, prompt_name)
-    hits = describe_hits(storage, search_job(storage, vector, top)[0])
+    hits = describe_hits(storage, search_job(storage, vector, top, whiten)[0])
     if as_json:
         print(json.dumps([hit._asdict() for hit in hits]))
         return

@@ -1,7 +1,7 @@
 """Exact nearest neighbours over a job's output, block by block, with nothing but the block and the best in memory."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +17,10 @@ from flashvec.runtime.corpus.storage import Storage
 from flashvec.runtime.corpus.vectors import embed_settings
 from flashvec.runtime.corpus.writers import part_names
 from flashvec.runtime.drop_in import QUERY_PROMPTS, first_prompt
+from flashvec.runtime.whitening import fit_whitening
 
 BLOCK_ROWS = 16_384
+FITTED_ROWS = 8192  # that a whitening is fitted to
 
 logger = logging.getLogger("flashvec")
 
@@ -33,18 +35,23 @@ class Hit(NamedTuple):
     text: str | None  # None where the input is gone or has changed
 
 
-def search_job(storage: Storage, queries: np.ndarray, top: int) -> list[list[tuple[float, int, int]]]:
+def search_job(
+    storage: Storage, queries: np.ndarray, top: int, whitening: float | None = None
+) -> list[list[tuple[float, int, int]]]:
     """The nearest rows of each query, best first; equal scores in the order of rows.
 
     Args:
         queries: fp32 [q, d], unnormalised or not.
         top: rows for each.
+        whitening: power of a whitening fitted to some of the job's vectors (`runtime/whitening.py`), for cosines after
+            it; default the cosines of the vectors as they are.
 
     Returns:
         Score, shard and row in its part.
 
     Raises:
         PlanError: no job in the folder.
+        ValueError: queries of another size, or vectors that cannot be whitened.
     """
     plan = job_plan(storage)
     if queries.shape[1] != plan.dim:
@@ -53,11 +60,14 @@ def search_job(storage: Storage, queries: np.ndarray, top: int) -> list[list[tup
     done = [shard for shard in range(len(plan.shards)) if is_done(storage, shard) is not None]
     if missing := len(plan.shards) - len(done):
         logger.warning("%d of %d shards are not finished: their rows are not looked at", missing, len(plan.shards))
+    head = None if whitening is None else fit_whitening(_sample(storage, plan, done), whitening)
+    unit = _through(head, unit)
     scores = np.full((len(queries), 0), 0.0, np.float32)
     places = np.zeros((len(queries), 0, 2), np.int64)
     for shard in done:
         for start, block in vector_blocks(storage, plan, shard):
-            found = unit @ comparable(block, plan).T if plan.settings.precision != "binary" else _signs(unit, block)
+            is_binary = plan.settings.precision == "binary"
+            found = _signs(unit, block) if is_binary else unit @ _through(head, comparable(block, plan)).T
             scores = np.concatenate([scores, found.astype(np.float32)], 1)
             rows = np.stack([np.full(len(block), shard), np.arange(start, start + len(block))], 1)
             places = np.concatenate([places, np.broadcast_to(rows, (len(queries), *rows.shape))], 1)
@@ -68,6 +78,26 @@ def search_job(storage: Storage, queries: np.ndarray, top: int) -> list[list[tup
         [(float(score), int(shard), int(row)) for score, (shard, row) in zip(s, p, strict=True)]
         for s, p in zip(scores, places, strict=True)
     ]
+
+
+def _sample(storage: Storage, plan: Plan, shards: Sequence[int]) -> np.ndarray:
+    """Vectors from all over the finished shards, fp32, of unit length: the first ones of each."""
+    if plan.settings.precision == "binary":
+        raise ValueError(
+            "the job's vectors are binary: they have no axes to fit. Embed with a whitened encoder instead"
+        )
+    share = -(-FITTED_ROWS // max(1, len(shards)))
+    firsts = (next(vector_blocks(storage, plan, shard))[1][:share] for shard in shards[:FITTED_ROWS])
+    rows = [comparable(block, plan) for block in firsts]
+    return np.concatenate(rows) if rows else np.zeros((0, plan.dim), np.float32)
+
+
+def _through(head: tuple[np.ndarray, np.ndarray] | None, unit: np.ndarray) -> np.ndarray:
+    """Unit vectors through a whitening, unit vectors again."""
+    if head is None:
+        return unit
+    weight, bias = head
+    return _unit(unit @ weight.T + bias)
 
 
 def describe_hits(storage: Storage, found: list[tuple[float, int, int]]) -> list[Hit]:

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from stand_in import StandIn, embed_with_stand_in
 
+from flashvec.runtime.corpus import search
 from flashvec.runtime.corpus.plan import PlanError
 from flashvec.runtime.corpus.search import describe_hits, search_job
 from flashvec.runtime.corpus.storage import Storage
+from flashvec.runtime.whitening import fit_whitening
 
 TEXTS = [f"row {i}" for i in range(60)]
 
@@ -33,6 +35,23 @@ def test_as_by_hand(texts_file, tmp_path, format, precision):
     assert best.text == "row 17" and best.file == str(texts_file) and best.row == sum(len(t) + 1 for t in TEXTS[:17])
 
 
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_whitened_by_the_jobs_own_vectors(texts_file, tmp_path, format, precision, monkeypatch):
+    embed_with_stand_in(texts_file, tmp_path / "out", shard_size=13, format=format, precision=precision)
+    vectors, queries = StandIn().embed(TEXTS), StandIn().embed(["row 17", "something else"])
+    weight, bias = fit_whitening(vectors, 0.3)
+    left, right = (x @ weight.T + bias for x in (queries, vectors))
+    cosines = (left / np.linalg.norm(left, axis=1)[:, None]) @ (right / np.linalg.norm(right, axis=1)[:, None]).T
+    found = search_job(Storage(tmp_path / "out"), queries * 3, 5, 0.3)
+    tolerance = {"float32": 1e-4, "int8": 0.1}[precision]
+    for hits, expected in zip(found, cosines, strict=True):
+        np.testing.assert_allclose([s for s, _, _ in hits], np.sort(expected)[::-1][:5], atol=tolerance)
+    assert describe_hits(Storage(tmp_path / "out"), found[0])[0].text == "row 17"
+    monkeypatch.setattr(search, "FITTED_ROWS", 12)  # some of each shard's
+    assert search_job(Storage(tmp_path / "out"), queries, 1, 0.3)[0][0][0] > 0.9
+
+
 def test_an_unfinished_job_is_said_to_be_one(texts_file, tmp_path, caplog):
     embed_with_stand_in(texts_file, tmp_path / "out", shard_size=20)
     query = StandIn().embed(["x"])
@@ -56,6 +75,9 @@ def test_text_only_while_the_input_is_there(texts_file, tmp_path):
 def test_refused(texts_file, tmp_path):
     with pytest.raises(PlanError, match="no job to search"):
         search_job(Storage(tmp_path), StandIn().embed(["x"]), 1)
+    embed_with_stand_in(texts_file, tmp_path / "signs", precision="binary")
+    with pytest.raises(ValueError, match="are binary: they have no axes to fit"):
+        search_job(Storage(tmp_path / "signs"), StandIn().embed(["x"]), 1, 0.25)
     embed_with_stand_in(texts_file, tmp_path / "out", dims=8)
     with pytest.raises(ValueError, match="has 16 dimensions, the job's vectors have 8"):
         search_job(Storage(tmp_path / "out"), StandIn().embed(["x"]), 1)
