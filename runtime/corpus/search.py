@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,9 +88,10 @@ def _sample(storage: Storage, plan: Plan, shards: Sequence[int]) -> np.ndarray:
             "the job's vectors are binary: they have no axes to fit. Embed with a whitened encoder instead"
         )
     share = -(-FITTED_ROWS // max(1, len(shards)))
-    firsts = (next(vector_blocks(storage, plan, shard))[1][:share] for shard in shards[:FITTED_ROWS])
-    rows = [comparable(block, plan) for block in firsts]
-    return np.concatenate(rows) if rows else np.zeros((0, plan.dim), np.float32)
+    rows = [np.zeros((0, plan.dim), np.float32)]
+    for shard in shards[:FITTED_ROWS]:
+        rows += [comparable(block[:share], plan) for _, block in islice(vector_blocks(storage, plan, shard), 1)]
+    return np.concatenate(rows)
 
 
 def _through(head: tuple[np.ndarray, np.ndarray] | None, unit: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@ import re
 
 import numpy as np
 import pytest
-from stand_in import StandIn, embed_with_stand_in
+from stand_in import NOT_FINITE, StandIn, embed_with_stand_in
 
 from flashvec.runtime.corpus import search
 from flashvec.runtime.corpus.plan import PlanError
@@ -50,6 +50,14 @@ def test_whitened_by_the_jobs_own_vectors(texts_file, tmp_path, format, precisio
     assert describe_hits(Storage(tmp_path / "out"), found[0])[0].text == "row 17"
     monkeypatch.setattr(search, "FITTED_ROWS", 12)  # some of each shard's
     assert search_job(Storage(tmp_path / "out"), queries, 1, 0.3)[0][0][0] > 0.9
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_a_shard_without_a_vector_fits_nothing(texts_file, tmp_path, format):
+    texts_file.write_text("".join(f"{text}\n" for text in [NOT_FINITE] * 26 + TEXTS))
+    embed_with_stand_in(texts_file, tmp_path / "out", shard_size=13, format=format)
+    (hits,) = search_job(Storage(tmp_path / "out"), StandIn().embed(["row 17"]), 1, 0.25)
+    assert describe_hits(Storage(tmp_path / "out"), hits)[0].text == "row 17"
 
 
 def test_an_unfinished_job_is_said_to_be_one(texts_file, tmp_path, caplog):
