@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TRAINED = ROOT / "models" / "smollm2-135m"
 MEAN_OF = 10  # steps
+TRAINING_ROWS = 2  # of panels in `training_plot`
 DEPTHS_OF, DEPTHS_ON = "trained, bidirectional, mean", "sts-dev"  # rows of `depth_plot`: their reading, their pairs
 SWEEPS = {
     "length": "tokens of a text",
@@ -153,18 +154,23 @@ def _intensity(row: dict[str, Any]) -> float:
 
 def training_plot(figure: Any) -> None:
     """The loss of each generation that made models/smollm2-135m, and the mean of the last steps up to each."""
-    files = sorted(TRAINED.glob("generation-*.jsonl"))
-    panels = figure.subplots(1, len(files))
-    for axes, file in zip(panels, files, strict=True):
+    files = sorted(TRAINED.glob("generation-*.jsonl"), key=lambda file: (len(file.name), file.name))  # 10 after 9
+    across = -(-len(files) // TRAINING_ROWS)
+    panels = figure.subplots(TRAINING_ROWS, across).flatten()
+    for axes in panels[len(files) :]:
+        axes.set_axis_off()
+    for axes, file in zip(panels, files, strict=False):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         axes.plot(steps, losses, color=COLOURS["flashvec"], linewidth=1, alpha=0.25, label="a step")
         means = [sum(losses[max(0, i + 1 - MEAN_OF) : i + 1]) / min(i + 1, MEAN_OF) for i in range(len(losses))]
         axes.plot(steps, means, color=COLOURS["flashvec"], label=f"mean of {MEAN_OF}")
         axes.set_title(file.stem.replace("-", " "), fontsize=10)
-        axes.set_xlabel("step")
         _plain(axes, legend=axes is panels[0])
-    panels[0].set_ylabel("loss")
+    for axes in panels[::across]:
+        axes.set_ylabel("loss")
+    for axes in panels[len(files) - across : len(files)]:
+        axes.set_xlabel("step")
 
 
 def depth_plot(figure: Any) -> None:
@@ -218,7 +224,7 @@ PLOTS: dict[str, tuple[Callable[[Any], None], float, float]] = {
     "gpu_attention": (gpu_attention_plot, 10, 2.8),
     "scaling": (scaling_plot, 10, 2.8),
     "roofline": (roofline_plot, 10, 3.4),
-    "training": (training_plot, 11, 2.8),
+    "training": (training_plot, 10, 4.4),
     "depths": (depth_plot, 5, 3.2),
 }
 
