@@ -41,6 +41,7 @@ def test_two_and_four_processes_give_the_gradient_of_one(tmp_path):
     """Unequal tokens, ragged negatives, numbers of micro-batches that differ."""
     shared = {"batch_size": 7, "loop": {"micro_batch_tokens": 60}}
     pairs = {"pairs": [str(write_pairs(tmp_path / "pairs.jsonl", negatives=3))], "temperature": 0.5, "depths": [1, 2]}
+    pairs["words"] = 0.25
     teacher = {"prompts": ['"{text}" means', "In a word, {text} is"], "whitening_texts": 40, "depths": [1, 2]}
     values = {"contrastive": {**shared, **pairs}, "mntp": shared, "distill": {**shared, **teacher}}
     want = {name: step_gradient(name, tmp_path, own) for name, own in values.items()}
