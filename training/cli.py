@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -334,24 +335,35 @@ def pairs(
     limit: Annotated[int | None, typer.Option(help="Pairs at most, of paragraphs drawn at random.", min=1)] = None,
     max_words: Annotated[int, typer.Option(help="Of a passage; what follows is cut off.", min=1)] = 80,
     max_asking: Annotated[int, typer.Option(help="Sentences that ask together, one to so many.", min=1)] = 1,
+    paragraphs: Annotated[
+        bool, typer.Option("--paragraphs", help="A paragraph asks for one it stands beside.")
+    ] = False,
     negatives: Annotated[bool, typer.Option(help="Another paragraph of each document beside its pair.")] = True,
+    topics: Annotated[int | None, typer.Option(help="Order pairs by topic, so many of each.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """Cut running text into pairs to train search on: a sentence asks, the rest of its paragraph answers.
 
-    Example: `flashvec pairs wiki/*.txt --out pairs.jsonl --limit 5000`
+    Example: `flashvec pairs wiki/*.txt --out pairs.jsonl --no-negatives --max-asking 4 --topics 40`
     """
-    from flashvec.training.cloze import MIN_SENTENCES, cloze_pairs
+    from flashvec.training.cloze import MIN_SENTENCES, cloze_pairs, paragraph_pairs
     from flashvec.training.mine import write_pairs
+    from flashvec.training.topics import pairs_by_topic
 
-    given = [str(path) for path in texts]
-    found = cloze_pairs(
-        given, limit=limit, max_words=max_words, max_asking=max_asking, with_negatives=negatives, seed=seed
-    )
+    if paragraphs and max_asking > 1:
+        raise ValueError(
+            f"--max-asking is {max_asking}: with --paragraphs a whole paragraph asks; leave one of them out"
+        )
+    cut: Any = paragraph_pairs if paragraphs else partial(cloze_pairs, max_asking=max_asking)
+    found = cut(list(map(str, texts)), limit=limit, max_words=max_words, with_negatives=negatives, seed=seed)
     if not found:
         names = ", ".join(path.name for path in texts)
-        raise ValueError(f"{names}: no paragraph (a line) has {MIN_SENTENCES} whole sentences")
+        least = f"{MIN_SENTENCES} whole sentences"
+        none = f"no document has two paragraphs of {least}" if paragraphs else f"no paragraph (a line) has {least}"
+        raise ValueError(f"{names}: {none}")
+    if topics:
+        found = pairs_by_topic(found, topics, seed)
     write_pairs(out, found)
     count = sum(bool(pair.negatives) for pair in found)
     if as_json:

@@ -1,13 +1,16 @@
 """Pairs to train search on, from running text alone: a sentence asks, the rest of its paragraph answers.
 
 The inverse cloze task (Lee et al. 2019): a sentence, or several that follow each other, is taken out of its paragraph,
-and the paragraph is to be found by it; in one of ten it stays, so that shared words count as well. Another paragraph of
-the same document stands beside them as what does not match: it is of the same topic, which makes it hard. Contrastive
-training's `neighbours` brings pairs of one document together instead, which costs no text more. A document is a
-`<doc ...>` block of Wikipedia extractors, or a whole file. Only text is used, no title, no link, no label.
+and the paragraph is to be found by it; in one of ten it stays, so that shared words count as well. For long questions a
+whole paragraph asks for the one that it stands beside. Another paragraph of the same document is given as what does
+not match: it is of the same topic, which makes it hard. Contrastive training's `neighbours` brings pairs of one
+document together instead, which costs no text more. A document is a `<doc ...>` block of Wikipedia extractors, or a
+whole file. Only text is used, no title, no link, no label.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +22,7 @@ MAX_QUERY_WORDS = 35
 MIN_ANSWERS = 2  # sentences
 MIN_SENTENCES = 1 + MIN_ANSWERS  # of a paragraph: one asks
 KEPT = 0.1  # share of paragraphs that keep the sentence which asks
+MIN_ASKING_WORDS = 20  # of a paragraph that asks: it is cut at a place that is drawn
 
 
 class Paragraph(NamedTuple):
@@ -53,31 +57,91 @@ def cloze_pairs(
     Raises:
         DataError: a file is missing, of another kind, or damaged.
     """
-    if min(max_words, max_asking, 1 if limit is None else limit) < 1:
-        raise ValueError(f"max_words is {max_words}, max_asking {max_asking}, limit {limit}; expected at least 1")
-    rng = np.random.default_rng(seed)
-    paragraphs = list(_paragraphs(paths))
-    documents = np.array([paragraph.document for paragraph in paragraphs])
-    kept: dict[int, Pair] = {}
-    seen: set[int] = set()
-    for index in rng.permutation(len(paragraphs)).tolist():
-        if limit is not None and len(kept) == limit:
-            break
-        sentences = paragraphs[index].sentences
+    _check(max_words=max_words, max_asking=max_asking, limit=limit)
+
+    def pair(source: _Source, index: int, rng: np.random.Generator) -> Pair:
+        sentences = source.paragraphs[index].sentences
         most = min(max_asking, len(sentences) - MIN_ANSWERS)
         count = 1 if most == 1 else int(rng.integers(1, most + 1))
         asks = int(rng.integers(len(sentences) - count + 1))
         query = " ".join(sentences[asks : asks + count])
         answers = sentences if rng.random() < KEPT else [*sentences[:asks], *sentences[asks + count :]]
-        first, stop = np.searchsorted(documents, [documents[index], documents[index] + 1])
-        negatives: tuple[str, ...] = ()
-        if stop - first > 1:
-            other = first + (index - first + int(rng.integers(1, stop - first))) % (stop - first)
-            negatives = (_cut(paragraphs[other].sentences, max_words),)
-        if (name := text_hash(query)) not in seen:
-            seen.add(name)
-            kept[index] = Pair(query, _cut(answers, max_words), negatives if with_negatives else ())
-    return [kept[index] for index in sorted(kept)]
+        return Pair(query, _cut(answers, max_words), source.another(index, index, max_words, rng))
+
+    source = _Source(paths)
+    return source.pairs(range(len(source.paragraphs)), pair, limit, with_negatives, seed)
+
+
+def paragraph_pairs(
+    paths: Sequence[str], *, limit: int | None = None, max_words: int = 80, with_negatives: bool = True, seed: int = 0
+) -> list[Pair]:
+    """Pairs of two paragraphs of one document, one after the other, in the order of the source; none is in two.
+
+    One of the two asks, its first `MIN_ASKING_WORDS` to `max_words` words. Arguments, result and errors are those of
+    `cloze_pairs`.
+    """
+    _check(max_words=max_words, limit=limit)
+
+    def pair(source: _Source, index: int, rng: np.random.Generator) -> Pair:
+        asks, answers = (index, index + 1) if rng.random() < 0.5 else (index + 1, index)
+        asking = int(rng.integers(min(MIN_ASKING_WORDS, max_words), max_words + 1))
+        negatives = source.another(index, index + 1, max_words, rng)
+        return Pair(source.text(asks, asking), source.text(answers, max_words), negatives)
+
+    source = _Source(paths)
+    firsts = [i for start, stop in source.documents() for i in range(start, stop - 1, 2)]
+    return source.pairs(firsts, pair, limit, with_negatives, seed)
+
+
+class _Source:
+    """The paragraphs that can be asked for, and which lie in one document."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paragraphs = list(_paragraphs(paths))
+        self._numbers = np.array([paragraph.document for paragraph in self.paragraphs])
+
+    def documents(self) -> Iterator[tuple[int, int]]:
+        """Each one's first paragraph and the next one's."""
+        starts = np.unique(self._numbers, return_index=True)[1].tolist()
+        return pairwise([*starts, len(self.paragraphs)])
+
+    def another(self, first: int, last: int, max_words: int, rng: np.random.Generator) -> tuple[str, ...]:
+        """A paragraph of the same document, none of `first` to `last`; nothing where it has no other."""
+        start, stop = np.searchsorted(self._numbers, [self._numbers[first], self._numbers[first] + 1])
+        size, taken = int(stop - start), last - first + 1
+        if size == taken:
+            return ()
+        other = start + (last - start + int(rng.integers(1, size - taken + 1))) % size
+        return (self.text(other, max_words),)
+
+    def text(self, index: int, max_words: int) -> str:
+        return _cut(self.paragraphs[index].sentences, max_words)
+
+    def pairs(
+        self,
+        firsts: Sequence[int],
+        pair: Callable[["_Source", int, np.random.Generator], Pair],
+        limit: int | None,
+        with_negatives: bool,
+        seed: int,
+    ) -> list[Pair]:
+        """One of each first paragraph, or of as many of them as are wanted, drawn at random; each query once."""
+        rng = np.random.default_rng(seed)
+        kept: dict[int, Pair] = {}
+        seen: set[int] = set()
+        for place in rng.permutation(len(firsts)).tolist():
+            if len(kept) == limit:
+                break
+            found = pair(self, firsts[place], rng)
+            if (name := text_hash(found.query)) not in seen:
+                seen.add(name)
+                kept[place] = found if with_negatives else replace(found, negatives=())
+        return [kept[place] for place in sorted(kept)]
+
+
+def _check(**sizes: int | None) -> None:
+    if min(1 if size is None else size for size in sizes.values()) < 1:
+        raise ValueError(f"{', '.join(f'{name} is {size}' for name, size in sizes.items())}; expected at least 1")
 
 
 def _paragraphs(paths: Sequence[str]) -> Iterator[Paragraph]:

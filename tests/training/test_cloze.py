@@ -4,8 +4,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flashvec.runtime.cli import app
-from flashvec.training.cloze import cloze_pairs
+from flashvec.training.cloze import MIN_ASKING_WORDS, cloze_pairs, paragraph_pairs
 from flashvec.training.data import DataError, read_pairs
+from flashvec.training.topics import pairs_by_topic
 
 NAMES = ("Alder", "Birch", "Cedar", "Dogwood", "Elm", "Fir")
 
@@ -64,6 +65,24 @@ def test_several_sentences_may_ask_and_two_are_left(tmp_path):
         assert any(pair.query in line for line in lines) and pair.positive.count("grows") in (5 - count, 5)
 
 
+def test_a_paragraph_asks_for_the_one_it_stands_beside(tmp_path):
+    lines = [" ".join(f"{name} number {i} grows beside the river." for i in range(9)) for name in NAMES]
+    file = write(tmp_path / "a.txt", lines[:5], lines[5:], ["One line."])
+    pairs = [pair for seed in range(20) for pair in paragraph_pairs([file], max_words=30, seed=seed)]
+    found = {(name_of(pair.query), name_of(pair.positive), *map(name_of, pair.negatives)) for pair in pairs}
+    # Two by two, the fifth of its document alone; either asks; any other of the document is what does not match.
+    both = [("Alder", "Birch"), ("Birch", "Alder"), ("Cedar", "Dogwood"), ("Dogwood", "Cedar")]
+    assert found == {(*two, other) for two in both for other in NAMES[:5] if other not in two}
+    lengths = {len(pair.query.split()) for pair in pairs}
+    assert lengths == set(range(MIN_ASKING_WORDS, 31)) and {len(pair.positive.split()) for pair in pairs} == {30}
+    for pair in pairs:
+        assert any(line.startswith(pair.query) for line in lines)
+        assert any(line.startswith(pair.positive) for line in lines)
+    alone = paragraph_pairs([write(tmp_path / "b.txt", lines[:2])])
+    assert len(alone) == 1 and alone[0].negatives == ()  # the document has no third
+    assert [len(paragraph_pairs([file], max_words=8, limit=n)) for n in (1, 2, 9)] == [1, 2, 2]
+
+
 def test_a_limit_and_a_seed_draw(tmp_path):
     file = write(tmp_path / "a.txt", [paragraph(name) for name in NAMES])
     draws = [cloze_pairs([file], limit=3, seed=seed) for seed in (0, 0, 1)]
@@ -81,6 +100,9 @@ def test_bad_input(tmp_path):
     for bad in ({"max_words": 0}, {"limit": 0}, {"max_asking": 0}):
         with pytest.raises(ValueError, match="expected at least 1"):
             cloze_pairs([file], **bad)
+    for bad in ({"max_words": 0}, {"limit": 0}):
+        with pytest.raises(ValueError, match=r"max_words is \d+, limit is \w+; expected at least 1"):
+            paragraph_pairs([file], **bad)
 
 
 def test_the_command_writes_what_training_reads(tmp_path):
@@ -101,3 +123,28 @@ def test_the_command_writes_what_training_reads(tmp_path):
     failed = CliRunner().invoke(app, ["pairs", file, "--out", str(tmp_path / "none.jsonl")])
     assert failed.exit_code == 1 and not (tmp_path / "none.jsonl").exists()
     assert str(failed.exception) == "short.txt: no paragraph (a line) has 3 whole sentences"
+    failed = CliRunner().invoke(app, ["pairs", file, "--out", str(tmp_path / "none.jsonl"), "--paragraphs"])
+    assert str(failed.exception) == "short.txt: no document has two paragraphs of 3 whole sentences"
+    failed = CliRunner().invoke(app, ["pairs", file, "--out", str(out), "--paragraphs", "--max-asking", "2"])
+    assert "--max-asking is 2: with --paragraphs a whole paragraph asks" in str(failed.exception)
+
+
+def test_the_command_brings_topics_together(tmp_path):
+    lines = [paragraph(f"{name} {place}") for place in range(3) for name in NAMES * 2]
+    file, out = write(tmp_path / "a.txt", lines), tmp_path / "pairs.jsonl"
+    told = CliRunner().invoke(app, ["pairs", file, "--out", str(out), "--no-negatives", "--topics", "5"])
+    plain = [(p.query, p.positive) for p in cloze_pairs([file])]
+    assert told.output == f"{out}: {len(plain)} pairs, 0 with a negative\n"
+    found = [(p.query, p.positive) for p in read_pairs([str(out)])]
+    assert found == [(p.query, p.positive) for p in pairs_by_topic(cloze_pairs([file]), 5)]
+    assert found != plain and sorted(found) == sorted(plain)
+
+
+def test_the_command_takes_paragraphs(tmp_path):
+    file = write(tmp_path / "trees.txt", [paragraph(name) for name in NAMES])
+    out = tmp_path / "pairs.jsonl"
+    told = CliRunner().invoke(app, ["pairs", file, "--out", str(out), "--paragraphs", "--max-words", "12"])
+    assert told.output == f"{out}: 3 pairs, 3 with a negative\n"
+    assert [(p.query, p.positive, p.negatives) for p in read_pairs([str(out)])] == [
+        (p.query, p.positive, p.negatives) for p in paragraph_pairs([file], max_words=12)
+    ]
