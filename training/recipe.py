@@ -6,7 +6,8 @@ A generation is a file of settings. It goes on from the one before, or from the 
 
     prompts, teachers   self-distillation (`distill.py`): the frozen model's one-word answers teach, the vectors of
                         earlier generations, or both
-    pairs               contrastive learning: sentences find the paragraph that they were taken from (`cloze.py`)
+    pairs               contrastive learning: sentences find the paragraph that they were taken from, and paragraphs
+                        the one beside them (`cloze.py`)
     mean                the mean of the updates of earlier generations
 
 With several seeds all generations are made for each, and the mean of the last ones is the result.
@@ -23,21 +24,27 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flashvec.training.average import average_adapters
-from flashvec.training.cloze import cloze_pairs
+from flashvec.training.cloze import cloze_pairs, paragraph_pairs
 from flashvec.training.config import ContrastiveConfig, DistillConfig, LoraConfig, build, read_config, read_values
 from flashvec.training.data import DataError
 from flashvec.training.mine import write_pairs
 from flashvec.training.run import run_training
 from flashvec.training.sentences import training_lines, write_lines
+from flashvec.training.topics import pairs_by_topic
 
 TEXTS = "texts"  # the folder of what is trained on
 TEXT_FILES = ("sentences.txt", "passages.txt", "examples.txt", "glosses.txt")
-PAIRS_FILES = ("pairs.jsonl", "longer-pairs.jsonl")  # one sentence asks; up to LONGER["max_asking"] do
-LONGER = {"max_asking": 4, "max_words": 100}
+PAIRS_FILES = (
+    "pairs.jsonl",
+    "longer-pairs.jsonl",
+    "paragraph-pairs.jsonl",
+)  # asks: a sentence, up to four, a paragraph
+MAX_ASKING, MAX_PASSAGE_WORDS, SAME_TOPIC = 4, 100, 40  # of the latter two; and how many of one topic stand together
 SETTINGS = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m"
 TOGETHER = 4  # lines that stay neighbours: WordNet lists what is alike side by side
 MAX_SENTENCE_WORDS = 20
@@ -104,8 +111,14 @@ def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> None:
     )
     for name, lines in zip(TEXT_FILES, found, strict=True):
         write_lines(folder / name, lines)
-    for name, settings in zip(PAIRS_FILES, ({}, LONGER), strict=True):
-        write_pairs(folder / name, cloze_pairs(wikipedia, with_negatives=False, **settings))
+    longer: dict[str, Any] = {"max_words": MAX_PASSAGE_WORDS, "with_negatives": False}
+    pairs = (
+        cloze_pairs(wikipedia, with_negatives=False),
+        pairs_by_topic(cloze_pairs(wikipedia, max_asking=MAX_ASKING, **longer), SAME_TOPIC),
+        pairs_by_topic(paragraph_pairs(wikipedia, **longer), SAME_TOPIC),
+    )
+    for name, made in zip(PAIRS_FILES, pairs, strict=True):
+        write_pairs(folder / name, made)
 
 
 def make(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ out at one size: a batch is to hold one of them.
 """
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -48,20 +49,18 @@ def topic_vectors(texts: Sequence[str]) -> np.ndarray:
     nothing. Texts without a word that counts are zeros.
     """
     overlap = WordOverlap(texts)
-    known = [w for w, f in overlap.frequencies.items() if f >= LEAST_TEXTS and overlap.rarity(w)]
-    place = {word: i for i, word in enumerate(known)}
-    entries = [
-        (row, place[word], (1 + math.log(count)) * overlap.rarity(word))
-        for row, text in enumerate(texts)
-        for word, count in Counter(stems(text)).items()
-        if word in place
-    ]
-    if not entries:
+    rarities = {w: r for w, f in overlap.frequencies.items() if f >= LEAST_TEXTS and (r := overlap.rarity(w))}
+    place = {word: i for i, word in enumerate(rarities)}
+    columns, weights, sizes = array("q"), array("f"), []
+    for text in texts:
+        own = {word: count for word, count in Counter(stems(text)).items() if word in place}
+        columns.extend(place[word] for word in own)
+        weights.extend((1 + math.log(count)) * rarities[word] for word, count in own.items())
+        sizes.append(len(own))
+    if not columns:
         return np.zeros((len(texts), 1), np.float32)
-    rows, columns, values = zip(*entries, strict=True)
-    words_NW = torch.sparse_coo_tensor(
-        torch.tensor([rows, columns]), torch.tensor(values), (len(texts), len(known)), check_invariants=False
-    )
+    entries = torch.from_numpy(np.stack([np.repeat(np.arange(len(texts)), sizes), np.frombuffer(columns, np.int64)]))
+    words_NW = torch.sparse_coo_tensor(entries, torch.tensor(weights), (len(texts), len(place)), check_invariants=False)
     with torch.random.fork_rng(devices=[]):  # it draws from torch's own generator
         torch.manual_seed(0)
         left, scale, _ = torch.svd_lowrank(words_NW.coalesce(), q=min(DIMENSIONS, *words_NW.shape))

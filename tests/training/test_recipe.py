@@ -94,8 +94,7 @@ def test_each_generation_goes_on_from_the_one_before(sources, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "generation-3, 3 of 3, seed 25" in printed and "the mean of 2 adapters" in printed
     out = sources / "out"
-    names = ["examples.txt", "glosses.txt", "longer-pairs.jsonl", "pairs.jsonl", "passages.txt", "sentences.txt"]
-    assert sorted(file.name for file in (out / "texts").iterdir()) == names
+    assert {file.name for file in (out / "texts").iterdir()} == {*recipe.TEXT_FILES, *recipe.PAIRS_FILES}
     folders = [out / "seed-5" / f"generation-{number}" for number in (1, 2, 3)]
     vectors = [
         Encoder.load(sources / "base", adapters=folder, dtype="float32").embed(["a mill", "a road"])
