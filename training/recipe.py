@@ -39,7 +39,6 @@ from flashvec.training.topics import pairs_by_topic
 
 TEXTS = "texts"  # the folder of what is trained on
 TEXT_FILES = ("sentences.txt", "passages.txt", "examples.txt", "glosses.txt")
-PARAGRAPHS_FILE = "paragraphs.txt"
 PAIRS_FILES = (
     "pairs.jsonl",
     "longer-pairs.jsonl",
@@ -51,8 +50,7 @@ TOGETHER = 4  # lines that stay neighbours: WordNet lists what is alike side by 
 MAX_SENTENCE_WORDS = 20
 MIN_WORDS, MAX_GLOSS_WORDS = 5, 20
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
-# Lines of each kind; passages are several sentences, paragraphs up to MAX_PASSAGE_WORDS.
-SENTENCES, PASSAGES, EXAMPLES, GLOSSES, PARAGRAPHS = 4000, 352, 6000, 1600, 5000
+SENTENCES, PASSAGES, EXAMPLES, GLOSSES = 4000, 352, 6000, 1600  # lines of each kind; passages are several sentences
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,6 @@ def write_texts(wikipedia: Sequence[str], wordnet: Path, folder: Path) -> None:
     for name, lines in zip(TEXT_FILES, found, strict=True):
         write_lines(folder / name, lines)
     longer: dict[str, Any] = {"max_words": MAX_PASSAGE_WORDS, "with_negatives": False}
-    paragraphs = paragraph_pairs(wikipedia, limit=PARAGRAPHS, seed=2, **longer)
-    write_lines(folder / PARAGRAPHS_FILE, [pair.positive for pair in paragraphs])
     pairs = (
         cloze_pairs(wikipedia, with_negatives=False),
         pairs_by_topic(cloze_pairs(wikipedia, max_asking=MAX_ASKING, **longer), SAME_TOPIC),
@@ -169,12 +165,6 @@ def _read_generation(
             raise DataError(f"{file}: {key}: {missing[0]} is no generation before this one")
         return tuple(str(folder.parent / name) for name in names)
 
-    def among_made(key: str, paths: Sequence[str], made: Sequence[str]) -> tuple[str, ...]:
-        names = [Path(path).name for path in paths]
-        if unknown := [name for name in names if name not in made]:
-            raise DataError(f"{file}: {key}: {unknown[0]} is not made; known are {', '.join(made)}")
-        return tuple(str(texts / name) for name in names)
-
     def goes_on(lora: LoraConfig) -> LoraConfig:
         start = among_earlier("lora.start", [lora.start] if lora.start else earlier[-1:])
         return replace(lora, start=start[0] if start else None)
@@ -186,10 +176,13 @@ def _read_generation(
     own = [f"output={folder}", f"loop.seed={seed}", *overrides]
     if "pairs" in values:
         search = read_config(ContrastiveConfig, file, own)
-        return replace(search, pairs=among_made("pairs", search.pairs, PAIRS_FILES), lora=goes_on(search.lora))
+        names = [Path(path).name for path in search.pairs]
+        if unknown := [name for name in names if name not in PAIRS_FILES]:
+            raise DataError(f"{file}: pairs: {unknown[0]} is not made; known are {', '.join(PAIRS_FILES)}")
+        return replace(search, pairs=tuple(str(texts / name) for name in names), lora=goes_on(search.lora))
     config = read_config(DistillConfig, file, own)
-    named = among_made("texts", config.texts or TEXT_FILES, (*TEXT_FILES, PARAGRAPHS_FILE))
-    return replace(config, texts=named, teachers=among_earlier("teachers", config.teachers), lora=goes_on(config.lora))
+    every = tuple(str(texts / name) for name in TEXT_FILES)
+    return replace(config, texts=every, teachers=among_earlier("teachers", config.teachers), lora=goes_on(config.lora))
 
 
 def write_mean(folders: Sequence[Path], mean: Path) -> None:
