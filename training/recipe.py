@@ -40,11 +40,12 @@ from flashvec.training.topics import pairs_by_topic
 TEXTS = "texts"  # the folder of what is trained on
 TEXT_FILES = ("sentences.txt", "passages.txt", "examples.txt", "glosses.txt")
 PAIRS_FILES = (
-    "pairs.jsonl",
-    "longer-pairs.jsonl",
-    "paragraph-pairs.jsonl",
-)  # asks: a sentence, up to four, a paragraph
-MAX_ASKING, MAX_PASSAGE_WORDS, SAME_TOPIC = 4, 100, 40  # of the latter two; and how many of one topic stand together
+    "pairs.jsonl",  # a sentence asks
+    "longer-pairs.jsonl",  # up to MAX_ASKING sentences ask
+    "paragraph-pairs.jsonl",  # a paragraph asks
+)
+MAX_ASKING, MAX_PASSAGE_WORDS = 4, 100  # of the latter two
+SAME_TOPIC = 40  # pairs of one topic that stand together in them
 SETTINGS = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m"
 TOGETHER = 4  # lines that stay neighbours: WordNet lists what is alike side by side
 MAX_SENTENCE_WORDS = 20

@@ -46,7 +46,7 @@ def test_vectors_are_those_of_principal_axes():
     assert within > 0.3 and abs(np.mean(vectors[::12] @ vectors[1::12].T)) < 0.05
 
 
-def test_texts_that_share_nothing_stay_as_they_are_or_are_refused():
+def test_texts_that_share_no_word_and_bad_sizes():
     assert sorted(topic_order(["one", "two", "three", "four", "five"], 2).tolist()) == [0, 1, 2, 3, 4]
     assert topic_order([], 3).tolist() == []
     assert topic_order(["the only text"], 3).tolist() == [0]
