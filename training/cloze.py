@@ -58,8 +58,9 @@ def cloze_pairs(
         DataError: a file is missing, of another kind, or damaged.
     """
     _check(max_words=max_words, max_asking=max_asking, limit=limit)
+    source = _Source(paths)
 
-    def pair(source: _Source, index: int, rng: np.random.Generator) -> Pair:
+    def pair(index: int, rng: np.random.Generator) -> Pair:
         sentences = source.paragraphs[index].sentences
         most = min(max_asking, len(sentences) - MIN_ANSWERS)
         count = 1 if most == 1 else int(rng.integers(1, most + 1))
@@ -68,8 +69,7 @@ def cloze_pairs(
         answers = sentences if rng.random() < KEPT else [*sentences[:asks], *sentences[asks + count :]]
         return Pair(query, _cut(answers, max_words), source.another(index, index, max_words, rng))
 
-    source = _Source(paths)
-    return source.pairs(range(len(source.paragraphs)), pair, limit, with_negatives, seed)
+    return _drawn(range(len(source.paragraphs)), pair, limit, with_negatives, seed)
 
 
 def paragraph_pairs(
@@ -81,16 +81,16 @@ def paragraph_pairs(
     `cloze_pairs`.
     """
     _check(max_words=max_words, limit=limit)
+    source = _Source(paths)
+    firsts = [i for start, stop in source.documents() for i in range(start, stop - 1, 2)]
 
-    def pair(source: _Source, index: int, rng: np.random.Generator) -> Pair:
+    def pair(index: int, rng: np.random.Generator) -> Pair:
         asks, answers = (index, index + 1) if rng.random() < 0.5 else (index + 1, index)
         asking = int(rng.integers(min(MIN_ASKING_WORDS, max_words), max_words + 1))
         negatives = source.another(index, index + 1, max_words, rng)
         return Pair(source.text(asks, asking), source.text(answers, max_words), negatives)
 
-    source = _Source(paths)
-    firsts = [i for start, stop in source.documents() for i in range(start, stop - 1, 2)]
-    return source.pairs(firsts, pair, limit, with_negatives, seed)
+    return _drawn(firsts, pair, limit, with_negatives, seed)
 
 
 class _Source:
@@ -117,26 +117,26 @@ class _Source:
     def text(self, index: int, max_words: int) -> str:
         return _cut(self.paragraphs[index].sentences, max_words)
 
-    def pairs(
-        self,
-        firsts: Sequence[int],
-        pair: Callable[["_Source", int, np.random.Generator], Pair],
-        limit: int | None,
-        with_negatives: bool,
-        seed: int,
-    ) -> list[Pair]:
-        """One of each first paragraph, or of as many of them as are wanted, drawn at random; each query once."""
-        rng = np.random.default_rng(seed)
-        kept: dict[int, Pair] = {}
-        seen: set[int] = set()
-        for place in rng.permutation(len(firsts)).tolist():
-            if len(kept) == limit:
-                break
-            found = pair(self, firsts[place], rng)
-            if (name := text_hash(found.query)) not in seen:
-                seen.add(name)
-                kept[place] = found if with_negatives else replace(found, negatives=())
-        return [kept[place] for place in sorted(kept)]
+
+def _drawn(
+    places: Sequence[int],
+    pair: Callable[[int, np.random.Generator], Pair],
+    limit: int | None,
+    with_negatives: bool,
+    seed: int,
+) -> list[Pair]:
+    """A pair of each place, or of as many as are wanted, drawn at random; in their order, each query once."""
+    rng = np.random.default_rng(seed)
+    kept: dict[int, Pair] = {}
+    seen: set[int] = set()
+    for number in rng.permutation(len(places)).tolist():
+        if len(kept) == limit:
+            break
+        found = pair(places[number], rng)
+        if (name := text_hash(found.query)) not in seen:
+            seen.add(name)
+            kept[number] = found if with_negatives else replace(found, negatives=())
+    return [kept[number] for number in sorted(kept)]
 
 
 def _check(**sizes: int | None) -> None:
