@@ -1,7 +1,7 @@
 """How good vectors are before and after training: a decoder's own readings, untrained, beside an adapter's.
 
     python -m flashvec.bench.bench_quality --model demo-cache/smollm2-135m --adapter models/smollm2-135m \\
-        --sts sts-dev.csv --sts SICK_trial.txt --retrieval CISI.ALL
+        --sts sts-dev.csv --sts SICK_trial.txt --retrieval CISI.ALL --retrieval Cranfield
 
 Untrained: bidirectional mean pooling, causal mean pooling, and the strongest reading known of an untrained decoder,
 the last token's state under a one-word prompt (Jiang et al. 2023), two layers before the end. Trained: bidirectional
@@ -23,24 +23,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flashvec.bench.rows import WHITENED
 from flashvec.bench.timing import append_rows
 from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.whitening import POWER
+from flashvec.training.collection_files import Collection, read_collection
 from flashvec.training.evaluate import read_scored_pairs, sts_score
-from flashvec.training.retrieval import (
-    Collection,
-    judged_queries,
-    ranking_score,
-    read_collection,
-    vector_score,
-)
+from flashvec.training.retrieval import judged_queries, ranking_score, vector_score
 from flashvec.training.word_files import TASKS, read_tagged
 from flashvec.training.words import MEASURES, probe_words
 
 ONE_WORD = 'This sentence : "{text}" means in one word:"'
 LAYERS_BEFORE_END = 2
 TRAINED = "trained"
-WHITENED = ", whitened"  # a column beside the plain one
 
 
 class Reading(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NoReturn
 from flashvec.bench.embed_tables import embed_memory_table, embed_table, newest_embed_table, readme_rows
 from flashvec.bench.gpu_tables import gpu_attention_table, gpu_embed_table
 from flashvec.bench.rerun import rerun
-from flashvec.bench.rows import Row, comparable, fullest_run, read_rows, where
+from flashvec.bench.rows import WHITENED, Row, comparable, fullest_run, read_rows, where
 from flashvec.bench.timing import RESULTS
 
 ROOT = RESULTS.parents[1]
@@ -68,30 +68,38 @@ def _stage(variant: str) -> int:
 
 
 def quality_table(rows: list[Row]) -> list[str]:
-    """Scores of readings, a column for each set: of texts, then of words; two tables for each model and machine."""
+    """Scores of readings, a column for each set: a table each of texts, search and words, for a model and machine."""
     lines: list[str] = []
     for group in comparable(rows, "model", "dtype"):
         newest = {(row["variant"], row["data"]): row for row in group}
-        for title, of_words in (("| |", False), ("| words |", True)):
-            if shown := {key: row for key, row in newest.items() if ("words" in row) == of_words}:
+        for kind, title in (("texts", "| |"), ("search", "| search (whitened) |"), ("words", "| words |")):
+            if shown := {key: row for key, row in newest.items() if _kind(row) == kind}:
                 lines += [*_scores(shown, title), ""]
         about = f"{group[-1]['model']}, {group[-1]['dtype'].removeprefix('torch.')}, on {where(list(newest.values()))}."
         lines += [*about.splitlines(), ""]
     return lines[:-1]
 
 
+def _kind(row: Row) -> str:
+    return "words" if "words" in row else "search" if "queries" in row else "texts"
+
+
 def _scores(newest: dict[tuple[str, str], Row], title: str) -> list[str]:
-    """A line for each reading, a cell for each set."""
-    sets = list(dict.fromkeys((row["data"], row["measure"]) for row in newest.values()))
-    lines = [f"{title} " + " | ".join(f"{name} ({measure})" for name, measure in sets) + " |"]
+    """A line for each reading, a cell for each set; whitened beside plain."""
+    sets = {row["data"].removesuffix(WHITENED): row["measure"] for row in newest.values()}
+    lines = [f"{title} " + " | ".join(f"{name} ({measure})" for name, measure in sets.items()) + " |"]
     lines += ["|---" * (len(sets) + 1) + "|"]
     for variant in sorted(dict.fromkeys(variant for variant, _ in newest), key=_stage):
-        cells = [newest.get((variant, name)) for name, _ in sets]
-        shown = (
-            f"{c['score']:.1f}" + (f" ± {c['deviation']:.1f}" if "deviation" in c else "") if c else "" for c in cells
-        )
-        lines.append(f"| {variant} | " + " | ".join(shown) + " |")
+        pairs = ([newest.get((variant, name + ending)) for ending in ("", WHITENED)] for name in sets)
+        lines.append(f"| {variant} | " + " | ".join(_score(*pair) for pair in pairs) + " |")
     return lines
+
+
+def _score(plain: Row | None, whitened: Row | None) -> str:
+    shown = f"{plain['score']:.1f}" if plain else ""
+    if plain and "deviation" in plain:
+        shown += f" ± {plain['deviation']:.1f}"
+    return f"{shown} ({whitened['score']:.1f})".strip() if whitened else shown
 
 
 def parity_tables(rows: list[Row]) -> list[str]:

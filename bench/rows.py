@@ -6,6 +6,7 @@ from typing import Any
 from flashvec.bench.timing import RESULTS
 
 MACHINE = ("cpu", "instructions", "cores", "threads")
+WHITENED = ", whitened"  # ends the name of a judged collection that was searched by whitened vectors
 NOT_INSTALLED = "not installed (make peers)"  # what such a peer's row says in "failed"
 
 Row = dict[str, Any]

@@ -146,7 +146,7 @@ def sts(
 def retrieval(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
     collection: Annotated[
-        Path, typer.Argument(help="BEIR folder, or a SMART collection's .ALL file.", show_default=False)
+        Path, typer.Argument(help="BEIR folder, or a SMART collection's folder or .ALL file.", show_default=False)
     ],
     adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
     attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
@@ -163,7 +163,8 @@ def retrieval(
 
     Example: `flashvec evaluate retrieval ./my-encoder ./scifact --instruction "Query: "`
     """
-    from flashvec.training.retrieval import read_collection, retrieval_score
+    from flashvec.training.collection_files import read_collection
+    from flashvec.training.retrieval import retrieval_score
 
     read = read_collection(collection)
     choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}

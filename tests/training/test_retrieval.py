@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from collection_samples import write_smart
 from scipy.spatial.distance import cosine
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -15,31 +16,11 @@ from typer.testing import CliRunner
 from flashvec import Encoder
 from flashvec.runtime.cli import app
 from flashvec.runtime.whitening import POWER
-from flashvec.training.data import DataError
+from flashvec.training.collection_files import Collection, read_collection
 from flashvec.training.hf_encoder import HfEncoder
-from flashvec.training.retrieval import Collection, ndcg, ranking_score, read_collection, retrieval_score
+from flashvec.training.retrieval import ndcg, ranking_score, retrieval_score
 
 MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
-SMART = {
-    "x.ALL": ".I 1\n.T\nThe river\n.A\nSomebody\n.W\nflows to\nthe sea.\n.X\n1\t2\n.I 2\n.T\nStones\n.W\nlie still.\n",
-    "x.QRY": ".I 1\n.W\nWhat flows?\n.I 2\n.W\nWhat lies?\n",
-    "x.REL": "     1      1 0 0.0\n     2      2 0 0.0\n",
-}
-
-
-def write_smart(folder):
-    for name, text in SMART.items():
-        (folder / name).write_text(text)
-    return folder / "x.ALL"
-
-
-def write_beir(folder):
-    (folder / "qrels").mkdir(parents=True)
-    documents = [{"_id": "d1", "title": "River", "text": "to the sea"}, {"_id": "d2", "title": "", "text": "stones"}]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
-    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "water"}) + "\n")
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n")
-    return folder
 
 
 def write_bert(folder):
@@ -49,27 +30,6 @@ def write_bert(folder):
     torch.manual_seed(0)
     transformers.BertModel(bert).save_pretrained(folder)
     tiny_tokenizer(folder)
-
-
-def test_reads_both_forms(tmp_path):
-    smart = read_collection(write_smart(tmp_path))
-    assert smart.documents == {"1": "The river flows to the sea.", "2": "Stones lie still."}
-    assert smart.queries == {"1": "What flows?", "2": "What lies?"} and smart.relevance["2"] == {"2": 1.0}
-    beir = read_collection(write_beir(tmp_path / "beir"))
-    assert beir.documents == {"d1": "River to the sea", "d2": "stones"} and beir.relevance == {"q1": {"d1": 2, "d2": 0}}
-
-
-def test_lines_end_at_line_feeds_alone(tmp_path):
-    """JSON strings and tables may hold what ends a line elsewhere."""
-    folder = write_beir(tmp_path / "beir")
-    odd = "a\u2028b\u0085c"
-    for name, key in (("corpus", "d3"), ("queries", "q2")):
-        with (folder / f"{name}.jsonl").open("a", encoding="utf-8", newline="") as file:
-            file.write(json.dumps({"_id": key, "text": odd}, ensure_ascii=False) + "\r\n")
-    with (folder / "qrels" / "test.tsv").open("a", newline="") as file:
-        file.write("q2\td3\t1\r\n")
-    read = read_collection(folder)
-    assert read.documents["d3"] == read.queries["q2"] == odd and read.relevance["q2"] == {"d3": 1.0}
 
 
 def test_ndcg_is_scikit_learns():
@@ -116,44 +76,6 @@ def test_a_document_that_is_the_query_itself_is_left_out(tmp_path):
     collection = Collection(documents, {"q1": "a river", "q2": "a pebble"}, {"q1": {"d2": 1.0}, "q2": {"q2": 1.0}})
     found = ranking_score([np.array([1.0, 0.9, 0.1]), np.array([0.1, 0.2, 0.9])], collection)
     assert found["ndcg@10"] == 100 and found["recall@100"] == 100
-
-
-def test_a_query_may_be_named_query(tmp_path):
-    folder = write_beir(tmp_path / "beir")
-    for name, text in (("queries.jsonl", '{"_id": "query1", "text": "x"}\n'), ("qrels/test.tsv", "query1\td1\t1\n")):
-        (folder / name).write_text(text)
-    assert read_collection(folder).relevance == {"query1": {"d1": 1}}
-    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nquery1\td2\t1\n")
-    assert read_collection(folder).relevance == {"query1": {"d2": 1}}
-
-
-def test_relevant_documents_that_are_not_there_are_told(tmp_path, caplog):
-    folder = write_beir(tmp_path / "beir")
-    (folder / "qrels/test.tsv").write_text("q1\td1\t1\nq1\td7\t1\nq1\td8\t0\n")
-    with caplog.at_level("WARNING", logger="flashvec"):
-        read_collection(folder)
-    (told,) = [record.message for record in caplog.records]
-    assert told == "beir: 1 of 2 relevant documents are not there, 'd7' among them: no ranking can find them"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "named"),
-    [
-        ("queries.jsonl", "{", "queries.jsonl line 1: expected a JSON object"),
-        ("corpus.jsonl", '{"text": "x"}\n', "corpus.jsonl line 1: _id is missing"),
-        ("qrels/test.tsv", "q1\td1\tmuch\n", "test.tsv line 1: expected query, document and score"),
-        ("qrels/test.tsv", "q9\td1\t1\n", "1 queries that are not there, q9"),
-        ("qrels/test.tsv", "q1\td1\t0\n", "no query has a relevant document"),
-        ("qrels/test.tsv", "q1\td9\t1\n", "1 of 1 relevant documents are not there, 'd9' among them: are the judge"),
-    ],
-)
-def test_bad_files_are_named(name, text, named, tmp_path):
-    folder = write_beir(tmp_path / "beir")
-    (folder / name).write_text(text)
-    with pytest.raises(DataError, match=named):
-        read_collection(folder)
-    with pytest.raises(DataError, match=r"give a BEIR folder"):
-        read_collection(folder / "corpus.jsonl")
 
 
 def test_command_runs_ours_and_hugging_faces_encoders(tmp_path):
