@@ -28,8 +28,9 @@ from flashvec.bench.timing import append_rows
 from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.whitening import POWER
 from flashvec.training.collection_files import Collection, read_collection
-from flashvec.training.evaluate import read_scored_pairs, sts_score
+from flashvec.training.evaluate import sts_score
 from flashvec.training.retrieval import judged_queries, ranking_score, vector_score
+from flashvec.training.scored_pairs import read_scored_pairs
 from flashvec.training.word_files import TASKS, read_tagged
 from flashvec.training.words import MEASURES, probe_words
 

@@ -37,7 +37,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     )
     (tmp_path / "articles.txt").write_text("".join(paragraph.format(i) for i in range(30)))
     lines = [f"main\tnews\t2017\t{s}\t{s}\t{a}\t{b}" for s, (a, b) in enumerate(pairwise(SENTENCES))]
-    (tmp_path / "sts-dev.csv").write_text("\n".join(lines))
+    for split in ("train", "dev"):
+        (tmp_path / f"sts-{split}.csv").write_text("\n".join(lines))
     (tmp_path / "data").mkdir()
     table = pa.table({"id": [f"row {i}" for i in range(len(SENTENCES))], "text": list(SENTENCES)})
     pq.write_table(table, tmp_path / "data" / "a.parquet")

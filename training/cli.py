@@ -129,7 +129,8 @@ def sts(
 
     Example: `flashvec evaluate sts ./my-encoder sts-dev.csv`
     """
-    from flashvec.training.evaluate import read_scored_pairs, sts_score
+    from flashvec.training.evaluate import sts_score
+    from flashvec.training.scored_pairs import read_scored_pairs
 
     read = read_scored_pairs(pairs)
     choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}

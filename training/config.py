@@ -111,7 +111,7 @@ class ContrastiveConfig(TrainConfig):
     """Contrastive learning: of views of one text, or of pairs, triples and scored pairs."""
 
     texts: tuple[str, ...] = ()  # unsupervised: each text is its own positive
-    pairs: tuple[str, ...] = ()  # supervised: .jsonl files, see `data.py`
+    pairs: tuple[str, ...] = ()  # supervised: .jsonl files, or tables of scored pairs, see `data.py`
     batch_size: int = 128
     temperature: float = 0.05
     attention_dropout: float = 0.0

@@ -6,6 +6,7 @@
              {query | anchor | sentence1 | text1, positive | pos | sentence2 | text2, negative | neg | negative_1 ...}
              with "score" for graded pairs and "instruction" for the query; pos and neg may be lists: a pair for each
              pos, every one with all neg
+    .csv .tsv .txt    scored pairs as they are handed round (`scored_pairs.py`): STS-B, SICK
 
 A step's rows are a function of seed and step alone: every epoch is a permutation of its own, so that a resumed run
 goes on with the rows an uninterrupted one would have seen, and every process knows all of them.
@@ -27,6 +28,7 @@ import numpy as np
 MAX_LINE_BYTES = 1 << 24
 QUERY_KEYS = ("query", "anchor", "sentence1", "text1")
 POSITIVE_KEYS = ("positive", "pos", "sentence2", "text2")
+SCORED_FILES = (".csv", ".tsv", ".txt")
 NEGATIVE_KEYS = ("negative", "negatives", "neg")
 
 
@@ -78,9 +80,12 @@ def read_pairs(paths: Sequence[str], instructions: Mapping[str, Sequence[str]] |
     """
     pairs: list[Pair] = []
     for number, path in enumerate(existing_files(paths, "pairs")):
-        if path.suffix != ".jsonl":
-            raise DataError(f"{path.name}: pairs come in .jsonl files")
-        own = [pair for line in _lines(path) for pair in _pairs(_object(line), number, line.where)]
+        if path.suffix == ".jsonl":
+            own = [pair for line in _lines(path) for pair in _pairs(_object(line), number, line.where)]
+        elif path.suffix in SCORED_FILES:
+            own = _scored_pairs(path, number)
+        else:
+            raise DataError(f"{path.name}: pairs come in .jsonl files, scored ones in {', '.join(SCORED_FILES)}, too")
         if turns := (instructions or {}).get(path.stem):
             own = [
                 pair if pair.instruction is not None else replace(pair, instruction=turns[i % len(turns)])
@@ -189,6 +194,19 @@ def _pairs(values: dict[str, Any], source: int, where: str) -> list[Pair]:
     for text in (*query, *positive, *negatives, instruction or ""):
         _check_text(text, where)
     return [Pair(query[0], text, tuple(negatives), score, instruction, source, where) for text in positive]
+
+
+def _scored_pairs(path: Path, source: int) -> list[Pair]:
+    """STS-B's, SICK's and other tables, as they are evaluated by."""
+    from flashvec.training.scored_pairs import scored_rows  # which raises this module's error
+
+    pairs = []
+    for row in scored_rows(path):
+        where = f"{path.name} line {row.line}"
+        if not (row.left.strip() and row.right.strip()):
+            raise DataError(f"{where}: a text is empty")
+        pairs.append(Pair(row.left, row.right, score=row.score, source=source, where=where))
+    return pairs
 
 
 def _check_text(text: str, where: str) -> None:

@@ -27,13 +27,14 @@ from flashvec.training.checkpoint import (
 from flashvec.training.config import OptimizerConfig, TrainConfig, to_yaml
 from flashvec.training.distributed import World
 from flashvec.training.encode import run_rows
-from flashvec.training.evaluate import embed_with, read_scored_pairs, sts_score
+from flashvec.training.evaluate import embed_with, sts_score
 from flashvec.training.events import Events
 from flashvec.training.files import naming
 from flashvec.training.memory import used_bytes
 from flashvec.training.model import ENCODER_FOLDER, Model
 from flashvec.training.origin import SEEN_FILE, earlier_seen, fingerprint, write_seen
 from flashvec.training.progress import TrainingBar
+from flashvec.training.scored_pairs import read_scored_pairs
 from flashvec.training.sentences import text_hashes
 
 CHECK_EVERY = 100  # steps between two looks at whether all processes hold the same parameters

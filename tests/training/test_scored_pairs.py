@@ -1,0 +1,71 @@
+import json
+
+import pytest
+
+from flashvec.training.data import DataError, read_pairs
+from flashvec.training.scored_pairs import read_scored_pairs
+
+ROWS = [("a cat", "a dog", 1.5), ("the sea", "an ocean", 4.5), ("one", "two", 2.0), ("one", "one", 5.0)]
+FILES = {
+    "sts.csv": "".join(f"main\tfile\t2012\t{i}\t{s}\t{a}\t{b}\n" for i, (a, b, s) in enumerate(ROWS)),
+    "sick.txt": "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tjudgment\n"
+    + "".join(f"{i}\t{a}\t{b}\t{s}\tNEUTRAL\n" for i, (a, b, s) in enumerate(ROWS)),
+    "own.tsv": "score\tsentence1\tsentence2\n" + "".join(f"{s}\t{a}\t{b}\n" for a, b, s in ROWS),
+    "own.jsonl": "".join(json.dumps({"sentence1": a, "sentence2": b, "score": s}) + "\n" for a, b, s in ROWS),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_reads_every_form(name, tmp_path):
+    (tmp_path / name).write_text(FILES[name])
+    pairs = read_scored_pairs(tmp_path / name)
+    assert list(zip(*pairs, strict=True)) == ROWS
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    odd = "a\rb\u2028c\u0085d"
+    rows = f"score\tsentence1\tsentence2\r\n1\t{odd}\tx\r\n2\ty\t{odd}\r\n"
+    (tmp_path / "own.tsv").write_bytes(rows.encode())
+    assert read_scored_pairs(tmp_path / "own.tsv")[:2] == ([odd, "y"], ["x", odd])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_form_is_trained_on_as_it_is(name, tmp_path):
+    (tmp_path / name).write_text(FILES[name])
+    pairs = read_pairs([str(tmp_path / name)])
+    assert [(pair.query, pair.positive, pair.score) for pair in pairs] == ROWS
+    first = 1 + name.endswith((".txt", ".tsv"))  # after a header
+    assert pairs[0].where == f"{name} line {first}" and not pairs[0].negatives
+
+
+def test_files_to_train_on_that_are_none_are_named(tmp_path):
+    for name, text, named in (
+        ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\t3\ta\t \n", "a.csv line 2: a text is empty"),
+        ("a.txt", "Text without scores.\n", "a.txt line 1: 1 columns and no header with sentence1, sentence2, score"),
+        ("a.xlsx", "x", "a.xlsx: pairs come in .jsonl files, scored ones in .csv, .tsv, .txt, too"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=named):
+            read_pairs([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("a.csv", "one\ttwo\n", "line 1: 2 columns and no header"),
+        ("a.csv", "m\tf\t1\t2\thigh\ta\tb\n" * 2, "a.csv line 1: expected two texts and a score"),
+        ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\t3\ta\n", "a.csv line 2: expected"),
+        ("a.jsonl", "{}\n{}\n", "line 1: expected"),
+        ("a.jsonl", '{"sentence1": null, "sentence2": "b", "score": 1}\n' * 2, "line 1: expected"),
+        ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\tnan\ta\tb\n", "a.csv line 2: expected two texts and a score"),
+        ("a.tsv", "score\tsentence1\tsentence2\n1\ta\tb\n", "1 pairs; a correlation needs two"),
+        ("a.tsv", "", "holds no line"),
+    ],
+    ids=str,
+)
+def test_bad_files_are_named(name, text, named, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=named):
+        read_scored_pairs(tmp_path / name)
+    with pytest.raises(DataError, match="no such file"):
+        read_scored_pairs(tmp_path / "none.csv")
