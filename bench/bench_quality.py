@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flashvec.bench.rows import WHITENED
@@ -94,7 +95,7 @@ def readings(
 def measure(
     reading: Reading, model: str, sts: list[Path], retrieval: list[Path], words: list[WordTask], shift: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """A row for each file.
+    """A row for each file, of collections two: plain and whitened.
 
     Args:
         reading: of it.
@@ -166,7 +167,8 @@ def bm25_score(collection: Collection) -> dict[str, float]:
     index = bm25s.BM25()
     index.index(words(list(collection.documents.values())), show_progress=False)
     queries = words([collection.queries[query] for query in judged_queries(collection)])
-    return ranking_score((index.get_scores(query) for query in queries), collection)
+    nothing = np.zeros(len(collection.documents), np.float32)  # for a query of stop words alone
+    return ranking_score((index.get_scores(query) if query else nothing for query in queries), collection)
 
 
 def main() -> None:

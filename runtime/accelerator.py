@@ -1,7 +1,8 @@
 """What the runtime asks of a GPU: copies that wait for nothing, marks in its queue, recorded work, free memory.
 
-The only module that calls `torch.cuda`. The engine works with any object of this shape, so tests run every decision
-around it on the CPU, with work that is recorded, memory that runs out and copies that arrive late.
+All that a run asks of `torch.cuda` stands here; where a model goes is `placement.py`'s. The engine works with any
+object of this shape, so tests run every decision around it on the CPU, with work that is recorded, memory that runs out
+and copies that arrive late.
 """
 
 from collections.abc import Callable

@@ -65,7 +65,7 @@ def embed(
     dtype: Dtype = None,
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: start one here.")] = None,
-    workers: Annotated[int, typer.Option(help="Ray actors to run.", min=1)] = 1,
+    workers: Annotated[int | None, typer.Option(help="Ray actors to run; default 1.", min=1)] = None,
     dry_run: Annotated[bool, typer.Option(help="Sample the inputs and print rows, tokens, time, bytes.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -114,6 +114,8 @@ def embed(
         print(json.dumps(asdict(estimate))) if as_json else print("\n".join(estimate_lines(estimate)))
         return
     assert out is not None
+    if engine != "ray" and workers is not None:
+        raise typer.BadParameter("--workers counts Ray's actors; with --engine local --device names one or more")
     if engine == "ray" and device is not None:
         raise typer.BadParameter(
             "--device names devices of this machine; with --engine ray the cluster gives each its own"
@@ -125,7 +127,7 @@ def embed(
             model=model,
             settings=settings,
             load=load,
-            devices=[None] * workers if engine == "ray" else devices_of(device),
+            devices=[None] * (workers or 1) if engine == "ray" else devices_of(device),
             max_errors=None if max_errors < 0 else max_errors,
             unique_ids=unique_ids,
             reuse=reuse,
@@ -183,7 +185,7 @@ def embed_shard(
     read = read_plan(Storage(location))
     if read is None:
         raise PlanError(f"{plan}: no plan there; `flashvec embed` writes one")
-    runner = ShardRunner.load({**read.model.load, "device": device})
+    runner = ShardRunner.load({**read.model.loading, "device": device})
     entry = runner.run(location, shard, None if max_errors < 0 else max_errors)
     if as_json:
         print(json.dumps(entry))
@@ -200,7 +202,9 @@ def search(
     whiten: Annotated[
         float | None,
         typer.Option(
-            help="Fit all vectors to the job's first, as `flashvec whiten` does; its power, 0.25.", min=0, max=0.5
+            help="Fit all vectors to the job's first, as `flashvec whiten` does; a power such as 0.25.",
+            min=0,
+            max=0.5,
         ),
     ] = None,
     as_json: Json = False,
@@ -239,6 +243,8 @@ def whiten(
     sample: Annotated[int, typer.Option(help="Texts to read at most, from all over the files.", min=2)] = 2000,
     text_column: Annotated[str | None, typer.Option(help="Default: text, or the only text column.")] = None,
     text_template: Annotated[str | None, typer.Option(help='Several columns in one, as "{title}\\n{body}".')] = None,
+    instruction: Annotated[str | None, typer.Option(help="Before each text, as it will be when embedded.")] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="One of the model's prompts instead.")] = None,
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
     as_json: Json = False,
@@ -266,7 +272,13 @@ def whiten(
     settings = JobSettings(text_columns=columns, text_template=template, shard_size=RUN_OF_SAMPLE)
     texts = sample_texts(draft_plan(find_sources(inputs, say), settings, {}), sample)
     encoder = Encoder.load(model, adapters=adapter or (), layers=layers, dtype=dtype)
-    encoder.whiten(texts, power=power, show_progress=False if as_json else None)
+    encoder.whiten(
+        texts,
+        power=power,
+        instruction=instruction,
+        prompt_name=prompt_name,
+        show_progress=False if as_json else None,
+    )
     width = encoder.spec.dense[-1].out_features
     if len(texts) < width:
         say(f"{counted(len(texts), 'text')} for {width} axes: more of them, where there are any, fit better")

@@ -22,7 +22,7 @@ from flashvec.runtime.pooling import DenseHead, number_format, vector_length
 from flashvec.runtime.spec import DenseSpec, ModelSpec
 from flashvec.runtime.text_runner import Instruction
 from flashvec.runtime.texts import as_texts, check_ordered, elements
-from flashvec.runtime.whitening import POWER, fit_whitening
+from flashvec.runtime.whitening import POWER, check_power, fit_whitening
 from flashvec.runtime.windows import WINDOW, RunSettings, run_settings
 
 logger = logging.getLogger("flashvec")
@@ -321,6 +321,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         """
         if isinstance(texts, str):
             raise TypeError("texts is a str: give a list of the collection's texts")
+        check_power(power)
         whole = copy.copy(self)
         whole.spec = replace(self.spec, truncate_dim=None)
         weight, bias = map(torch.from_numpy, fit_whitening(whole.embed(texts, normalize=False, **settings), power))

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -18,28 +18,20 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.backend import runs_triton
-from flashvec.kernels.schedule import TileClass, build_schedule
+from flashvec.kernels.schedule import TileClass
 from flashvec.runtime.accelerator import Accelerator, Cuda, Mark
 from flashvec.runtime.batches import TokenRows, device_batch, host_batch
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.graphs import Graphs
 from flashvec.runtime.memory import Ladder, does_not_fit, fits, host_memory
 from flashvec.runtime.packing import fitting, longest_first, pack
-from flashvec.runtime.pooling import States
-from flashvec.runtime.program import Program, hidden_program
+from flashvec.runtime.program import Program
 
 TOKEN_BUDGET_CPU = 2048  # where bf16 and fp32 products reach their best rate; more only costs memory
 TOKEN_BUDGET_CUDA = 16_384
 QUEUED_PACKS = 3  # on a GPU: two keep it busy while the host reads the third one's results
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Pack(States):
-    """Texts that ran together, and their hidden states."""
-
-    indices: np.ndarray = field(kw_only=True)  # int64 [B] positions of these texts in the call's list
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,7 @@ class Engine:
                 self.ladder.succeeded(budget, int(lengths[indices].sum()))
                 yield ran
                 continue
-            self._make_room()
+            self.make_room()
             num_tokens = int(lengths[indices].sum())
             if count > 1:
                 self.ladder.failed(num_tokens)
@@ -136,7 +128,7 @@ class Engine:
                 raise torch.OutOfMemoryError(does_not_fit(num_tokens, memory, self.decoder.device, self.decoder.dtype))
             alone_again = count == 1
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """Give back what only speed needs."""
         with self._lock:
             if self.graphs is not None:
@@ -187,30 +179,6 @@ def _own(program: Program, rows: TokenRows, outputs: tuple[Tensor, ...]) -> tupl
 def _arrived(ran: Ran, mark: Mark) -> Ran:
     mark.wait()
     return ran
-
-
-def run(
-    decoder: Decoder, ids: np.ndarray, lengths: np.ndarray, budget: int, causal: bool, workers: int = 1
-) -> Iterator[Pack]:
-    """Hidden states of texts, run in packs of similar length on the decoder's device.
-
-    Args:
-        ids: int32 [sum(lengths)] token ids, text after text.
-        lengths: int32 [n] tokens of each text, at least 1.
-        budget: tokens per pack.
-        causal: hide later tokens.
-        workers: as in `Engine.run`.
-
-    Yields:
-        One `Pack` after the other; together they hold every text once.
-    """
-
-    rows = TokenRows(ids, lengths, np.zeros((len(lengths), 2), np.int64))
-    engine = Engine(decoder, graphs=False)
-    for ran in engine.run(rows, budget, hidden_program(causal), workers, on_device=True):
-        (hidden_TD,) = ran.outputs
-        schedule = build_schedule(lengths[ran.indices].tolist(), len(hidden_TD), decoder.device)
-        yield Pack(hidden_TD, schedule, indices=ran.indices)
 
 
 def _run_on_workers(run_pack: Callable[[np.ndarray], Ran], packs: list[np.ndarray], workers: int) -> Iterator[Ran]:

@@ -66,6 +66,7 @@ class Graphs:
         self.decoder, self.accelerator = decoder, accelerator
         self.largest = most_rows(decoder) if largest is None else largest
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._classes: dict[TileClass, None] = {}  # tile lists that some program asked for
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -78,6 +79,7 @@ class Graphs:
         """Forget all recordings, and free their memory."""
         self._entries.clear()
 
+    @torch.inference_mode()  # buffers are made within it or not, whatever the caller is in: all calls write to them
     def run(self, program: Program, rows: TokenRows, num_rows: int, classes: Sequence[TileClass]) -> tuple[Tensor, ...]:
         """Run a program on a batch.
 
@@ -92,7 +94,8 @@ class Graphs:
         key = (program.key, num_rows, num_sequences)
         entry = self._entries.get(key)
         if entry is None:
-            entry = _Entry(StaticBatch(rows, num_rows, num_sequences, classes, self.accelerator))
+            known = tuple(dict.fromkeys((*classes, *self._classes)))
+            entry = _Entry(StaticBatch(rows, num_rows, num_sequences, known, self.accelerator))
             self._entries[key] = entry
             if len(self._entries) > KEPT:
                 self._entries.popitem(last=False)
@@ -113,6 +116,7 @@ class Graphs:
         """After a run: buffers must hold all tile lists that the kernels asked for, to be overwritten with the rest."""
         buffers = entry.buffers
         asked = tuple(buffers.batch.schedule.tile_lists)
+        self._classes.update(dict.fromkeys(asked))
         if asked == buffers.classes:
             entry.is_warm = True
         else:

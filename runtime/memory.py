@@ -6,6 +6,7 @@ other failure would fail again in smaller pieces, and hiding it would hide a bug
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ import torch
 CLIMB_AFTER = 64  # packs that fit before a larger one is tried: a failed try costs a pack's time and the cached memory
 LONGEST_PATIENCE = 4096
 CLIMB = 1.25  # one bucket
+MEMORY_FACTS = Path("/proc/meminfo")
+# Where a container's limit and use stand, and among its facts the cached files that would make room: of either version.
+CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 class Ladder:
@@ -64,9 +71,28 @@ def fits(work: Callable[[], Any]) -> tuple[bool, Any]:
 
 
 def host_memory() -> tuple[int, int]:
-    """Free and total bytes of this machine's memory."""
+    """Bytes that can be had without swapping, cached files' among them, and all; a container's where it has a limit."""
     page = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    total = os.sysconf("SC_PHYS_PAGES") * page
+    facts = _numbers(MEMORY_FACTS)
+    free = facts["MemAvailable:"] * 1024 if "MemAvailable:" in facts else total // 2  # no Linux: a guess
+    for folder, *names, cached_files in CONTROL_GROUPS:
+        try:
+            limit, used = (int((folder / name).read_text()) for name in names)
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        cached = _numbers(folder / "memory.stat").get(cached_files, 0)
+        free, total = min(free, max(0, limit - used + cached)), min(total, limit)
+    return free, total
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Of lines of a name and a number; nothing where there is no such file."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
 def does_not_fit(num_tokens: int, memory: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:

@@ -40,7 +40,9 @@ def _named(device: str | torch.device) -> torch.device:
 
 def _check_here(device: torch.device) -> None:
     """A GPU that is not here is refused by name: torch would speak of it only once weights are sent there."""
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is '{device}'; give cpu, cuda, cuda:1 and so on, or all")
+    if device.type == "cpu":
         return
     count = torch.cuda.device_count()
     if not count:

@@ -32,15 +32,6 @@ class Program:
     counts: tuple[Count, ...]
 
 
-def hidden_program(causal: bool) -> Program:
-    """fp32 [T, D]: the residual stream before the final norm."""
-
-    def run(decoder: Decoder, batch: Batch) -> tuple[Tensor, ...]:
-        return (decoder.forward(batch.ids_T, batch.schedule, batch.row_plan, causal),)
-
-    return Program(("hidden", causal), run, ("rows",))
-
-
 def embedding_program(
     spec: ModelSpec,
     heads: Sequence[DenseHead],
@@ -76,7 +67,7 @@ def embedding_program(
     wanted: tuple[tuple[bool, Count], ...] = ((vectors, "texts"), (states, "rows"))
     counts = tuple(count for is_wanted, count in wanted if is_wanted)
     facts = (causal, spec.pooling, spec.span, spec.layout, spec.normalize, spec.truncate_dim)
-    return Program((counts, facts, normalize, truncate_dim), run, counts)
+    return Program((counts, facts, tuple(heads), normalize, truncate_dim), run, counts)
 
 
 @torch.inference_mode()

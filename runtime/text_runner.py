@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from flashvec.runtime import engine
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.engine import Engine
+from flashvec.runtime.memory import fits
 from flashvec.runtime.non_finite import NonFiniteRows, report
 from flashvec.runtime.pooling import DenseHead
 from flashvec.runtime.program import Program, embedding_program
@@ -129,13 +131,26 @@ class TextRunner:
         """Texts whose results were not finite, one at a time in fp32."""
         if not len(rows):
             return
-        still = NonFiniteRows(call.program.counts)
+        still, too_large = NonFiniteRows(call.program.counts), []
         wide = Engine(widened(self.decoder), self.engine.accelerator, graphs=False)
-        for done in run_call(call.take(rows), self.spec, self.tokenizer, wide, 1):
-            done = done._replace(rows=rows[done.rows])
-            still.look_at(done)
-            yield done
-        report(rows + first_row, still.rows() + first_row, len(call.texts), self.dtype)
+        for row in rows:
+            alone = partial(self._run_alone, call.take(row[None]), wide)
+            found, ran = fits(alone)
+            if not found:
+                self.engine.make_room()
+                found, ran = fits(alone)
+            if not found:  # what all the others gave is worth more than this one
+                too_large.append(row)
+                continue
+            for done in ran:
+                done = done._replace(rows=row[None])
+                still.look_at(done)
+                yield done
+        left = np.sort(np.append(still.rows(), np.array(too_large, np.int64)))
+        report(rows + first_row, left + first_row, len(call.texts), self.dtype)
+
+    def _run_alone(self, call: Call, engine: Engine) -> list[Done]:
+        return list(run_call(call, self.spec, self.tokenizer, engine, 1))
 
     def _beside(self, vectors: Tensor, rows: np.ndarray) -> Tensor:
         """Row numbers as an index into `vectors`, on its device."""

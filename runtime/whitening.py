@@ -19,6 +19,17 @@ import numpy as np
 POWER = 0.25
 SMOOTHING = 0.5  # of the mean variance
 MAX_POWER = 0.5
+BLOCK_ROWS = 1 << 14
+
+
+def check_power(power: float) -> None:
+    """Before work is done that needs it.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if not 0 <= power <= MAX_POWER:
+        raise ValueError(f"power is {power}, expected 0 (the mean alone) to {MAX_POWER} (all axes alike)")
 
 
 def fit_whitening(vectors_ND: np.ndarray, power: float = POWER) -> tuple[np.ndarray, np.ndarray]:
@@ -34,13 +45,16 @@ def fit_whitening(vectors_ND: np.ndarray, power: float = POWER) -> tuple[np.ndar
     Raises:
         ValueError: a power out of range, fewer than two vectors, or vectors that are all alike.
     """
-    if not 0 <= power <= MAX_POWER:
-        raise ValueError(f"power is {power}, expected 0 (the mean alone) to {MAX_POWER} (all axes alike)")
-    if len(vectors_ND) < 2:
-        raise ValueError(f"whitening needs two texts at least, better some hundreds; here are {len(vectors_ND)}")
-    x = vectors_ND.astype(np.float64)
-    mean_D = x.mean(0)
-    variances_D, axes_DD = np.linalg.eigh((x - mean_D).T @ (x - mean_D) / len(x))
+    check_power(power)
+    count = len(vectors_ND)
+    if count < 2:
+        raise ValueError(f"whitening needs two texts at least, better some hundreds; here are {count}")
+    mean_D = vectors_ND.mean(0, dtype=np.float64)
+    covariance_DD = np.zeros((len(mean_D), len(mean_D)))
+    for start in range(0, count, BLOCK_ROWS):  # in fp64, without a copy of all
+        centred = vectors_ND[start : start + BLOCK_ROWS] - mean_D
+        covariance_DD += centred.T @ centred / count
+    variances_D, axes_DD = np.linalg.eigh(covariance_DD)
     variances_D, axes_DD = variances_D[::-1].clip(min=0), axes_DD[:, ::-1]
     if not variances_D.sum() > np.square(mean_D).sum() * np.finfo(np.float32).eps ** 2:
         raise ValueError("whitening: the texts' vectors are all alike: give texts that differ")

@@ -6,6 +6,7 @@ that fp32 itself loses the digits the comparison needs: `in_fp64` shows how many
 """
 
 from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -17,10 +18,14 @@ from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flashvec.kernels.rms_norm import rms_norm
-from flashvec.runtime import engine
+from flashvec.kernels.schedule import build_schedule
+from flashvec.runtime.batches import Batch, TokenRows
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.decoder_loader import DecoderLoader
+from flashvec.runtime.engine import Engine
 from flashvec.runtime.families import FAMILIES, decoder_spec, stated_attention
+from flashvec.runtime.pooling import States
+from flashvec.runtime.program import Program
 
 WINDOW = 9
 STD = 0.2
@@ -179,16 +184,35 @@ def in_fp64(model: torch.nn.Module) -> torch.nn.Module:
     return wide
 
 
-def run_packs(decoder: Decoder, texts: list[np.ndarray], causal: bool) -> list[engine.Pack]:
+@dataclass(frozen=True)
+class Pack(States):
+    """Texts that ran together, and the residual stream before the final norm."""
+
+    indices: np.ndarray = field(kw_only=True)  # int64 [B] positions of these texts in the call's list
+
+
+def run_packs(
+    decoder: Decoder, texts: list[np.ndarray], causal: bool, budget: int = 512, workers: int = 1
+) -> list[Pack]:
     lengths = np.array([len(t) for t in texts], dtype=np.int32)
-    return list(engine.run(decoder, np.concatenate(texts), lengths, 512, causal))
+    rows = TokenRows(np.concatenate(texts), lengths, np.zeros((len(texts), 2), np.int64))
+
+    def run(decoder: Decoder, batch: Batch) -> tuple[Tensor, ...]:
+        return (decoder.forward(batch.ids_T, batch.schedule, batch.row_plan, causal),)
+
+    packs, program = [], Program("states", run, ("rows",))
+    for ran in Engine(decoder, graphs=False).run(rows, budget, program, workers, on_device=True):
+        (hidden_TD,) = ran.outputs
+        schedule = build_schedule(lengths[ran.indices].tolist(), len(hidden_TD), decoder.device)
+        packs.append(Pack(hidden_TD, schedule, indices=ran.indices))
+    return packs
 
 
 def our_states(decoder: Decoder, texts: list[np.ndarray], causal: bool) -> list[Tensor]:
     return final_states(decoder, run_packs(decoder, texts, causal), texts)
 
 
-def final_states(decoder: Decoder, packs: list[engine.Pack], texts: list[np.ndarray]) -> list[Tensor]:
+def final_states(decoder: Decoder, packs: list[Pack], texts: list[np.ndarray]) -> list[Tensor]:
     states: list[Tensor] = [torch.empty(0)] * len(texts)
     for done in packs:
         spec = decoder.spec

@@ -129,7 +129,8 @@ def write_surroundings(folder: Path, spec: ModelSpec, config: dict[str, Any] | N
     """
     if config is not None:
         _write_json(folder / "config.json", config)
-    if len(spec.pooling) == 1 and spec.pooling[0] in POOLING_NAMES:
+    # A GGUF file states its rules itself; without config.json this file would mean a second adapter.
+    if config is not None and len(spec.pooling) == 1 and spec.pooling[0] in POOLING_NAMES:
         settings = {
             "pooling_mode": "eos_token" if spec.text_suffix else POOLING_NAMES[spec.pooling[0]],
             "max_length": spec.max_length,
@@ -140,4 +141,5 @@ def write_surroundings(folder: Path, spec: ModelSpec, config: dict[str, Any] | N
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole(path) as partial:
+        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -72,7 +72,8 @@ def average_adapters(folders: Sequence[Path], output: Path, rank: int | None = N
         left_out = max(left_out, lost)
         for letter, x in (("A", a), ("B", b / len(folders))):
             tensors[f"{PREFIXES['headless']}{name}.lora_{letter}.weight"] = x.to(torch.bfloat16).contiguous()
-    config |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    # Keys are those of a model without a head, so the class that PEFT takes the adapter for must be one, too.
+    config |= {"task_type": None, "r": rank, "lora_alpha": rank, "use_rslora": False}
     if str(base := stated[folders[0]] or "").startswith("."):  # a path as seen from that folder
         config["base_model_name_or_path"] = os.path.relpath((folders[0] / base).resolve(), output.resolve())
     with whole(output) as partial:
@@ -114,7 +115,7 @@ def _cut(a_RC: Tensor, b_NR: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The nearest product of a rank, its singular values shared by both factors, and what is left out of its square."""
     q_b, r_b = torch.linalg.qr(b_NR)
     q_a, r_a = torch.linalg.qr(a_RC.T)
-    u, values, v = torch.linalg.svd(r_b @ r_a.T)
+    u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = values[:rank].sqrt()
     a, b = root[:, None] * (v[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root
     if missing := rank - len(root):  # fewer directions than the rank asks for

@@ -78,6 +78,7 @@ def average(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folders of one base.", show_default=False)],
     output: Annotated[Path, typer.Option(help="A new folder for their mean.", show_default=False)],
     rank: Annotated[int | None, typer.Option(min=1, help="Of the mean; default the first adapter's.")] = None,
+    as_json: Json = False,
 ) -> None:
     """The mean of adapters as one adapter: several runs are often better together than each.
 
@@ -86,6 +87,9 @@ def average(
     from flashvec.training.average import average_adapters
 
     left_out = average_adapters(adapters, output, rank)
+    if as_json:
+        print(json.dumps({"output": str(output), "adapters": len(adapters), "left_out": round(left_out, 6)}))
+        return
     facts = f"the mean of {len(adapters)} adapters, {left_out:.2%} of a product at most left out by its rank"
     stdout.print(f"{output}: {facts}", highlight=False)
 
@@ -104,13 +108,6 @@ def _open(model: str, backend: str, choices: dict[str, Any]) -> Any:
     from flashvec.training.hf_encoder import HfEncoder
 
     return HfEncoder(model)
-
-
-def _embedder(model: str, backend: str, choices: dict[str, Any]) -> Any:
-    """Texts and an instruction to vectors as they are pooled, by this package or by the model's own."""
-    encoder = _open(model, backend, choices)
-    as_pooled = {} if backend == "hf" else {"normalize": False}
-    return lambda texts, instruction: encoder.embed(list(texts), instruction=instruction, **as_pooled)
 
 
 @evaluate_app.command()
@@ -134,8 +131,8 @@ def sts(
 
     read = read_scored_pairs(pairs)
     choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
-    embed = _embedder(model, backend, choices)
-    found = sts_score(lambda texts: embed(texts, instruction), read)
+    encoder = _open(model, backend, choices)
+    found = sts_score(lambda texts: encoder.embed(list(texts), instruction=instruction), read)
     if as_json:
         print(json.dumps({"model": model, "file": pairs.name, **found}))
         return
@@ -153,9 +150,12 @@ def retrieval(
     attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")] = None,
     layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
-    instruction: Annotated[str | None, typer.Option(help="Before each query.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="Before each query; default the model's prompt for queries, as for documents.")
+    ] = None,
     whiten: Annotated[
-        float | None, typer.Option(help="Fit vectors to the documents as `flashvec whiten` does; its power, 0 to 0.5.")
+        float | None,
+        typer.Option(help="Fit vectors to the documents as `flashvec whiten` does; its power.", min=0, max=0.5),
     ] = None,
     backend: Backend = "flashvec",
     as_json: Json = False,
@@ -165,14 +165,21 @@ def retrieval(
     Example: `flashvec evaluate retrieval ./my-encoder ./scifact --instruction "Query: "`
     """
     from flashvec.training.collection_files import read_collection
-    from flashvec.training.retrieval import retrieval_score
+    from flashvec.training.retrieval import retrieval_score, search_prompts
 
     read = read_collection(collection)
     choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
-    embed = _embedder(model, backend, choices)
-    found = retrieval_score(
-        lambda texts: embed(texts, instruction), lambda texts: embed(texts, None), read, whitening=whiten
-    )
+    encoder = _open(model, backend, choices)
+
+    def embedder(**settings: Any) -> Any:
+        return lambda texts: encoder.embed(texts, **settings)
+
+    if backend == "hf":
+        queries, documents = embedder(instruction=instruction), embedder()
+    else:
+        own = search_prompts(encoder.spec.prompts, instruction)
+        queries, documents = (embedder(normalize=False, **settings) for settings in own)
+    found = retrieval_score(queries, documents, read, whitening=whiten)
     if as_json:
         print(json.dumps({"model": model, "collection": collection.name, **found}))
         return

@@ -1,11 +1,12 @@
 """Pairs to train search on, from running text alone: a sentence asks, the rest of its paragraph answers.
 
 The inverse cloze task (Lee et al. 2019): a sentence, or several that follow each other, is taken out of its paragraph,
-and the paragraph is to be found by it; in one of ten it stays, so that shared words count as well. For long questions a
-whole paragraph asks for the one that it stands beside. Another paragraph of the same document is given as what does
-not match: it is of the same topic, which makes it hard. Contrastive training's `neighbours` brings pairs of one
-document together instead, which costs no text more. A document is a `<doc ...>` block of Wikipedia extractors, or a
-whole file. Only text is used, no title, no link, no label.
+and the paragraph is to be found by it; in one of ten it is left in, so that shared words count as well (of a long
+paragraph it may lie behind the cut). For long questions a whole paragraph asks for the one that it stands beside.
+Another paragraph of the same document is given as what does not match: it is of the same topic, which makes it hard.
+Contrastive training's `neighbours` brings pairs of one document together instead, which costs no text more. A document
+is a `<doc ...>` block of Wikipedia extractors, a line of a .jsonl file, or else a whole file. Only text is used, no
+title, no link, no label.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashvec.training.data import Pair, read_texts, text_hash
+from flashvec.training.data import Pair, read_texts, text_files, text_hash
 from flashvec.training.sentences import sentences_of
 
 MAX_QUERY_WORDS = 35
@@ -44,7 +45,7 @@ def cloze_pairs(
     """A pair for each paragraph of at least `MIN_SENTENCES` sentences, in the order of the source; each query once.
 
     Args:
-        paths: .txt files of one paragraph a line.
+        paths: .txt files of one paragraph a line; .jsonl files of one document a line, of one paragraph in each of its.
         limit: pairs at most: paragraphs are then drawn at random.
         max_words: of a passage; what follows is cut off.
         max_asking: sentences that ask together, one to so many; two are left to answer.
@@ -147,13 +148,13 @@ def _check(**sizes: int | None) -> None:
 def _paragraphs(paths: Sequence[str]) -> Iterator[Paragraph]:
     """Those that can be asked for."""
     document = -1
-    for path in paths:
+    for file in text_files(paths):
         document += 1
-        for text in read_texts([path]):
-            if text.startswith(("<doc ", "</doc>")):
-                document += 1
-            elif len(sentences := sentences_of(text, MAX_QUERY_WORDS)) >= MIN_SENTENCES:
-                yield Paragraph(sentences, document)
+        for text in read_texts([str(file)]):
+            document += text.startswith(("<doc ", "</doc>")) or file.suffix == ".jsonl"
+            for line in text.split("\n"):
+                if len(sentences := sentences_of(line, MAX_QUERY_WORDS)) >= MIN_SENTENCES:
+                    yield Paragraph(sentences, document)
 
 
 def _cut(sentences: Sequence[str], max_words: int) -> str:

@@ -1,6 +1,7 @@
 """Judged collections from files: documents, queries, and which document is relevant to which query.
 
-BEIR's    a folder of corpus.jsonl (_id, title, text), queries.jsonl (_id, text), qrels/test.tsv (query, corpus, score)
+BEIR's    a folder of corpus.jsonl (_id, title, text), queries.jsonl (_id, text), qrels/test.tsv (query, corpus, score);
+          without judgements of test those of dev, or of train, with a warning
 SMART's   CISI, Medline, Cranfield, CACM and their like as they are handed round: .I .T .W records in two files, and a
           table of judgements
 """
@@ -8,7 +9,7 @@ SMART's   CISI, Medline, Cranfield, CACM and their like as they are handed round
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def _read_beir(folder: Path) -> Collection:
     for split in SPLITS:
         judgements = folder / "qrels" / f"{split}.tsv"
         if judgements.is_file():
+            if split != SPLITS[0]:
+                logger.warning("%s has no qrels/%s.tsv: judged by %s.tsv", folder.name, SPLITS[0], split)
             return Collection(documents, queries, _read_judgements(judgements))
     raise DataError(f"{folder.name}: has no qrels/test.tsv")
 
@@ -94,8 +97,7 @@ def _read_judgements(path: Path) -> Relevance:
     return relevance
 
 
-def _json_lines(path: Path) -> list[tuple[str, dict[str, object]]]:
-    rows = []
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             try:
@@ -104,8 +106,7 @@ def _json_lines(path: Path) -> list[tuple[str, dict[str, object]]]:
                 row = None
             if not isinstance(row, dict):
                 raise DataError(f"{path.name} line {number}: expected a JSON object")
-            rows.append((f"{path.name} line {number}", row))
-    return rows
+            yield f"{path.name} line {number}", row
 
 
 def _text(row: dict[str, object], key: str, where: str) -> str:
@@ -134,6 +135,7 @@ def _read_smart(path: Path) -> Collection:
     texts, queries = _smart_records(found[0][0]), _smart_records(found[1][0])
     relevance = _smart_judgements(found[2][0])
     if not relevance.keys() <= queries.keys() and _are_places(relevance, len(queries)):
+        logger.warning("%s: its judgements go by a query's place, 1 to %d, and not by .I", path.name, len(queries))
         queries = {str(place): text for place, text in enumerate(queries.values(), 1)}
     return Collection(texts, queries, relevance)
 
@@ -150,7 +152,7 @@ def _named(folder: Path, pattern: str, of: Path | None = None) -> list[Path]:
 def _smart_records(path: Path) -> dict[str, str]:
     """Title and text of each record."""
     found: dict[str, str] = {}
-    for record in re.split(r"^\.I\s+", _read(path), flags=re.M)[1:]:
+    for record in re.split(r"^\.I\s+", "\n".join(_lines(path)), flags=re.M)[1:]:
         name, _, rest = record.partition("\n")
         fields = re.split(r"^\.([A-Z])\s*$", rest, flags=re.M)
         parts = [text for field, text in zip(fields[1::2], fields[2::2], strict=True) if field in "TW"]
@@ -197,14 +199,12 @@ def _put(texts: dict[str, str], name: str, text: str, where: str) -> None:
         raise DataError(f"{where}: {name!r} names two texts")
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
     """Split at line feeds alone: JSON strings may hold the other characters that end a line elsewhere."""
-    return [line.removesuffix("\r") for line in _read(path).split("\n")]
-
-
-def _read(path: Path) -> str:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than is read")
-    return path.read_bytes().decode("utf-8", "replace")  # read_text would make a line feed of a carriage return
+    with path.open("rb") as file:
+        for line in file:
+            yield line.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")

@@ -14,7 +14,7 @@ import json
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -83,7 +83,7 @@ class TrainConfig:
     adapters: tuple[str, ...] = ()  # merged into the base before training
     base_name: str | None = None  # the base's id or path as the adapter shall name it; default `model`
     train: Literal["lora", "body"] = "lora"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None  # float16 holds no gradient of a mean over many tokens
     device: str | None = None
     pooling: str | None = None
     max_length: int = 512
@@ -184,9 +184,11 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     Raises:
         ConfigError: an unknown or missing key, a wrong type, or a value out of range; all name the key.
     """
-    config = _build(cls, values, where, "")
+    config: Any = _build(cls, values, where, "")
     if isinstance(config, TrainConfig):
         _check(config, where)
+        sts = None if config.sts is None else str(Path(config.sts).expanduser())
+        config = replace(config, output=str(Path(config.output).expanduser()), sts=sts)
     return config
 
 
@@ -349,10 +351,12 @@ def _check(config: TrainConfig, where: str) -> None:
         ("max_length", config.max_length, config.max_length > 1, "2 or more"),
     ]  # fmt: skip
     if isinstance(config, ContrastiveConfig):
-        is_cosent = config.loss == "cosent"
+        is_cosent, prefixes = config.loss == "cosent", list(config.prefixes)
         rules += [
             ("margin", config.margin, config.margin is None or not is_cosent, "null with loss: cosent, which has none"),
-            ("prefixes", config.prefixes, not config.prefixes or not is_cosent, "empty with loss: cosent"),
+            ("margin", config.margin, (config.margin or 0) >= 0, "0 or more, or null"),
+            ("prefixes", prefixes, not prefixes or not is_cosent, "empty with loss: cosent"),
+            ("prefixes", prefixes, prefixes == sorted({p for p in prefixes if p >= 1}), "rising numbers from 1 on"),
             ("words", config.words, 0 <= config.words <= (not is_cosent), "0 to 1, and 0 with loss: cosent"),
             (
                 "view",

@@ -172,7 +172,9 @@ class Contrastive:
         return (1 - config.words) * loss + config.words * torch.stack(shared).mean()
 
     def seen(self, step: int) -> Iterator[str]:
-        """Texts of a step."""
+        """Texts of a step; of the first one also all positives, where the rarity of their words was counted."""
+        if step == 0 and self.word_overlap is not None:
+            yield from (pair.positive for pair in self.pairs)
         for row in self.batches.rows(step):
             pair = self.pairs[row]
             yield from (pair.query, pair.positive, *pair.negatives)

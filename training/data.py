@@ -4,9 +4,9 @@
     a folder stands for its .jsonl files
     .jsonl   objects with a key "text" (texts), or pairs in one of the forms that people have:
              {query | anchor | sentence1 | text1, positive | pos | sentence2 | text2, negative | neg | negative_1 ...}
-             with "score" for graded pairs and "instruction" for the query; pos and neg may be lists: a pair for each
-             pos, every one with all neg
-    .csv .tsv .txt    scored pairs as they are handed round (`scored_pairs.py`): STS-B, SICK
+             with "score" (or "label", a fraction) for graded pairs and "instruction" for the query; pos and neg may be
+             lists: a pair for each pos, every one with all neg
+    .csv .tsv .txt   scored pairs as they are handed round (`scored_pairs.py`): STS-B, SICK
 
 A step's rows are a function of seed and step alone: every epoch is a permutation of its own, so that a resumed run
 goes on with the rows an uninterrupted one would have seen, and every process knows all of them.
@@ -70,7 +70,7 @@ def text_files(paths: Sequence[str]) -> list[Path]:
 
 
 def read_pairs(paths: Sequence[str], instructions: Mapping[str, Sequence[str]] | None = None) -> list[Pair]:
-    """All pairs of some .jsonl files, in order.
+    """All pairs of some files, .jsonl or of scored pairs, in order.
 
     Args:
         instructions: by a file's name without .jsonl, taken in turns by its lines that have none of their own.
@@ -182,6 +182,8 @@ def _pairs(values: dict[str, Any], source: int, where: str) -> list[Pair]:
     negatives = _texts_under(values, NEGATIVE_KEYS, where)
     negatives += [values[key] for key in sorted(values) if key.startswith("negative_")]
     score, instruction = values.get("score", values.get("label")), values.get("instruction")
+    if "score" not in values and isinstance(score, int):  # as natural language inference has them
+        raise DataError(f"{where}: label is {score}, a class: keep the lines of pairs that match, without it")
     is_number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < math.inf
     if score is not None and not is_number:
         raise DataError(f"{where}: score is not a number")

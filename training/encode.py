@@ -15,7 +15,7 @@ from flashvec.kernels.dropout import Dropout
 from flashvec.kernels.schedule import Schedule, build_schedule
 from flashvec.runtime import prepare
 from flashvec.runtime.batches import TokenRows
-from flashvec.runtime.decoder import Stream, Training
+from flashvec.runtime.decoder import Decoder, Stream, Training
 from flashvec.runtime.packing import pack
 from flashvec.runtime.pooling import States, pool
 from flashvec.training.config import LoopConfig
@@ -110,6 +110,11 @@ def own_packs(world: World, lengths: np.ndarray, loop: LoopConfig, device: torch
     return world.evened(packs) if loop.shard_base else packs
 
 
+def row_plan(decoder: Decoder, num_tokens: int) -> Sequence[int]:
+    """Rows of each piece that so many tokens run in: on a GPU they are filled up to a bucket."""
+    return (num_tokens,) if decoder.device.type == "cpu" else decoder.row_plan(num_tokens)
+
+
 def run_rows(
     model: Model,
     rows: TokenRows,
@@ -124,7 +129,7 @@ def run_rows(
     """
     decoder = model.decoder
     num_tokens = len(rows.ids)
-    plan = (num_tokens,) if decoder.device.type == "cpu" else decoder.row_plan(num_tokens)
+    plan = row_plan(decoder, num_tokens)
     own = [int(identity) for identity in identities]
     schedule = build_schedule(rows.lengths.tolist(), sum(plan), decoder.device, identities=own)
     ids_T = torch.from_numpy(rows.ids).to(decoder.device)

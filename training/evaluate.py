@@ -38,11 +38,16 @@ def sts_score(embed: Embed, pairs: ScoredPairs) -> dict[str, float]:
     }
 
 
-def embed_with(model: Model, depths: Sequence[int] = ()) -> Embed:
-    """Vectors of a model that is being trained, without dropout; after its last layer, or as many as `depths` says."""
+def embed_with(model: Model, depths: Sequence[int] = (), instruction: str | None = None) -> Embed:
+    """Vectors of a model that is being trained, without dropout.
+
+    Args:
+        depths: number of layers after which they are read; default all.
+        instruction: before each text.
+    """
 
     def embed(texts: Sequence[str]) -> np.ndarray:
-        rows = token_rows(model, texts)
+        rows = token_rows(model, texts, None if instruction is None else [instruction] * len(texts))
         vectors = np.zeros((len(texts), model.decoder.spec.hidden_size * len(model.spec.pooling)), np.float32)
         with torch.no_grad():
             for pack in micro_batches(rows.lengths, None, model.decoder.device):

@@ -5,33 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from flashvec.runtime.checkpoint.placing import naming
 
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Within it, a failure to write names `path` and the cure.
-
-    A full disk is a `SafetensorError` to safetensors, which is no OSError, a bare Exception to tokenizers, and an
-    OSError without a name to Python.
-
-    Raises:
-        OSError: in place of any of them.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
-            raise
-        cure = "see that it may be written" if isinstance(error, PermissionError) else "make room there"
-        raise OSError(
-            f"{path} could not be written ({error}): {cure} and run again; what was saved before is as it was"
-        ) from error
+__all__ = ["naming", "whole"]
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yields the name to write a file or folder under; in the end it is renamed to `path`, in place of what was there.
+
+    The folder that it is to lie in is made where there is none.
 
     Raises:
         OSError: the disk is full or not writable; `path` is as it was.
@@ -39,6 +22,7 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     with naming(path):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             _remove(partial)
             yield partial
             if path.is_dir():

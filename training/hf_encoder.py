@@ -139,10 +139,16 @@ def _file(model: str, name: str) -> Path | None:
     if Path(model).exists():
         path = Path(model) / name
         return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(model, name))
+    except LocalEntryNotFoundError as error:
+        if try_to_load_from_cache(model, name) is _CACHED_NO_EXIST:
+            return None
+        raise ValueError(
+            f"{model}: {name}, which may state its pooling, is not here, and the hub was not reached ({error})"
+        ) from None
     except EntryNotFoundError:
         return None

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,12 +25,12 @@ from flashvec.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from flashvec.training.config import OptimizerConfig, TrainConfig, to_yaml
+from flashvec.training.config import ContrastiveConfig, OptimizerConfig, TrainConfig, read_config, to_yaml
 from flashvec.training.distributed import World
 from flashvec.training.encode import run_rows
 from flashvec.training.evaluate import embed_with, sts_score
 from flashvec.training.events import Events
-from flashvec.training.files import naming
+from flashvec.training.files import naming, whole
 from flashvec.training.memory import used_bytes
 from flashvec.training.model import ENCODER_FOLDER, Model
 from flashvec.training.origin import SEEN_FILE, earlier_seen, fingerprint, write_seen
@@ -43,7 +44,7 @@ MASTERS_KEY = "model/"
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; says at which step and why. The last good state is saved."""
+    """Training cannot go on; says why, and at which step, before which the state is saved where it had been good."""
 
 
 class Objective(Protocol):
@@ -80,7 +81,7 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
         left = [output / WEIGHTS_FILE, output / ENCODER_FOLDER]
         if not (output / SEEN_FILE).is_file() or not any(path.exists() for path in left):  # the first is written last
             return None
-        if (output / CONFIG_FILE).read_text(encoding="utf-8") != to_yaml(config):
+        if replace(read_config(type(config), output / CONFIG_FILE), device=None) != replace(config, device=None):
             return None
         state = read_state(checkpoints(output)[-1])
         if (state["step"], state["fingerprint"]) != (config.loop.steps, fingerprint(config)):
@@ -157,7 +158,8 @@ class _Run:
                 last |= {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 3)}
                 last["memory_gib"] = round(used_bytes(self.model.decoder.device) / 2**30, 2)
                 if loop.evaluate_every and (step + 1) % loop.evaluate_every == 0 and self.scored is not None:
-                    last["sts"] = sts_score(embed_with(self.model, self._deepest), self.scored)["spearman"]
+                    embed = embed_with(self.model, self._deepest, self._instruction)
+                    last["sts"] = sts_score(embed, self.scored)["spearman"]
                 if (step + 1) % loop.log_every == 0 or step + 1 == stop or "sts" in last:
                     self._log(last)
                 if (step + 1) % loop.save_every == 0 or step + 1 == stop:
@@ -183,7 +185,6 @@ class _Run:
         for x in self.parameters.values():
             x.grad = None
         found = self.objective.step(step)
-        self.model.trainable.take_gradients()
         self.world.sum_gradients(self.parameters.values())
         grads = [x.grad for x in self.parameters.values() if x.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
@@ -217,6 +218,14 @@ class _Run:
     def _deepest(self) -> tuple[int, ...]:
         """Where vectors are read: after the last layer that is taught; empty for the model's last."""
         return tuple(getattr(self.config, "depths", ())[-1:])
+
+    @property
+    def _instruction(self) -> str | None:
+        """What stands before texts of which none is a query."""
+        config = self.config
+        if isinstance(config, ContrastiveConfig) and (config.texts or config.loss == "cosent"):
+            return config.instruction
+        return None
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.world.is_first:
@@ -262,7 +271,8 @@ def _cut_log(path: Path, step: int) -> None:
     """Leave out the lines of steps that will be done again."""
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        with whole(path) as partial:
+            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -4,6 +4,8 @@ That is measured on one micro-batch, so that it holds for every family and setti
 """
 
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,11 @@ def used_bytes(device: torch.device) -> int:
     """Memory that this process uses: the most it has allocated on a GPU, on a CPU its resident pages."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:  # no Linux: the most it has used
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
 
 
 def free_bytes(device: torch.device) -> int:

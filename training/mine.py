@@ -61,8 +61,11 @@ def mine(
     # As in training, where a pair's own instruction stands before its query.
     asked = [pair.instruction if pair.instruction is not None else instruction or "" for pair in pairs]
     queries = encoder.embed([pair.query for pair in pairs], instruction=asked if any(asked) else None, normalize=True)
-    positives = encoder.embed([pair.positive for pair in pairs], normalize=True)
-    vectors = encoder.embed(candidates, normalize=True)
+    answers = [text_hash(pair.positive) for pair in pairs]
+    by_hash |= {name: pair.positive for name, pair in zip(answers, pairs, strict=True) if name not in by_hash}
+    every = encoder.embed(list(by_hash.values()), normalize=True)  # candidates, then answers that are none
+    place = {name: i for i, name in enumerate(by_hash)}
+    positives, vectors = every[[place[name] for name in answers]], every[: len(candidates)]
     own = _names_of_answers(pairs)
     found: list[Pair] = []
     rows = max(1, BLOCK_SCORES // len(candidates))
@@ -71,12 +74,22 @@ def mine(
         cosines = queries[here] @ vectors.T
         limits = _limits((queries[here] * positives[here]).sum(1), share, margin)
         for pair, row, limit in zip(pairs[here], cosines, limits, strict=True):
-            allowed = np.flatnonzero(row <= limit)
-            allowed = allowed[~np.isin(names[allowed], list(own[text_hash(pair.query)]))]
-            order = allowed[np.argsort(-row[allowed], kind="stable")][skip : skip + num_negatives]
+            answered = own[text_hash(pair.query)]
+            nearest = _nearest(np.where(row <= limit, row, -np.inf), skip + num_negatives + len(answered))
+            order = nearest[~np.isin(names[nearest], list(answered))][skip : skip + num_negatives]
             negatives = tuple(candidates[i] for i in order)
             found.append(replace(pair, negatives=negatives))
     return found
+
+
+def _nearest(cosines: np.ndarray, count: int) -> np.ndarray:
+    """Places of the highest cosines in falling order: at least `count`, or all that are finite."""
+    if count < len(cosines):
+        least = np.partition(cosines, -count)[-count]
+        places = np.flatnonzero((cosines >= least) & (cosines > -np.inf))
+    else:
+        places = np.flatnonzero(cosines > -np.inf)
+    return places[np.argsort(-cosines[places], kind="stable")]
 
 
 def _limits(cosines: np.ndarray, share: float | None, margin: float | None) -> np.ndarray:

@@ -72,6 +72,19 @@ def cut_blocks(tokenizer: Tokenizer, texts: list[str], max_length: int, joined: 
     return Blocks(tokens.ids, kept, np.stack([first, last + 1], 1))
 
 
+def maskable(blocks: Blocks, special_ids: tuple[int, ...]) -> Blocks:
+    """Those with a token that can be hidden: not the first, which nothing before it predicts, and not a special one.
+
+    Raises:
+        DataError: there is none.
+    """
+    counted = np.append(0, np.cumsum(~np.isin(blocks.ids, special_ids)))
+    kept = counted[blocks.spans[:, 1]] > counted[blocks.spans[:, 0] + 1]
+    if not kept.any():
+        raise DataError("texts: hold nothing but special tokens and first ones, which are not to be predicted")
+    return blocks._replace(spans=blocks.spans[kept], texts=blocks.texts[kept])
+
+
 def mask_blocks(
     blocks: Blocks,
     rows: np.ndarray,
@@ -122,6 +135,7 @@ class Mntp:
             *tokenizer.suffix_ids,
             *(i for i in named if i is not None),
         )
+        self.blocks = maskable(self.blocks, self.special_ids)
         self.rates = Rates(0.0, config.lora.dropout if config.train == "lora" else 0.0, config.loop.seed)
         self.head_VD = model.head_VD
         if config.train_head:

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from torch import Tensor
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime.checkpoint.chain import adapter_chain
 from flashvec.runtime.checkpoint.hf import read_config, read_object
-from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE, llm2vec_spec, mntp_name
+from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE, first_base, llm2vec_spec, mntp_name
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.checkpoint.peft import read_adapter_config
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
@@ -52,9 +53,6 @@ class Trainable(Protocol):
 
     def training(self) -> Training:
         """What a forward pass adds: updates, or nothing where the decoder's own weights are trained."""
-
-    def take_gradients(self) -> None:
-        """Bring gradients to the masters."""
 
     def give_values(self) -> None:
         """Bring the masters' values to what runs."""
@@ -128,9 +126,6 @@ class LoraTrainable:
     def training(self) -> Training:
         return Training(self.lora.layers())
 
-    def take_gradients(self) -> None:
-        """The masters are what runs."""
-
     def give_values(self) -> None:
         """The masters are what runs."""
 
@@ -139,7 +134,10 @@ class LoraTrainable:
 
 
 class BodyTrainable:
-    """The decoder's own layers and final norm; embeddings stay frozen. Masters are fp32 copies of narrower weights."""
+    """The decoder's own layers and final norm; embeddings stay frozen.
+
+    Masters are fp32 copies of narrower weights, and sum the gradients of all micro-batches.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self.live: dict[str, Tensor] = {"norm": decoder.norm_D}
@@ -149,6 +147,8 @@ class BodyTrainable:
         for name, x in self.live.items():
             x.requires_grad_()
             self.masters[name] = x if x.dtype == torch.float32 else x.detach().float().requires_grad_()
+            if self.masters[name] is not x:
+                x.register_post_accumulate_grad_hook(partial(_hand_on, self.masters[name]))
 
     def parameters(self) -> dict[str, Tensor]:
         return self.masters
@@ -162,11 +162,6 @@ class BodyTrainable:
     def training(self) -> Training:
         return Training()
 
-    def take_gradients(self) -> None:
-        for name, x in self.live.items():
-            if self.masters[name] is not x and x.grad is not None:
-                self.masters[name].grad, x.grad = x.grad.float(), None
-
     def give_values(self) -> None:
         with torch.no_grad():
             for name, x in self.live.items():
@@ -176,6 +171,13 @@ class BodyTrainable:
     def untouched(self) -> list[str]:
         """By their gradients: a first step of a long warm-up is below the last bit of a weight."""
         return [name for name, x in self.masters.items() if x.grad is None or not bool(x.grad.any())]
+
+
+def _hand_on(master: Tensor, x: Tensor) -> None:
+    """A narrow weight's gradient of one micro-batch, added to its master's in fp32."""
+    assert x.grad is not None
+    master.grad = x.grad.float() if master.grad is None else master.grad.add_(x.grad)
+    x.grad = None
 
 
 def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | None = None) -> Model:
@@ -189,9 +191,9 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
         CheckpointError, ConfigError: files or settings; the message names them and the cure.
     """
     path = resolve(config.model)
-    folder, has_rules = path, path.is_file()
+    folder, chain, has_rules = path, list[Path](), path.is_file()
     if path.is_dir():
-        folder, _ = (path, []) if states_rules(path) else adapter_chain(path)
+        folder, chain = (path, []) if states_rules(path) else adapter_chain(path)
         has_rules = states_rules(folder)
     # Rules that a folder states hold again when it is opened with what was trained: they are not overridden here.
     own = Overrides(None if has_rules else "bidirectional", None if has_rules else config.pooling, config.max_length)
@@ -203,14 +205,13 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
         _check_named(config, folder != path)
     if not has_rules and values is not None and config.train == "lora":
         # The adapter's folder will be an LLM2Vec one: its rules hold while training, too.
-        settings = read_object(path / SETTINGS_FILE) if (path / SETTINGS_FILE).is_file() else {}
-        checkpoint.spec = llm2vec_spec(values, settings, own, checkpoint.spec.base_model or base_name)
+        settings: dict[str, Any] = {}
+        for place in (folder, *chain, *map(resolve, config.adapters)):  # the last one's, as where they are opened
+            if (place / SETTINGS_FILE).is_file():
+                settings = read_object(place / SETTINGS_FILE)
+        checkpoint.spec = llm2vec_spec(values, settings, own, first_base([checkpoint.spec.base_model, base_name]))
     _check_rules(config, checkpoint.spec, has_rules)
-    device = own_device(config.device)
-    if config.dtype is None:
-        dtype = torch.bfloat16 if has_hardware_bf16(device) else torch.float32
-    else:
-        dtype = choose_dtype(config.dtype)
+    device, dtype = own_device(config.device), training_dtype(config)
     read_head = _head_reader(checkpoint, config.model, dtype, device) if wants_head else None
     loader = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device)
     if config.loop.shard_base and world is not None and world.size > 1:
@@ -221,7 +222,7 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
         decoder = loader.load()
     trainable = _trainable(config, decoder, base_name)
     return Model(
-        replace(checkpoint.spec, decoder=decoder.spec),
+        replace(checkpoint.spec, decoder=decoder.spec, int8_ranges=None, int8_length=None),  # of what it was before
         decoder,
         checkpoint.tokenizer,
         trainable,
@@ -230,6 +231,13 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
         None if read_head is None else read_head(decoder),
         checkpoint.spec.decoder.head_softcap,
     )
+
+
+def training_dtype(config: TrainConfig) -> torch.dtype:
+    """As it is set; else bf16 where the device computes in it, fp32 elsewhere."""
+    if config.dtype is not None:
+        return choose_dtype(config.dtype)
+    return torch.bfloat16 if has_hardware_bf16(own_device(config.device)) else torch.float32
 
 
 def states_rules(folder: Path) -> bool:

@@ -67,7 +67,7 @@ class MtebEncoder(AbsEncoder):
         return self.model.embed(
             texts,
             instruction=self.instruction(task_metadata, prompt_type),
-            show_progress=kwargs.get("show_progress_bar") or None,
+            show_progress=kwargs.get("show_progress_bar"),
         )
 
     def instruction(self, task_metadata: Any, prompt_type: Any) -> str | None:

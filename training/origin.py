@@ -18,13 +18,13 @@ from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
 from flashvec.training.config import TrainConfig
 from flashvec.training.data import text_files
 from flashvec.training.files import whole
-from flashvec.training.model import ENCODER_FOLDER, states_rules
+from flashvec.training.model import ENCODER_FOLDER, states_rules, training_dtype
 
 SEEN_FILE = "seen.npy"
 MODEL_FILES = (".json", ".safetensors", ".gguf", ".model")  # what is read of a model: weights, settings, tokenizer
 WHOLE_BYTES = 1 << 26
 HEAD_BYTES, BLOCKS, BLOCK_BYTES = 1 << 20, 256, 4096
-# Where things are written, how often, and how much runs at once changes no result.
+# Where things are written, how often, and how much runs at once changes no step.
 FREE = ("output", "sts", "device")
 FREE_LOOP = (
     *("log_every", "tensorboard", "save_every", "keep_checkpoints", "average_checkpoints", "evaluate_every"),
@@ -42,6 +42,7 @@ def fingerprint(config: TrainConfig) -> str:
     for key in FREE_LOOP:
         settings["loop"].pop(key)
     settings["lora"].pop("saved_as")
+    settings["dtype"] = str(training_dtype(config))  # one that is not set goes by the device
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     texts = text_files((*getattr(config, "texts", ()), *getattr(config, "pairs", ())))
     for path in (*texts, *(file for place in _places(config) for file in _model_files(place))):

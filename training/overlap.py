@@ -67,7 +67,7 @@ class WordOverlap:
 
 
 def stems(text: str) -> list[str]:
-    """Its words in lower case, cut where endings begin: a language-free, rough stemming."""
+    """Its words in lower case, cut where endings begin: rough stemming, for languages that put spaces between words."""
     return [word[:STEM_LETTERS] for word in re.findall(r"\w+", text.lower())]
 
 

@@ -19,7 +19,6 @@ no relation, no label. Run again, it goes on where it was.
 
 import argparse
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from flashvec.training.average import average_adapters
 from flashvec.training.cloze import cloze_pairs, paragraph_pairs
 from flashvec.training.config import ContrastiveConfig, DistillConfig, LoraConfig, build, read_config, read_values
 from flashvec.training.data import DataError
+from flashvec.training.files import whole
 from flashvec.training.mine import write_pairs
 from flashvec.training.run import run_training
 from flashvec.training.sentences import training_lines, write_lines
@@ -173,6 +173,8 @@ def _read_generation(
     values = read_values(file)
     if "mean" in values:
         mean = build(MeanConfig, values | {"output": str(folder)}, file.name)
+        if len(mean.mean) < 2:
+            raise DataError(f"{file}: mean: names {len(mean.mean)} generation: a mean is of two or more")
         return replace(mean, mean=among_earlier("mean", mean.mean))
     own = [f"output={folder}", f"loop.seed={seed}", *overrides]
     if "pairs" in values:
@@ -188,9 +190,8 @@ def _read_generation(
 
 def write_mean(folders: Sequence[Path], mean: Path) -> None:
     """The mean of adapters; one of an earlier call is made anew, which takes a second."""
-    if mean.exists():
-        shutil.rmtree(mean)
-    left_out = average_adapters(folders, mean)
+    with whole(mean) as partial:
+        left_out = average_adapters(folders, partial)
     print(f"the mean of {len(folders)} adapters, {left_out:.2%} of a product at most left out: {mean}", flush=True)
 
 

@@ -1,11 +1,13 @@
 """The reference's own train_configs (LLM2Vec's JSON files for its MNTP, SimCSE and supervised scripts), translated.
 
 They state what differs from Hugging Face's trainer and from the scripts' defaults; those are filled in here: AdamW at
-5e-5 with a linear schedule over three epochs, clipping at 1, alpha twice the rank, dropout 0.05. Switches of that
-software (fp16 backends, attention implementations, removed columns) say nothing about the result and are passed over;
-a key that does say something and is not known is an error.
+5e-5 with a linear schedule over three epochs, clipping at 1, alpha twice the rank, dropout 0.05. Batches are stated
+for one process there: times the number of processes they are ours. Switches of that software (mixed precision,
+attention implementations, removed columns) say nothing about the result and are passed over; a key that does say
+something and is not known is an error.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +17,7 @@ MARKS = ("model_name_or_path",)
 PASSED_OVER = {
     "do_train", "do_eval", "overwrite_output_dir", "evaluation_strategy", "eval_steps", "save_strategy",
     "per_device_eval_batch_size", "attn_implementation", "save_only_model", "remove_unused_columns",
-    "mask_token_type", "data_collator_type", "dataset_config_name", "disable_tqdm",
+    "mask_token_type", "data_collator_type", "dataset_config_name", "disable_tqdm", "bf16", "tf32",
 }  # fmt: skip
 # Before queries of the data sets that its supervised script knows, by their files' names; of two, lines take turns.
 E5_INSTRUCTIONS = {
@@ -43,6 +45,7 @@ E5_INSTRUCTIONS = {
         "trivia_qa": ("Retrieve Wikipedia passages that answer the question",),
     }.items()
 }
+COLLATORS = {"default": "bert", "all_mask": "all"}
 MASK_TOKENS = {"blank": "_", "mask": "<mask>"}
 
 
@@ -62,16 +65,17 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
     """
     left = dict(values)
     take = left.pop
-    if not take("bidirectional", True):
-        raise ConfigError(f"{where}: bidirectional is false: what is trained here looks both ways")
+    if not take("bidirectional", objective != "ContrastiveConfig"):  # its MNTP script always is
+        raise ConfigError(f"{where}: bidirectional is false, or not there: what is trained here looks both ways")
     if (epochs := take("num_train_epochs", None)) is not None and "stop_after_n_steps" not in left:
         raise ConfigError(f"{where}: num_train_epochs is {epochs}: add stop_after_n_steps, epochs are not counted here")
-    steps = take("stop_after_n_steps", 1000)
+    steps = take("stop_after_n_steps", 10_000)
+    own = take("per_device_train_batch_size", 8) * take("gradient_accumulation_steps", 1)
     made: dict[str, Any] = {
         "model": take("model_name_or_path"),
         "output": take("output_dir", "output"),
-        "max_length": take("max_seq_length", 512),
-        "batch_size": take("per_device_train_batch_size", 8) * take("gradient_accumulation_steps", 1),
+        "max_length": take("max_seq_length", 1024 if objective == "MntpConfig" else 512),
+        "batch_size": own * int(os.environ.get("WORLD_SIZE", "1")),  # there of each process, here of all
         "lora": {"r": (rank := take("lora_r", 8)), "alpha": 2 * rank, "dropout": take("lora_dropout", 0.05)},
         # Three epochs of its data are many times the steps it takes: its schedule hardly falls.
         "optimizer": {
@@ -101,7 +105,8 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
         made["optimizer"]["schedule"] = "constant"
         made["optimizer"].pop("decay_steps")
     elif objective == "ContrastiveConfig":
-        made |= {"temperature": 1 / take("loss_scale", 50.0), "attention_dropout": take("simcse_dropout", 0.0)}
+        dropout = take("simcse_dropout", 0.1 if name == "Wiki1M" else 0.0)
+        made |= {"temperature": 1 / take("loss_scale", 50.0), "attention_dropout": dropout}
         made["texts" if name == "Wiki1M" else "pairs"] = [file] if file else []  # a folder, of pairs
         made["e5_instructions"] = name == "E5"
     else:
@@ -113,12 +118,15 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
 
 
 def _mntp(left: dict[str, Any], where: str) -> dict[str, Any]:
+    collator = left.get("data_collator_type", "default")
+    if collator not in COLLATORS:
+        raise ConfigError(f"{where}: data_collator_type is {collator!r}; known are {', '.join(COLLATORS)}")
     kind = left.get("mask_token_type", "blank")
     if kind not in MASK_TOKENS:
         raise ConfigError(f"{where}: mask_token_type is {kind!r}; known are {', '.join(MASK_TOKENS)}")
     return {
         "mask_probability": left.pop("mlm_probability", 0.15),
         "mask_token": MASK_TOKENS[kind],
-        "masking": "all" if left.get("data_collator_type") == "all_mask" else "bert",
+        "masking": COLLATORS[collator],
         "llm2vec_compat": True,
     }

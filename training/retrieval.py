@@ -4,11 +4,27 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from flashvec.runtime.whitening import fit_whitening
+from flashvec.runtime.drop_in import DOCUMENT_PROMPTS, QUERY_PROMPTS, first_prompt
+from flashvec.runtime.whitening import check_power, fit_whitening
 from flashvec.training.collection_files import Collection
 
 BLOCK_SCORES = 1 << 24
 Embed = Callable[[Sequence[str]], np.ndarray]
+
+
+def search_prompts(prompts: Iterable[str], instruction: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """What `Encoder.embed` is told for queries, and for documents, so that both are read as they will be searched.
+
+    Args:
+        prompts: names of the model's own, of which queries and documents get theirs, as by `encode_query`.
+        instruction: before queries instead.
+    """
+
+    def of(names: Sequence[str]) -> dict[str, str]:
+        name = first_prompt(prompts, names)
+        return {"instruction": ""} if name is None else {"prompt_name": name}
+
+    return of(QUERY_PROMPTS) if instruction is None else {"instruction": instruction}, of(DOCUMENT_PROMPTS)
 
 
 def retrieval_score(
@@ -20,6 +36,8 @@ def retrieval_score(
     whitening: float | None = None,
 ) -> dict[str, float]:
     """`vector_score` of texts: of all documents, and of the queries that are judged."""
+    if whitening is not None:
+        check_power(whitening)
     documents = embed_documents(list(collection.documents.values()))
     queries = embed_queries([collection.queries[query] for query in judged_queries(collection)])
     return vector_score(queries, documents, collection, depth, whitening=whitening)

@@ -36,11 +36,13 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
         TrainingStopped: training that cannot go on.
         RuntimeError: processes that differ in what they were given, or in their parameters.
     """
-    if (last := finished(config)) is not None:
-        return last
-    _check_data(config)
     world = World(own_device(config.device))
     try:
+        last = finished(config)
+        world.check_same(str(last is None), "differ in whether the run has ended: their output must be one folder")
+        if last is not None:
+            return last
+        _check_data(config)
         model = load_model(config, wants_head=isinstance(config, MntpConfig), world=world)
         if world.size > 1:  # each may have a device of its own
             given = to_yaml(replace(config, device=None)) + fingerprint(config)

@@ -42,11 +42,13 @@ def read_scored_pairs(path: Path) -> ScoredPairs:
     """A file to evaluate by.
 
     Raises:
-        DataError: as `scored_rows`; fewer than two pairs.
+        DataError: as `scored_rows`; fewer than two pairs, or all of one score.
     """
     rows = list(scored_rows(path))
     if len(rows) < 2:
         raise DataError(f"{path.name}: {len(rows)} pairs; a correlation needs two")
+    if len({row.score for row in rows}) == 1:
+        raise DataError(f"{path.name}: all scores are {rows[0].score:g}: nothing correlates with them")
     return ScoredPairs([row.left for row in rows], [row.right for row in rows], np.array([row.score for row in rows]))
 
 
@@ -99,5 +101,7 @@ def _table_row(numbered: list[tuple[int, str]], name: str) -> Callable[[str], tu
             places = header.index(left), header.index(right), header.index(score)
             return lambda line: tuple(line.split("\t")[place] for place in places)  # type: ignore[return-value]
     if len(header) < STSB_COLUMNS:
-        raise DataError(f"{name} line 1: {len(header)} columns and no header with {', '.join(HEADERS[1])}")
+        raise DataError(
+            f"{name} line 1: {len(header)} columns parted by tabs, and no header with {', '.join(HEADERS[1])}"
+        )
     return lambda line: (line.split("\t")[5], line.split("\t")[6], line.split("\t")[4])

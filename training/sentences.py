@@ -1,8 +1,9 @@
 """Sentences to train on, from running text: one a line, in the order of the source, each once.
 
-Reads .txt files of one paragraph a line, `<doc ...>` blocks of Wikipedia extractors among them. What is no sentence
-(headings, list items, formulas, fragments) is left out; some lines are passages of several sentences, so that longer
-texts are learnt as well.
+Reads .txt files of one paragraph a line, `<doc ...>` blocks of Wikipedia extractors among them, and .jsonl files whose
+texts have one in each of their lines. What is no sentence (headings, list items, formulas, fragments) is left out, and
+so is what stands alone: a paragraph has two sentences or more, else it is mostly a caption or a heading. Some lines are
+passages of several sentences, so that longer texts are learnt as well.
 """
 
 import re
@@ -56,7 +57,7 @@ def training_lines(
     """Lines of a training file.
 
     Args:
-        paths: .txt files of paragraphs.
+        paths: .txt or .jsonl files of paragraphs.
         limit: lines at most: paragraphs are then drawn at random, the sentences of each stay together.
         passages: share of lines that hold up to `PASSAGE_SENTENCES` sentences instead of one.
         max_words: of a sentence; longer ones are left out.
@@ -68,7 +69,8 @@ def training_lines(
     if not 0 <= passages <= 1 or (limit is not None and limit < 1):
         raise ValueError(f"passages is {passages}, limit {limit}; expected a share from 0 to 1, and at least 1")
     rng = np.random.default_rng(seed)
-    paragraphs = [found for text in read_texts(paths) if len(found := sentences_of(text, max_words)) > 1]
+    lines = (line for text in read_texts(paths) for line in text.split("\n"))
+    paragraphs = [found for line in lines if len(found := sentences_of(line, max_words)) > 1]
     chosen = rng.permutation(len(paragraphs)) if limit is not None else np.arange(len(paragraphs))
     kept: dict[int, list[str]] = {}
     seen: set[int] = set()

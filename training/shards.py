@@ -4,7 +4,8 @@
     backward    gathered once more for the input's gradient: a graph keeps no weight (`runtime/remade.py`)
 
 So a device holds the base's size over the number of processes, the whole of one product, embeddings, norms, biases and
-updates. The price is 2 gathers of the base a step and micro-batch, not hidden behind arithmetic. It is what FSDP2
+updates. The price is 2 gathers of the base for a micro-batch whose graph is kept, 3 for one that is encoded again, not
+hidden behind arithmetic. It is what FSDP2
 (PyTorch's `fully_shard`) does for modules; weights that are frozen need no gradients summed, which leaves the gather.
 
 Every process must ask for the same weights in the same order: all run as many micro-batches (`World.evened`), and

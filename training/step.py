@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from flashvec.training.encode import row_plan
 from flashvec.training.memory import SHARE_OF_FREE, free_bytes, graph_bytes
 from flashvec.training.model import Model
 
@@ -81,23 +82,26 @@ class Retention:
 
     def __init__(self, budget_gib: float | None, agree: Callable[[int], int] = int) -> None:
         self.budget_gib, self.agree = budget_gib, agree
-        self._bytes_per_token: float | None = None
+        self._bytes_per_row: float | None = None
         self._budget_bytes = 0.0
 
     def num_kept(self, model: Model, encode: Encode, packs: Sequence[np.ndarray], lengths: np.ndarray) -> int:
-        """Of the last micro-batches. What a token's graph holds is measured on the smallest of the first call."""
+        """Of the last micro-batches. What a row's graph holds is measured on the smallest of the first call."""
         if not packs:
             return 0
-        if self._bytes_per_token is None:
+        if self._bytes_per_row is None:
             known = [*model.trainable.parameters().values(), *model.weights()]
             held = graph_bytes(lambda: encode(packs[-1]), known)
-            self._bytes_per_token = held / int(lengths[packs[-1]].sum())
+            self._bytes_per_row = held / self._rows(model, lengths[packs[-1]])
             free = free_bytes(model.decoder.device) * SHARE_OF_FREE
             self._budget_bytes = free if self.budget_gib is None else self.budget_gib * 2**30
         kept, total = 0, 0.0
         for pack in reversed(packs):
-            total += float(lengths[pack].sum()) * self._bytes_per_token
+            total += self._rows(model, lengths[pack]) * self._bytes_per_row
             if total > self._budget_bytes:
                 break
             kept += 1
         return self.agree(kept)
+
+    def _rows(self, model: Model, lengths: np.ndarray) -> int:
+        return sum(row_plan(model.decoder, int(lengths.sum())))

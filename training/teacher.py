@@ -23,6 +23,7 @@ of the judged texts are not to be had, so centring promises more than it keeps.
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -77,7 +78,8 @@ class Teacher:
         self._readings: list[Callable[..., Any]] = [
             partial(self.encoder.embed, instruction=prompt) for prompt in config.prompts
         ]
-        self._readings += [_earlier(folder, model, config).embed for folder in config.teachers]
+        named = Counter(config.teachers)  # one that is named twice is read once, and counts twice
+        self._readings += [_earlier(folder, model, config).embed for folder in named]
         # Frozen: the states of a text, fp32 [readings, D], are kept for later epochs where all would fit.
         self.known: dict[int, Tensor] = {}
         self.keeps_known = 4 * len(texts) * len(self._readings) * self._width <= MAX_KNOWN_BYTES
@@ -93,7 +95,8 @@ class Teacher:
         units = self._units(self.sample)
         n = len(self.sample)
         floors = (units.sum(0).square().sum(-1) - n) / (n * n - n)
-        weights = 1 / (1 - floors)
+        counts = torch.tensor([1] * len(config.prompts) + list(named.values()), device=floors.device)
+        weights = counts / (1 - floors)
         self._weights = weights / weights.sum()
         self.floor = float((floors * self._weights).sum())
 

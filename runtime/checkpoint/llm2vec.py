@@ -10,6 +10,7 @@ The tokenizer is the MNTP folder's: it was saved with `_` as mask token and spli
 template goes by the id of the original base, wherever that lies now. Source: llm2vec 0.2.3, `llm2vec.py`.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,9 +172,13 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _original_base(config: dict[str, Any], adapters: list[Path]) -> str | None:
-    """The id the weights started from, as config.json or an adapter has it; one with rules goes first."""
-    stated = [config.get("_name_or_path")]
-    stated += [read_adapter_config(adapter).get("base_model_name_or_path") for adapter in adapters]
+    """The id the weights started from, as config.json or an adapter has it."""
+    stated = [read_adapter_config(adapter).get("base_model_name_or_path") for adapter in adapters]
+    return first_base([config.get("_name_or_path"), *stated])
+
+
+def first_base(stated: Iterable[Any]) -> str | None:
+    """Of several names of one base the first with rules of its own, else the first."""
     names = [str(name) for name in stated if name]
     return next((n for n in names if n in TEMPLATES or n in EOS_BY_BASE), names[0] if names else None)
 

@@ -1,8 +1,11 @@
 """Where a written model comes to lie: in a folder of its own, whole or not at all, or among other files."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from flashvec.runtime.checkpoint.safetensors_files import INDEX_FILE, WEIGHTS_FILE
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
@@ -10,6 +13,27 @@ from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, SETT
 
 # Of a model written before into the same folder: beside files of the new one they would be read as its own.
 REPLACED_FILES = (WEIGHTS_FILE, INDEX_FILE, MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILE)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it, a failure to write names `path` and the cure.
+
+    A full disk is a `SafetensorError` to safetensors, which is no OSError, a bare Exception to tokenizers, and an
+    OSError without a name to Python.
+
+    Raises:
+        OSError: in place of any of them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
+        cure = "see that it may be written" if isinstance(error, PermissionError) else "make room there"
+        raise OSError(
+            f"{path} could not be written ({error}): {cure} and run again; what was saved before is as it was"
+        ) from error
 
 
 def target_folder(folder: str | Path, overwrite: bool, source: Path | None = None) -> Path:
@@ -26,9 +50,12 @@ def target_folder(folder: str | Path, overwrite: bool, source: Path | None = Non
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Write into a folder beside the target, then put it in its place: nobody ever sees half a model."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
+    """Write into a folder beside the target, then put it in its place: nobody ever sees half a model.
+
+    Raises:
+        OSError: the disk is full or not writable; names the target, which is as it was.
+    """
+    with naming(target), _folder_in(target.parent, f".{target.name}.") as beside:
         new, old = Path(beside) / "new", Path(beside) / "old"
         new.mkdir()
         write(new)
@@ -43,9 +70,12 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_among_others(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a whole model into a folder inside this one, then move its files here; nothing else here is touched."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".flashvec.", dir=folder) as inside:
+    """Write a whole model into a folder inside this one, then move its files here; nothing else here is touched.
+
+    Raises:
+        OSError: the disk is full or not writable; names the folder.
+    """
+    with naming(folder), _folder_in(folder, ".flashvec.") as inside:
         new = Path(inside)
         write(new)
         for name in REPLACED_FILES:
@@ -56,3 +86,11 @@ def write_among_others(folder: Path, write: Callable[[Path], None]) -> None:
                 target.mkdir(exist_ok=True)
             else:
                 path.replace(target)
+
+
+@contextmanager
+def _folder_in(parent: Path, prefix: str) -> Iterator[str]:
+    """A folder of its own for as long as something is written."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder:
+        yield folder

@@ -131,6 +131,8 @@ def embed_corpus(
     location = str(out) if is_uri(str(out)) else str(Path(out).expanduser().absolute())
     storage = Storage(location)
     check_apart(given, sources, storage)
+    if "device" in (load or {}):
+        raise ValueError("load holds a device: name it in devices, one for each worker")
     arguments = {**(load or {}), "model": _full_path(model)}
     if adapters := arguments.get("adapters"):
         arguments["adapters"] = [_full_path(a) for a in ([adapters] if isinstance(adapters, str | Path) else adapters)]
@@ -141,6 +143,7 @@ def embed_corpus(
         if plan is not None:
             again = None if reuse is None else _location(reuse)
             check_resumable(plan, settings, sources, arguments, again, mixed_machines)
+            arguments |= plan.model.loading
             if unique_ids:
                 spans = ((piece.file, piece.start, piece.stop) for shard in plan.shards for piece in shard.pieces)
                 check_unique_ids(plan.settings, plan.sources, spans)

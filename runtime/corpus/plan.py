@@ -43,6 +43,11 @@ class ModelFacts:
     spec: str
     machine: dict[str, Any]
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `Encoder.load` for the same weights elsewhere: in the dtype they had, which a device decides."""
+        return {**self.load, "dtype": self.load.get("dtype") or self.machine.get("dtype")}
+
     def differences(self, now: "ModelFacts") -> Iterator[str]:
         """One sentence for each fact that is not the same."""
         for name in ("weights", "tokenizer", "spec", "dim"):

@@ -1,7 +1,10 @@
 """From a range of an input file to rows, whatever its format; memory is bounded by a batch, not by the file."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -60,15 +63,19 @@ def open_parquet(source: Source) -> pq.ParquetFile:
         raise SourceError(f"{source.uri}: no readable Parquet file ({str(error).splitlines()[0][:200]})") from None
 
 
-def open_arrow(source: Source) -> pa.ipc.RecordBatchFileReader:
-    """An Arrow IPC file.
+def open_arrow(source: Source, columns: Sequence[str] | None = None) -> pa.ipc.RecordBatchFileReader:
+    """An Arrow IPC file; of the named columns alone where they are named: others are not decompressed.
 
     Raises:
         SourceError: no Arrow file, or a cut-off one.
     """
     try:
         file = open_source(source) if is_uri(source.uri) else pa.memory_map(source.uri)
-        return pa.ipc.open_file(file)
+        reader = pa.ipc.open_file(file)
+        if columns is None:
+            return reader
+        fields = [reader.schema.get_field_index(name) for name in columns]
+        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{source.uri}: no readable Arrow file ({str(error).splitlines()[0][:200]})") from None
 
@@ -79,6 +86,7 @@ def _wanted(settings: JobSettings) -> list[str]:
 
 
 def _parquet(source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[tuple[int, pa.RecordBatch]]:
+    wanted = _wanted(settings)
     with open_parquet(source) as file:
         groups: list[int] = []
         first, at, size = 0, 0, BATCH_ROWS
@@ -88,33 +96,55 @@ def _parquet(source: Source, start: int, stop: int, settings: JobSettings) -> It
                 if not groups:
                     first = at
                 groups.append(i)
-                size = max(1, min(size, BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)))
-                if group.total_byte_size > MAX_ROW_GROUP:
+                held = _bytes_of(group, wanted)
+                size = max(1, min(size, BATCH_BYTES * group.num_rows // max(held, 1)))
+                if held > MAX_ROW_GROUP:
                     raise SourceError(
-                        f"{source.uri}: row group {i} has {group.total_byte_size} bytes: write smaller ones"
+                        f"{source.uri}: row group {i} has {held} bytes of what is read: write smaller ones"
                     )
             at += group.num_rows
-        for batch in file.iter_batches(size, row_groups=groups, columns=_wanted(settings), use_threads=False):
+        for batch in file.iter_batches(size, row_groups=groups, columns=wanted, use_threads=False):
             yield first, batch
             first += len(batch)
 
 
+def _bytes_of(group: Any, wanted: Sequence[str]) -> int:
+    """Uncompressed size of some columns of a row group; a nested one's leaves are named after it."""
+    leaves = (group.column(i) for i in range(group.num_columns))
+    return sum(
+        leaf.total_uncompressed_size
+        for leaf in leaves
+        if any(leaf.path_in_schema == name or leaf.path_in_schema.startswith(f"{name}.") for name in wanted)
+    )
+
+
 def _arrow(source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[tuple[int, pa.RecordBatch]]:
-    with open_arrow(source) as file:
-        at = 0
-        for i in range(file.num_record_batches):
-            if at >= stop:
+    starts, wanted = _batch_starts(source), _wanted(settings)
+    with open_arrow(source, wanted) as file:
+        for i in range(max(0, bisect_right(starts, start) - 1), file.num_record_batches):
+            if starts[i] >= stop:
                 return
-            batch = file.get_batch(i).select(_wanted(settings))
+            batch = file.get_batch(i).select(wanted)
             for offset in range(0, len(batch), BATCH_ROWS):
-                yield at + offset, batch.slice(offset, BATCH_ROWS)
-            at += len(batch)
+                yield starts[i] + offset, batch.slice(offset, BATCH_ROWS)
+
+
+@lru_cache(maxsize=64)
+def _batch_starts(source: Source) -> tuple[int, ...]:
+    """The first row of each batch: the file does not list them, so they are read once and not for every shard."""
+    with open_arrow(source) as file:
+        names = file.schema.names[:1]
+    with open_arrow(source, names) as file:
+        counts = [len(file.get_batch(i)) for i in range(file.num_record_batches)]
+    return tuple(accumulate(counts, initial=0))[:-1]
 
 
 def _tables(
     file: int, start: int, stop: int, batches: Iterator[tuple[int, pa.RecordBatch]], settings: JobSettings
 ) -> Iterator[Rows]:
     for at, batch in batches:
+        if at >= stop:
+            return
         low, high = max(start - at, 0), min(stop - at, len(batch))
         if low >= high:
             continue

@@ -125,7 +125,7 @@ def embed_query(storage: Storage, query: str, instruction: str | None = None, pr
     from flashvec.runtime.encoder import Encoder
 
     plan = job_plan(storage)
-    encoder = Encoder.load(**plan.model.load)
+    encoder = Encoder.load(**plan.model.loading)
     different = list(plan.model.differences(model_facts(encoder, {})))
     if different:
         raise PlanError(f"{storage.location}: {'; '.join(different)}: queries need the model that made the vectors")

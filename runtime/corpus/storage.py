@@ -163,7 +163,7 @@ class Storage:
             return file.read()
 
     def open(self, name: str) -> Any:
-        """A pyarrow file to read, seekable; memory-mapped where it is local."""
+        """A pyarrow file to read, seekable."""
         return self.filesystem.open_input_file(f"{self.base}/{name}")
 
     def names(self, folder: str = "") -> list[str]:
@@ -198,7 +198,8 @@ def sync_folder(path: Path) -> None:
 
 def _umask() -> int:
     """The process's file mode mask, read without changing it for other threads."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
+    with contextlib.suppress(FileNotFoundError):  # no Linux
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
     return 0o022

@@ -44,7 +44,9 @@ def run_here(monkeypatch, capsys):
 
 
 def test_every_command_has_an_example():
-    assert all("Example: `flashvec " in (command.callback.__doc__ or "") for command in app.registered_commands)
+    groups = [app, *(group.typer_instance for group in app.registered_groups)]
+    commands = [command for group in groups for command in group.registered_commands]
+    assert len(groups) == 3 and all("Example: `flashvec " in (command.callback.__doc__ or "") for command in commands)
 
 
 def test_version_and_help(run_here):

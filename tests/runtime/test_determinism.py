@@ -13,9 +13,11 @@ import torch
 
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime import decoder as decoder_module
-from flashvec.runtime import engine, row_counts
+from flashvec.runtime import row_counts
+from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.decoder import Decoder, Layer
-from flashvec.runtime.pooling import finish, pool
+from flashvec.runtime.engine import Engine
+from flashvec.runtime.program import embedding_program
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
 
 NUM_BATCHES = int(os.environ.get("FLASHVEC_SOAK_BATCHES", "6"))
@@ -61,9 +63,10 @@ def decoder(dtype, window=None, softcap=None, num_layers=NUM_LAYERS, has_biases=
 def vectors(model, spec, texts, budget):
     out = torch.empty(len(texts), spec.decoder.hidden_size)
     lengths = np.array([len(t) for t in texts], dtype=np.int32)
-    for done in engine.run(model, np.concatenate(texts), lengths, budget, spec.attention == "causal"):
-        spans = torch.from_numpy(np.stack([np.zeros_like(lengths), lengths], 1)[done.indices].astype(np.int64))
-        out[torch.from_numpy(done.indices)] = finish(spec, pool(spec, model, done, spans), (), None, None)
+    spans = np.stack([np.zeros_like(lengths), lengths], 1).astype(np.int64)
+    rows = TokenRows(np.concatenate(texts), lengths, spans)
+    for ran in Engine(model, graphs=False).run(rows, budget, embedding_program(spec, ())):  # as `Encoder.embed` does
+        (out[torch.from_numpy(ran.indices)],) = ran.outputs
     return out
 
 

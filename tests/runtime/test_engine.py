@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fake_accelerator import FakeAccelerator, attention_by_definition, full_above
-from family_models import models, texts_of
+from family_models import models, run_packs, texts_of
 
 from flashvec.runtime import decoder as decoder_module
 from flashvec.runtime import engine
@@ -19,7 +19,7 @@ def test_every_text_comes_back_once(workers):
     _, decoder = models("llama", "bidirectional")
     texts = texts_of([3, 9, 9, 1, 20, 64, 2] * 5)
     lengths = np.array([len(t) for t in texts], dtype=np.int32)
-    done = list(engine.run(decoder, np.concatenate(texts), lengths, 70, False, workers))
+    done = run_packs(decoder, texts, False, 70, workers)
     assert sorted(np.concatenate([d.indices for d in done]).tolist()) == list(range(len(texts)))
     for d in done:
         assert d.schedule.num_tokens == lengths[d.indices].sum() <= len(d.hidden_TD)
@@ -28,10 +28,10 @@ def test_every_text_comes_back_once(workers):
 
 def test_a_worker_that_fails_says_so():
     _, decoder = models("llama", "bidirectional")
-    ids = np.array([1, 2, 10**6], dtype=np.int32)
+    texts = [np.array([i], dtype=np.int32) for i in (1, 2, 10**6)]
     threads = torch.get_num_threads()
     with pytest.raises(IndexError):
-        list(engine.run(decoder, ids, np.array([1, 1, 1], dtype=np.int32), 1, False, 2))
+        run_packs(decoder, texts, False, 1, 2)
     assert torch.get_num_threads() == threads
 
 
@@ -137,8 +137,8 @@ def test_packs_shrink_to_what_fits(monkeypatch, accelerator):
         events = full.accelerator.events[full.accelerator.events.index("mark") :]
         sends = [i for i, event in enumerate(events) if event == "send" and events[i - 1] not in ("send", "replay")]
         assert sends and all(events[i - 1] == "follow" for i in sends)  # then buffers may be written
-    make_room, limit, failures = full._make_room, full.ladder.limit, []
-    monkeypatch.setattr(full, "_make_room", lambda: failures.append(1) or make_room())
+    make_room, limit, failures = full.make_room, full.ladder.limit, []
+    monkeypatch.setattr(full, "make_room", lambda: failures.append(1) or make_room())
     vectors_of(full, rows, 200)
     assert not failures and full.ladder.limit == limit  # the next call starts where this one ended
 

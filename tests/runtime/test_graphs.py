@@ -9,11 +9,13 @@ import torch
 from fake_accelerator import FakeAccelerator, attention_by_definition
 from family_models import models, texts_of
 
+from flashvec.kernels.schedule import TileClass
 from flashvec.runtime import decoder as decoder_module
 from flashvec.runtime import graphs as graphs_module
 from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.graphs import Graphs, most_rows
+from flashvec.runtime.pooling import DenseHead
 from flashvec.runtime.program import embedding_program
 from flashvec.runtime.spec import ModelSpec
 
@@ -106,8 +108,6 @@ def test_longer_texts_replace_the_rotary_tables_a_recording_reads(monkeypatch):
 
 
 def test_tile_lists_that_kernels_ask_for_become_part_of_the_buffers(monkeypatch):
-    from flashvec.kernels.schedule import TileClass
-
     short, long = TileClass(64, 0, 64), TileClass(128, 64)
     seen = []
 
@@ -213,3 +213,42 @@ def test_graphs_are_for_small_models_and_small_packs():
     sizes = [most_rows(d) for d in (smollm2_135m, qwen3_600m, llama_1b, llama_8b)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4096 and sizes[-1] == 0
     assert 512 <= sizes[1] <= 2048 and 128 <= sizes[2] <= 1024
+
+
+def test_a_head_that_is_added_later_is_no_part_of_earlier_recordings():
+    """As `Encoder.whiten` adds one: the vectors keep their width, and nothing else would tell."""
+    decoder, spec, accelerator, graphs = setup()
+    rows, width = rows_of([9, 5]), decoder.spec.hidden_size
+    head = DenseHead(torch.randn(width, width, generator=torch.Generator().manual_seed(0)), None, "identity")
+    for heads in ((), (head,)):
+        program = embedding_program(spec, heads)
+        for _ in range(3):
+            (got,) = graphs.run(program, rows, 64, ())
+            torch.testing.assert_close(got, alone(program, decoder, rows)[0], rtol=0, atol=1e-5)
+    assert accelerator.count("record") == 2
+
+
+def test_a_caller_in_inference_mode_changes_nothing_for_later_ones():
+    decoder, spec, _, graphs = setup()
+    program, rows = embedding_program(spec, ()), rows_of([9, 5])
+    with torch.inference_mode():
+        graphs.run(program, rows, 64, ())
+    for _ in range(2):
+        torch.testing.assert_close(graphs.run(program, rows, 64, ())[0], alone(program, decoder, rows)[0])
+
+
+def test_what_one_bucket_learns_of_tile_lists_the_next_one_knows(monkeypatch):
+    _, spec, accelerator, graphs = setup()
+    asked = TileClass(16, 0, None)
+
+    def attention(q, k, v, schedule, *rest, **more):
+        schedule.tiles(asked)
+        return attention_by_definition(q, k, v, schedule, *rest, **more)
+
+    monkeypatch.setattr(decoder_module, "attention", attention)
+    program = embedding_program(spec, ())
+    for num_rows, visits in ((64, 3), (128, 2)):  # the first must make its buffers anew once it is asked
+        before = accelerator.count("record")
+        for _ in range(visits):
+            graphs.run(program, rows_of([9, 5]), num_rows, ())
+        assert accelerator.count("record") == before + 1

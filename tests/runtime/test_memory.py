@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from flashvec.runtime import memory
 from flashvec.runtime.memory import CLIMB_AFTER, LONGEST_PATIENCE, Ladder, does_not_fit, fits, host_memory
 
 
@@ -91,5 +92,25 @@ def test_message_names_length_memory_and_cure():
     assert "9000 tokens does not fit into the memory of cuda:1" in text and "1.0 of 8.0 GiB are free" in text
     assert "max_length below 9000, load the model with dtype='bfloat16'" in text
     assert "bfloat16" not in does_not_fit(9, host_memory(), torch.device("cpu"), torch.bfloat16)
+
+
+def test_free_memory_counts_cached_files_and_a_containers_limit(tmp_path, monkeypatch):
     free, total = host_memory()
     assert 0 < free <= total
+    (tmp_path / "meminfo").write_text(
+        "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable:    4000 kB\nHugePages_Free: 0\n"
+    )
+    monkeypatch.setattr(memory, "MEMORY_FACTS", tmp_path / "meminfo")
+    groups = [(tmp_path / name, "limit", "used", "cached") for name in ("none", "free", "tight")]
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", groups)
+    assert host_memory() == (4000 * 1024, total)
+    for name, limit in (("free", "max"), ("tight", "1000000")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "limit").write_text(f"{limit}\n")
+        (tmp_path / name / "used").write_text("900000\n")
+    assert host_memory() == (100_000, 1_000_000)
+    (tmp_path / "tight" / "memory.stat").write_text("anon 600000\ncached 300000\n")
+    assert host_memory() == (400_000, 1_000_000)
+    monkeypatch.setattr(memory, "MEMORY_FACTS", tmp_path / "none")
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", ())
+    assert host_memory() == (total // 2, total)  # another system

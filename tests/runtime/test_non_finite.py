@@ -102,6 +102,21 @@ def test_what_is_not_finite_even_in_fp32_is_named(folder, monkeypatch):
     assert np.flatnonzero(~np.isfinite(vectors).all(1)).tolist() == [BAD]
 
 
+def test_a_text_that_does_not_fit_in_fp32_costs_no_other_ones_vector(enc, monkeypatch):
+    room = []
+    monkeypatch.setattr(enc.engine, "make_room", lambda: room.append(1))
+
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("no room")
+
+    wide = widened(enc.decoder)
+    monkeypatch.setattr(wide, "run", full)
+    monkeypatch.setattr("flashvec.runtime.text_runner.widened", lambda decoder: wide)
+    with pytest.warns(NonFiniteWarning, match=f"1 of 8 texts hold NaN or infinity even in float32: rows {BAD}"):
+        vectors = enc.embed(list(TEXTS))
+    assert np.flatnonzero(~np.isfinite(vectors).all(1)).tolist() == [BAD] and room
+
+
 def test_a_stream_numbers_them_from_its_first(folder, monkeypatch, caplog):
     enc = overflowing(folder, monkeypatch, {torch.float16, torch.float32})
     with pytest.warns(NonFiniteWarning, match=f"rows {BAD};") as caught, caplog.at_level(logging.WARNING, "flashvec"):

@@ -28,6 +28,7 @@ def test_refuses_devices_that_do_not_go_together(monkeypatch):
     ("device", "count", "built", "message"),
     [
         ("gpu", 0, False, "device is 'gpu'; give cpu, cuda, cuda:1"),
+        ("mps", 0, False, "device is 'mps'; give cpu, cuda, cuda:1"),
         ("cuda", 0, False, r"device is 'cuda' and this torch is built without CUDA .*: leave it out for the CPU"),
         ("cuda", 0, True, "device is 'cuda' and there is no GPU here: leave it out for the CPU"),
         ("cuda:2", 2, True, "device is 'cuda:2'; the GPUs here are cuda:0, cuda:1"),

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from written_folders import TOLERANCE, library_difference, library_model
 
 from flashvec import Encoder
+from flashvec.runtime import whitening
 from flashvec.runtime.cli import app
 from flashvec.runtime.devices import SpreadEncoder
 from flashvec.runtime.whitening import SMOOTHING, fit_whitening
@@ -74,7 +75,22 @@ def test_texts_that_are_all_alike_are_refused(tmp_path):
         encoder.whiten(["the cat sleeps"] * 5)
     with pytest.raises(TypeError, match="texts is a str"):
         encoder.whiten("the cat sleeps")
+    with pytest.raises(ValueError, match=r"power is 0\.6"):
+        encoder.whiten(unread(), power=0.6)
     assert not encoder.spec.dense and not encoder.heads
+
+
+def unread():
+    """Texts that must not be asked for."""
+    raise AssertionError
+    yield
+
+
+def test_blocks_change_nothing_but_roundings(vectors, monkeypatch):
+    whole = fit_whitening(vectors)
+    monkeypatch.setattr(whitening, "BLOCK_ROWS", 7)
+    for x, y in zip(whole, fit_whitening(vectors), strict=True):
+        np.testing.assert_allclose(np.abs(x), np.abs(y), rtol=1e-4, atol=1e-5)
 
 
 def test_an_encoder_is_fitted_to_its_texts(tmp_path):

@@ -11,7 +11,7 @@ import transformers
 from family_models import models
 from safetensors.torch import load_file
 from tiny_models import PROJECTIONS, tiny_adapter, tiny_checkpoint, tiny_model
-from training_runs import config_for, tiny_base, write_texts
+from training_runs import config_for, sentences, tiny_base, write_texts
 
 from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.checkpoint.source import CheckpointError
@@ -245,6 +245,12 @@ def test_a_second_run_pools_as_the_first_was_told_to(tmp_path):
     second = config_for("contrastive", tmp_path, model=str(tmp_path / "first"), output=str(tmp_path / "second"))
     run_training(second)
     assert load_model(second).spec.pooling == Encoder.load(tmp_path / "second").spec.pooling == ("last",)
+    above = dataclasses.replace(
+        config_for("contrastive", tmp_path, loop={"steps": 2}, output=str(tmp_path / "above")),
+        adapters=(str(tmp_path / "first"),),
+    )
+    run_training(above)
+    assert load_model(above).spec.pooling == Encoder.load(tmp_path / "above").spec.pooling == ("last",)
     settings = tmp_path / "first" / "llm2vec_config.json"
     settings.write_text(settings.read_text().replace("last_token", "eos_token"))  # a textual end after every text
     ended = dataclasses.replace(second, output=str(tmp_path / "ended"))
@@ -256,6 +262,8 @@ def test_a_second_run_pools_as_the_first_was_told_to(tmp_path):
 def test_the_template_of_a_known_base_stands_around_texts_while_training(tmp_path):
     name = "mistralai/Mistral-7B-Instruct-v0.2"
     config = config_for("contrastive", tmp_path, base_name=name, loop={"steps": 2})
+    stated = json.loads((tmp_path / "base" / "config.json").read_text()) | {"_name_or_path": "./checkpoint-500"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(stated))  # a name that says nothing stands before it
     run_training(config)
     template = load_model(config).spec.template
     loaded_back = Encoder.load(tmp_path / "base", adapters=(tmp_path / "out",))
@@ -282,6 +290,16 @@ def test_body_is_saved_as_an_encoder(tmp_path):
     trained, plain = Encoder.load(tmp_path / "out" / "encoder"), Encoder.load(tmp_path / "base")
     assert np.abs(trained.embed("ember") - plain.embed("ember")).max() > 1e-4
     assert torch.equal(trained.decoder.embedding_VD, plain.decoder.embedding_VD)
+
+
+def test_a_trained_body_forgets_ranges_of_the_untrained_one(tmp_path):
+    tiny_base(tmp_path / "plain")
+    encoder = Encoder.load(tmp_path / "plain", dtype="float32")
+    encoder.calibrate(sentences(20))
+    encoder.save(tmp_path / "base")
+    run_training(config_for("contrastive", tmp_path, train="body", loop={"steps": 1}))
+    trained = Encoder.load(tmp_path / "out" / "encoder")
+    assert encoder.spec.int8_ranges is not None and trained.spec.int8_ranges is None
 
 
 def test_same_seed_same_start():

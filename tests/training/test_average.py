@@ -40,6 +40,17 @@ def test_a_base_that_is_named_by_a_path_from_the_folder_is_found_from_the_mean(b
     assert json.loads((base.parent / "mean/adapter_config.json").read_text())["base_model_name_or_path"] == "../base"
 
 
+def assert_peft_finds_the_mean(base, first, second):
+    model = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(model, str(base.parent / "mean")).merge_and_unload().state_dict()
+    moved = 0
+    for name, value in merged.items():
+        expected, apart = (first[name] + second[name]) / 2, float((first[name] - second[name]).abs().max())
+        torch.testing.assert_close(value, expected, atol=2e-2 * (apart + 1e-6), rtol=0)
+        moved += bool(apart)
+    assert moved == 14
+
+
 @pytest.mark.parametrize("others", [{"r": 4, "lora_alpha": 8}, {"r": 6, "lora_alpha": 3, "use_rslora": True}])
 def test_it_is_the_mean_of_the_updates(base, others):
     torch.manual_seed(0)
@@ -47,16 +58,30 @@ def test_it_is_the_mean_of_the_updates(base, others):
     rank = 4 + others["r"]
     lost = average_adapters([one, two], base.parent / "mean", rank)
     assert lost < 1e-10
+    assert_peft_finds_the_mean(base, first, second)
+
+
+def test_a_rank_above_a_products_smaller_side_loses_nothing(base):
+    torch.manual_seed(3)
+    (one, first), (two, second) = trained(base, "one", r=24), trained(base, "two", r=24)  # sides of 16 and 32
+    assert average_adapters([one, two], base.parent / "mean", 48) < 1e-10
+    assert_peft_finds_the_mean(base, first, second)
+
+
+def test_the_mean_of_adapters_of_causal_models_is_one_that_peft_finds_the_weights_of(base):
+    torch.manual_seed(4)
+    folders = []
+    for name in ("one", "two"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        peft.get_peft_model(model, lora).save_pretrained(base.parent / name)
+        folders.append(base.parent / name)
+    average_adapters(folders, base.parent / "mean")
+    assert json.loads((base.parent / "mean/adapter_config.json").read_text())["task_type"] is None
     model = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
-    merged = peft.PeftModel.from_pretrained(model, str(base.parent / "mean")).merge_and_unload().state_dict()
-    moved = 0
-    for name, value in merged.items():
-        expected = (first[name] + second[name]) / 2
-        torch.testing.assert_close(
-            value, expected, atol=2e-2 * float((first[name] - second[name]).abs().max() + 1e-6), rtol=0
-        )
-        moved += bool((first[name] != second[name]).any())
-    assert moved == 14
+    before = model.layers[0].self_attn.q_proj.weight.detach().clone()
+    merged = peft.PeftModel.from_pretrained(model, str(base.parent / "mean")).merge_and_unload()
+    assert (merged.layers[0].self_attn.q_proj.weight - before).abs().max() > 1e-3
 
 
 def test_a_smaller_rank_keeps_the_largest_part(base):

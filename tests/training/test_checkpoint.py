@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_a_run_that_has_ended_is_not_begun_again(tmp_path, monkeypatch):
             (tmp_path / "out" / name).unlink()
             assert loop.finished(config) is None, name
             (tmp_path / "out" / name).write_bytes(kept)
-        assert loop.finished(config) == last
+        assert loop.finished(config) == last == loop.finished(replace(config, device="cpu"))
         assert loop.finished(config_for("mntp", tmp_path, loop={"steps": 4})) is None
     run_training(config_for("mntp", tmp_path, loop={"steps": 2}, lora={"saved_as": "bfloat16"}))
     assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 0.7 * whole

@@ -37,6 +37,14 @@ def test_a_query_may_be_named_query(tmp_path):
     assert read_collection(folder).relevance == {"query1": {"d2": 1}}
 
 
+def test_judgements_that_are_not_of_test_are_told(tmp_path, caplog):
+    folder = write_beir(tmp_path / "beir")
+    (folder / "qrels/test.tsv").rename(folder / "qrels/dev.tsv")
+    with caplog.at_level("WARNING", logger="flashvec"):
+        assert read_collection(folder).relevance == {"q1": {"d1": 2, "d2": 0}}
+    assert [record.message for record in caplog.records] == ["beir has no qrels/test.tsv: judged by dev.tsv"]
+
+
 def test_relevant_documents_that_are_not_there_are_told(tmp_path, caplog):
     folder = write_beir(tmp_path / "beir")
     (folder / "qrels/test.tsv").write_text("q1\td1\t1\nq1\td7\t1\nq1\td8\t0\n")
@@ -77,7 +85,7 @@ def test_bad_files_are_named(name, text, named, tmp_path):
         (("cran.all.1400", "cran.qry", "cranqrel"), "1 1 4\n1 2 -1\n2 2 1 \n"),  # a code of how relevant; -1: it is not
     ],
 )
-def test_smart_collections_as_they_are_handed_round(names, judgements, tmp_path):
+def test_smart_collections_as_they_are_handed_round(names, judgements, tmp_path, caplog):
     """Medline's, CACM's and Cranfield's own names and columns; the last numbers queries by their place."""
     texts = dict(zip(names, (SMART["x.ALL"], SMART["x.QRY"], judgements), strict=True))
     if names[0].startswith("cran"):
@@ -89,11 +97,13 @@ def test_smart_collections_as_they_are_handed_round(names, judgements, tmp_path)
         read = read_collection(path)
         assert read.documents == {"1": "The river flows to the sea.", "2": "Stones lie still."}
         assert read.queries == {"1": "What flows?", "2": "What lies?"}
-        relevant = {
-            query: [name for name, grade in found.items() if grade == 1] for query, found in read.relevance.items()
-        }
-        assert relevant == {"1": ["1"], "2": ["2"]}
-        assert {grade for found in read.relevance.values() for grade in found.values()} <= {0.0, 1.0}
+        grades = {(query, name): grade for query, found in read.relevance.items() for name, grade in found.items()}
+        assert grades == {("1", "1"): 1, ("2", "2"): 1} | ({("1", "2"): 0} if len(grades) == 3 else {})
+    told = {record.message for record in caplog.records}
+    by_place = {
+        f"{name}: its judgements go by a query's place, 1 to 2, and not by .I" for name in (tmp_path.name, names[0])
+    }
+    assert told == (by_place if names[0].startswith("cran") else set())
 
 
 def test_two_smart_collections_in_one_folder(tmp_path):

@@ -60,7 +60,8 @@ def test_file_overrides_and_printed_settings_agree(tmp_path):
         ),
         ({**LEAST, "sts": "dev.tsv"}, r"sts is 'dev.tsv'; expected null, or loop\.evaluate_every above 0"),
         ({**LEAST, "loss": "cosent", "margin": 0.1}, "margin is 0.1; expected null with loss: cosent"),
-        ({**LEAST, "loss": "cosent", "prefixes": [8]}, r"prefixes is \(8,\); expected empty with loss: cosent"),
+        ({**LEAST, "dtype": "float16"}, "dtype is 'float16'; one of float32, bfloat16"),
+        ({**LEAST, "loss": "cosent", "prefixes": [8]}, r"prefixes is \[8\]; expected empty with loss: cosent"),
         ({**LEAST, "view": "crop", "pairs": ["a.jsonl"]}, "view is 'crop'; expected dropout with pairs"),
         ({**LEAST, "texts": {"a": 1}}, "texts is {'a': 1}; expected a list"),
         ({**LEAST, "texts": [1]}, r"texts\[0\] is 1; expected str"),
@@ -145,6 +146,28 @@ def test_the_references_files_are_taken_as_they_are(tmp_path):
     assert supervised["optimizer"]["warmup_steps"] == 300
     (tmp_path / "short.json").write_text(json.dumps({**SIMCSE, "warmup_steps": 300, "stop_after_n_steps": 10}))
     assert read_config(ContrastiveConfig, tmp_path / "short.json").optimizer.decay_steps == 301
+
+
+def test_what_the_references_files_leave_out_is_as_in_its_scripts(monkeypatch):
+    least = {"model_name_or_path": "owner/llama"}
+    mntp = translate(least, "MntpConfig", "x.json")
+    assert (mntp["max_length"], mntp["loop"]["steps"], mntp["masking"]) == (1024, 10_000, "bert")
+    simcse = translate({**least, "bidirectional": True, "dataset_name": "Wiki1M"}, "ContrastiveConfig", "x.json")
+    assert (simcse["attention_dropout"], simcse["temperature"], simcse["max_length"]) == (0.1, 1 / 50, 512)
+    supervised = translate({**least, "bidirectional": True, "dataset_name": "E5"}, "ContrastiveConfig", "x.json")
+    assert supervised["attention_dropout"] == 0.0 and supervised["batch_size"] == 8
+    with pytest.raises(ConfigError, match="bidirectional is false, or not there"):
+        translate(least, "ContrastiveConfig", "x.json")
+    with pytest.raises(ConfigError, match="data_collator_type is 'other'; known are default, all_mask"):
+        translate({**MNTP, "data_collator_type": "other"}, "MntpConfig", "x.json")
+    monkeypatch.setenv("WORLD_SIZE", "8")  # its sizes are a process's
+    assert translate({**MNTP, "bf16": True}, "MntpConfig", "x.json")["batch_size"] == 256
+
+
+def test_a_tilde_is_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = build(MntpConfig, {**LEAST, "output": "~/out", "sts": "~/dev.csv", "loop": {"evaluate_every": 1}})
+    assert (config.output, config.sts) == (str(tmp_path / "out"), str(tmp_path / "dev.csv"))
 
 
 def test_the_references_unknown_keys_are_refused():

@@ -250,6 +250,14 @@ def test_files_of_views_may_be_smaller_than_a_batch(tmp_path):
         objective_for(tmp_path, texts=files, batch_size=30)
 
 
+def test_texts_whose_words_were_counted_were_seen(tmp_path):
+    pairs = write_pairs(tmp_path / "p.jsonl")
+    positives = {json.loads(line)["positive"] for line in pairs.read_text().splitlines()}
+    for words in (0.0, 0.5):
+        objective = objective_for(tmp_path, pairs=[str(pairs)], words=words)
+        assert (positives <= set(objective.seen(0))) == bool(words) and not positives <= set(objective.seen(1))
+
+
 @pytest.mark.parametrize(
     ("values", "error", "named"),
     [
@@ -259,6 +267,8 @@ def test_files_of_views_may_be_smaller_than_a_batch(tmp_path):
         ({"loss": "cosent"}, ConfigError, "scores belong to cosent"),
         ({"words": 1.5}, ConfigError, "words is 1.5; expected 0 to 1, and 0 with loss: cosent"),
         ({"words": 0.5, "loss": "cosent"}, ConfigError, "words is 0.5; expected 0 to 1, and 0 with loss: cosent"),
+        ({"prefixes": [16, 8]}, ConfigError, r"prefixes is \[16, 8\]; expected rising numbers from 1 on"),
+        ({"margin": -0.1}, ConfigError, "margin is -0.1; expected 0 or more, or null"),
         ({"prefixes": [8, 64]}, ConfigError, "prefixes end at 64, vectors have 32"),
         ({"batch_size": 1}, ConfigError, "batch_size is 1: a text is told from the others of its batch"),
     ],

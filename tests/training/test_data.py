@@ -123,6 +123,11 @@ def test_a_folder_stands_for_its_files_and_queries_take_the_instructions_of_thei
         ({"query": "q", "positive": "p", "neg": ["", "x"]}, "line 2: a text is empty"),
         ({"query": "q", "positive": "p", "score": "high"}, "line 2: score is not a number"),
         ('{"query": "q", "positive": "p", "score": Infinity}', "line 2: score is not a number"),
+        (
+            {"query": "q", "positive": "p", "label": 2},
+            "line 2: label is 2, a class: keep the lines of pairs that match",
+        ),
+        ({"query": "q", "positive": "p", "label": 0.5}, "some lines have a score and some have none"),
         ({"query": "q", "positive": "p", "score": 1}, "some lines have a score and some have none"),
         ({"query": "q", "positive": "p", "instruction": 1}, "line 2: instruction is not a text"),
     ],

@@ -206,6 +206,12 @@ def test_an_earlier_adapter_teaches_beside_the_prompt(tmp_path):
     want = weights[0] * cosines_of(alone, alone.sample) + weights[1] * (earlier @ earlier.T)
     torch.testing.assert_close(cosines(objective, objective.teacher.sample), want, rtol=0, atol=1e-5)
     assert objective.teacher.floor == pytest.approx(weights @ [alone.floor, floor], abs=1e-5)
+    twice = objective_for(tmp_path, teachers=[str(tmp_path / "first")] * 2, output=str(tmp_path / "second"))
+    weights = np.array([1 / (1 - alone.floor), 2 / (1 - floor)])
+    weights /= weights.sum()
+    want = weights[0] * cosines_of(alone, alone.sample) + weights[1] * (earlier @ earlier.T)
+    torch.testing.assert_close(cosines(twice, twice.teacher.sample), want, rtol=0, atol=1e-5)
+    assert twice.teacher.vectors(np.arange(2)).shape[1] == 2 * 32  # it is read once
     run_training(objective.config)
     seen, before = (set(np.load(tmp_path / name / "seen.npy").tolist()) for name in ("second", "first"))
     assert before and before <= seen

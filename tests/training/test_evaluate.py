@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 
 from flashvec.training.evaluate import sts_score
 from flashvec.training.scored_pairs import ScoredPairs
@@ -18,4 +18,5 @@ def test_correlations_are_scipys():
     ]
     found = sts_score(lambda texts: np.stack([table[t] * 3 for t in texts]), pairs)
     assert found["spearman"] == pytest.approx(100 * spearmanr(cosines, pairs.scores).statistic, abs=1e-3)
+    assert found["pearson"] == pytest.approx(100 * pearsonr(cosines, pairs.scores).statistic, abs=1e-3)
     assert found["pairs"] == 4

@@ -24,6 +24,14 @@ def test_a_file_or_folder_is_replaced_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
 
 
+def test_the_folder_of_a_file_is_made(tmp_path):
+    write_lines(tmp_path / "new" / "deep" / "lines.txt", ["a line"])
+    assert (tmp_path / "new" / "deep" / "lines.txt").read_text() == "a line\n"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match=r"file/lines\.txt could not be written"):
+        write_lines(tmp_path / "file" / "lines.txt", ["a line"])
+
+
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     write_lines(tmp_path / "lines.txt", ["as it was"])
     with full_disk(), pytest.raises(OSError, match=r"lines\.txt could not be written .*: make room there"):

@@ -14,7 +14,7 @@ from flashvec.training.checkpoint import checkpoints
 from flashvec.training.config import ConfigError, OptimizerConfig
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distributed import World
-from flashvec.training.evaluate import embed_with
+from flashvec.training.evaluate import embed_with, sts_score
 from flashvec.training.events import FOLDER
 from flashvec.training.loop import TrainingStopped, learning_rate, train
 from flashvec.training.memory import used_bytes
@@ -22,6 +22,7 @@ from flashvec.training.mntp import Mntp
 from flashvec.training.model import load_model
 from flashvec.training.progress import TrainingBar
 from flashvec.training.run import run_training
+from flashvec.training.scored_pairs import read_scored_pairs
 
 OBJECTIVES = ["mntp", "contrastive", "distill"]
 
@@ -220,3 +221,19 @@ def test_schedules(schedule, want):
     assert [learning_rate(config, 6, step) for step in range(6)] == pytest.approx(want, abs=1e-4)
     longer = OptimizerConfig(learning_rate=1.0, decay_steps=60)
     assert learning_rate(longer, 6, 5) == pytest.approx(55 / 60)
+
+
+def test_a_run_is_scored_under_the_instruction_that_it_trains_with(tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", scored=True, negatives=0)
+    renamed = pairs.read_text().replace("query", "sentence1").replace("positive", "sentence2")
+    (tmp_path / "dev.jsonl").write_text(renamed)
+    values = {"pairs": [str(pairs)], "loss": "cosent", "attention_dropout": 0.0, "instruction": "Is it so: "}
+    scored = {"sts": str(tmp_path / "dev.jsonl"), "loop": {"steps": 2, "evaluate_every": 2}}
+    last = run_training(config_for("contrastive", tmp_path, **values, **scored))
+    encoder = Encoder.load(tmp_path / "out", dtype="float32", max_length=24)
+    read = read_scored_pairs(tmp_path / "dev.jsonl")
+    with_it, without = (
+        sts_score(lambda texts, own=own: encoder.embed(texts, instruction=own), read)["spearman"]
+        for own in ("Is it so: ", None)
+    )
+    assert last["sts"] == pytest.approx(with_it, abs=0.5) and abs(with_it - without) > 1

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from flashvec.runtime.cli import app
 from flashvec.training.data import Pair, read_pairs
-from flashvec.training.mine import mine
+from flashvec.training.mine import _nearest, mine
 from flashvec.training.mine import write_pairs as write_mined
 
 
@@ -48,6 +48,28 @@ def test_blocks_change_nothing(monkeypatch):
     assert mine(Table(), PAIRS, corpus=CORPUS) == whole
 
 
+def test_the_nearest_come_in_the_order_of_a_stable_sort():
+    rng = np.random.default_rng(0)
+    for count in (1, 3, 9, 40, 50):
+        cosines = rng.integers(-3, 4, 40).astype(np.float32) / 4  # many are equal
+        cosines[rng.random(40) < 0.3] = -np.inf
+        whole = [i for i in np.argsort(-cosines, kind="stable") if np.isfinite(cosines[i])]
+        found = _nearest(cosines, count).tolist()
+        assert found == whole[: len(found)] and len(found) >= min(count, len(whole))
+
+
+def test_no_text_is_embedded_twice():
+    read = []
+
+    class Counting(Table):
+        def embed(self, texts, instruction=None, normalize=None):
+            read.extend(texts)
+            return super().embed(texts)
+
+    mine(Counting(), PAIRS[:2], corpus=CORPUS[:4])
+    assert sorted(read) == sorted(["q 0", "q 90", *CORPUS[:4], "p 95"])
+
+
 def test_queries_are_searched_under_the_instruction_they_train_with():
     asked = []
 
@@ -58,12 +80,12 @@ def test_queries_are_searched_under_the_instruction_they_train_with():
 
     own = [PAIRS[0], replace(PAIRS[1], instruction="find: "), replace(PAIRS[2], instruction="")]
     mine(Listening(), own, instruction="search: ")
-    assert asked == [["search: ", "find: ", ""], None, None]
+    assert asked == [["search: ", "find: ", ""], None]  # queries; then candidates and answers together, each once
     asked.clear()
     assert mine(Listening(), own)[1].instruction == "find: " and asked[0] == ["", "find: ", ""]
     asked.clear()
     mine(Listening(), PAIRS)
-    assert asked == [None, None, None]
+    assert asked == [None, None]
 
 
 def test_refuses():

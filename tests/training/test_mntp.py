@@ -13,7 +13,7 @@ from flashvec.runtime.tokenize import Tokenizer
 from flashvec.training.config import ConfigError
 from flashvec.training.data import DataError, rows_of_step
 from flashvec.training.distributed import World
-from flashvec.training.mntp import Mntp, cut_blocks, mask_blocks, mask_token_id
+from flashvec.training.mntp import Blocks, Mntp, cut_blocks, mask_blocks, mask_token_id, maskable
 from flashvec.training.model import load_model
 
 SETTINGS = {"probability": 0.3, "mask_id": 7, "vocab_size": 420, "special_ids": (1,), "all_mask": False}
@@ -152,3 +152,23 @@ def test_mask_token_must_be_one_token(tokenizer):
     assert tokenizer.backend.id_to_token(mask_token_id(tokenizer, "_")) == "_"
     with pytest.raises(ConfigError, match="mask_token '_ _ _' is"):
         mask_token_id(tokenizer, "_ _ _")
+
+
+def test_blocks_without_a_token_to_hide_are_left_out(tokenizer):
+    special = (1, 2)
+    ids = np.array([1, 5, 6, 7, 2, 1, 2, 8, 1, 2, 2], np.int32)
+    spans = np.array([[0, 5], [5, 7], [7, 9], [9, 11]])
+    kept = maskable(Blocks(ids, spans, spans), special)
+    assert kept.spans.tolist() == [[0, 5]] and kept.texts.tolist() == [[0, 5]]
+    with pytest.raises(DataError, match="nothing but special tokens and first ones"):
+        maskable(Blocks(ids, spans[1:], spans[1:]), special)
+
+
+def test_joined_blocks_end_with_their_group_of_texts(tokenizer, monkeypatch):
+    texts = ["one two three four five six"] * 9
+    tokens = len(tokenizer.encode(texts[:1], 99).ids)
+    monkeypatch.setattr("flashvec.training.mntp.COMPAT_TEXTS", 4)
+    blocks = cut_blocks(tokenizer, texts, 5, True)
+    starts = [start for group in range(3) for start in range(0, min(4, 9 - 4 * group) * tokens - 4, 5)]
+    assert (blocks.spans[:, 0] % (4 * tokens)).tolist() == starts
+    assert ((blocks.texts[:, 1] - 1) // 4 == blocks.texts[:, 0] // 4).all()  # none is of two groups

@@ -85,3 +85,13 @@ def test_what_a_model_had_seen_is_found_beside_it_and_below_it(tmp_path):
     shutil.copytree(base, tmp_path / "body" / "encoder")
     assert earlier_seen(config_for("mntp", tmp_path, model=str(tmp_path / "body" / "encoder"))) == {3}
     assert earlier_seen(config_for("mntp", tmp_path)) == set()
+
+
+def test_a_dtype_that_is_not_set_is_that_of_the_device(tmp_path, monkeypatch):
+    """A run that began where bf16 is computed does not go on in fp32 without a word."""
+    named = {}
+    for has_bf16 in (True, False):
+        monkeypatch.setattr("flashvec.training.model.has_hardware_bf16", lambda device, answer=has_bf16: answer)
+        named[has_bf16] = fingerprint(config_for("mntp", tmp_path, dtype=None))
+    assert named[True] == fingerprint(config_for("mntp", tmp_path, dtype="bfloat16"))
+    assert named[False] == fingerprint(config_for("mntp", tmp_path, dtype="float32")) != named[True]

@@ -141,7 +141,14 @@ def test_a_generation_can_learn_search_and_one_be_the_mean_of_earlier_ones(sourc
             r"generation-1\.yaml: teachers: generation-2 is no gen",
         ),
         ([DISTILL + "lora: {start: o/other}"], r"generation-1\.yaml: lora\.start: other is no generation before this"),
-        ([DISTILL, "mean: [o/generation-2]"], r"generation-2\.yaml: mean: generation-2 is no generation before this"),
+        (
+            [DISTILL, "mean: [o/generation-1]"],
+            r"generation-2\.yaml: mean: names 1 generation: a mean is of two or more",
+        ),
+        (
+            [DISTILL, "mean: [o/generation-2, o/generation-1]"],
+            r"generation-2\.yaml: mean: generation-2 is no generation before this",
+        ),
         (
             [DISTILL, SEARCH.replace("pairs.j", "other.j")],
             r"generation-2\.yaml: pairs: other\.jsonl is not made; known are",

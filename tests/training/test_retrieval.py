@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
 from collection_samples import write_smart
+from huggingface_hub.errors import LocalEntryNotFoundError
 from scipy.spatial.distance import cosine
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -17,8 +20,8 @@ from flashvec import Encoder
 from flashvec.runtime.cli import app
 from flashvec.runtime.whitening import POWER
 from flashvec.training.collection_files import Collection, read_collection
-from flashvec.training.hf_encoder import HfEncoder
-from flashvec.training.retrieval import ndcg, ranking_score, retrieval_score
+from flashvec.training.hf_encoder import HfEncoder, _settings
+from flashvec.training.retrieval import ndcg, ranking_score, retrieval_score, search_prompts
 
 MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
 
@@ -130,3 +133,34 @@ def test_hugging_face_vectors_do_not_depend_on_padding(tmp_path):
     texts = ["a river", "stones " * 9, "x"]
     for text, vector in zip(texts, encoder.embed(texts), strict=True):
         assert cosine(vector, encoder.embed([text])[0]) < 1e-5
+
+
+def test_a_hub_that_is_not_reached_says_nothing_of_pooling(monkeypatch):
+    """Offline, a model whose modules.json was never fetched must not be pooled by guess."""
+
+    def offline(model, name):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(ValueError, match=r"owner/model: modules\.json, which may state its pooling, is not here"):
+        HfEncoder("owner/model")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda model, name: huggingface_hub._CACHED_NO_EXIST)
+    assert _settings("owner/model") == ("", "mean", None)
+
+
+def test_queries_and_documents_get_their_prompts():
+    assert search_prompts({"query", "passage", "other"}, None) == ({"prompt_name": "query"}, {"prompt_name": "passage"})
+    assert search_prompts({"query"}, "Find: ") == ({"instruction": "Find: "}, {"instruction": ""})
+    assert search_prompts((), None) == ({"instruction": ""}, {"instruction": ""})
+
+
+def test_the_command_searches_as_the_model_says(tmp_path):
+    path = write_smart(tmp_path)
+    tiny_base(tmp_path / "base")
+    encoder = Encoder.load(tmp_path / "base", dtype="float32")
+    encoder.spec = replace(encoder.spec, prompts={"query": "a stone is: ", "document": "cloud, willow: "})
+    encoder.save(tmp_path / "own")
+    collection = read_collection(path)
+    score = retrieval_score(encoder.encode_query, encoder.encode_document, collection)
+    result = CliRunner().invoke(app, ["evaluate", "retrieval", str(tmp_path / "own"), str(path), "--json"])
+    assert json.loads(result.stdout)["ndcg@10"] == pytest.approx(score["ndcg@10"], abs=1e-3)

@@ -41,7 +41,11 @@ def test_every_form_is_trained_on_as_it_is(name, tmp_path):
 def test_files_to_train_on_that_are_none_are_named(tmp_path):
     for name, text, named in (
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\t3\ta\t \n", "a.csv line 2: a text is empty"),
-        ("a.txt", "Text without scores.\n", "a.txt line 1: 1 columns and no header with sentence1, sentence2, score"),
+        (
+            "a.txt",
+            "Text without scores.\n",
+            "a.txt line 1: 1 columns parted by tabs, and no header with sentence1, sentence2, score",
+        ),
         ("a.xlsx", "x", "a.xlsx: pairs come in .jsonl files, scored ones in .csv, .tsv, .txt, too"),
     ):
         (tmp_path / name).write_text(text)
@@ -52,7 +56,7 @@ def test_files_to_train_on_that_are_none_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
-        ("a.csv", "one\ttwo\n", "line 1: 2 columns and no header"),
+        ("a.csv", "one\ttwo\n", "line 1: 2 columns parted by tabs, and no header"),
         ("a.csv", "m\tf\t1\t2\thigh\ta\tb\n" * 2, "a.csv line 1: expected two texts and a score"),
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\t3\ta\n", "a.csv line 2: expected"),
         ("a.jsonl", "{}\n{}\n", "line 1: expected"),
@@ -60,6 +64,7 @@ def test_files_to_train_on_that_are_none_are_named(tmp_path):
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\tnan\ta\tb\n", "a.csv line 2: expected two texts and a score"),
         ("a.tsv", "score\tsentence1\tsentence2\n1\ta\tb\n", "1 pairs; a correlation needs two"),
         ("a.tsv", "", "holds no line"),
+        ("a.tsv", "score\tsentence1\tsentence2\n3\ta\tb\n3\tc\td\n", "a.tsv: all scores are 3: nothing correlates"),
     ],
     ids=str,
 )

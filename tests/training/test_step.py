@@ -238,3 +238,19 @@ def test_columns_without_a_gradient_are_refused(tmp_path):
     objective.loss = lambda vectors, columns: vectors[: columns.num_queries].square().sum()
     with pytest.raises(ValueError, match="positives got no gradient"):
         objective.step(0)
+
+
+def test_masters_of_a_narrow_body_sum_micro_batches_in_fp32(tmp_path):
+    config = config_for("contrastive", tmp_path, train="body", dtype="bfloat16", attention_dropout=0.0, view="crop")
+    objective = Contrastive(model := load_model(config), config, World())
+    weight, master = (own["layers.0.out"] for own in (model.trainable.live, model.trainable.masters))
+    handed = []
+    weight.register_post_accumulate_grad_hook(lambda x: handed.append(x.grad))
+    seen = []
+    weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    objective.step(0)
+    assert len(seen) > 1 and handed == [None] * len(seen)  # nothing stays in bf16
+    want = torch.zeros_like(master)
+    for gradient in seen:
+        want += gradient.float()
+    assert master.grad.dtype == torch.float32 and torch.equal(master.grad, want)

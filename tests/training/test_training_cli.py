@@ -64,7 +64,8 @@ def test_mteb_is_an_extra(monkeypatch):
 
 def test_every_command_shows_an_example():
     evaluations = [("evaluate", name) for name in ("sts", "retrieval", "words", "mteb")]
-    for group, command in (("train", "mntp"), ("train", "contrastive"), ("train", "distill"), *evaluations):
+    training = [("train", name) for name in ("mntp", "contrastive", "distill", "average")]
+    for group, command in (*training, *evaluations):
         result = runner.invoke(app, [group, command, "--help"])
         assert result.exit_code == 0 and "Example" in result.stdout
 

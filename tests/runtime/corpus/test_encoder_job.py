@@ -15,7 +15,7 @@ from flashvec import Encoder
 from flashvec.runtime import cli_corpus
 from flashvec.runtime.cli import app
 from flashvec.runtime.corpus.chunks import chunk_texts
-from flashvec.runtime.corpus.job import draft_plan
+from flashvec.runtime.corpus.job import draft_plan, embed_corpus
 from flashvec.runtime.corpus.machine import model_facts
 from flashvec.runtime.corpus.sample import sample_texts
 from flashvec.runtime.corpus.settings import JobSettings
@@ -176,3 +176,28 @@ def test_samples_come_from_everywhere(tmp_path, encoder):
     texts = sample_texts(plan, 20)
     assert len(texts) == 20 and len({int(text) // 100 for text in texts}) >= 8
     assert len(Vectors(plan, encoder).hash("x")) == 16
+
+
+def test_a_job_goes_on_in_the_dtype_that_it_was_planned_in(texts_file, model, tmp_path):
+    """A machine that computes in bf16 takes shards of one that does not, and a laptop searches what a GPU made."""
+    out = tmp_path / "out"
+    here = Encoder.load(model).dtype
+    other = "float32" if here == torch.bfloat16 else "bfloat16"
+    command = ("embed", texts_file, "--model", model, "--out", out, "--mixed-machines", "--shard-size", 8)
+    assert run(*command, "--plan-only", "--id-column", "id", "--dtype", other).exit_code == 0
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["model"]["load"].pop("dtype") == plan["model"]["machine"]["dtype"] == other
+    (out / "plan.json").write_text(json.dumps(plan))  # as a machine would have planned it that has the other one
+    shard = run("embed-shard", "--plan", str(out), "--shard", "0", "--json")
+    assert shard.exit_code == 0 and json.loads(shard.stdout)["machine"]["dtype"] == other
+    done = run(*command, "--id-column", "id")
+    assert done.exit_code == 0, done.exception
+    found = run("search", str(out), TEXTS[0], "--top", "1", "--json")
+    assert found.exit_code == 0 and json.loads(found.stdout)[0]["id"] == "r0"
+
+
+def test_a_device_in_load_and_workers_without_ray_are_refused(texts_file, model, tmp_path):
+    with pytest.raises(ValueError, match="load holds a device: name it in devices"):
+        embed_corpus(texts_file, tmp_path / "out", model=model, load={"device": "cpu"})
+    refused = run("embed", str(texts_file), "--model", str(model), "--out", str(tmp_path / "out"), "--workers", "4")
+    assert refused.exit_code == 2 and "--workers counts Ray's actors" in refused.output

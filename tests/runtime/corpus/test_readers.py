@@ -160,3 +160,47 @@ def test_messages_never_quote_the_row(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     found, _, bad = read(tmp_path / "a.jsonl", JobSettings(text_columns=("text",)))
     assert len(bad) == 4 and not any("secret" in reason.message for part in found for reason in part.bad.values())
+
+
+def test_parquet_is_read_no_further_than_a_shard_goes(tmp_path, monkeypatch):
+    table = pa.table({"id": [str(i) for i in range(100)], "text": [f"text {i}" for i in range(100)], "n": [[0]] * 100})
+    pq.write_table(table, tmp_path / "a.parquet")
+    monkeypatch.setattr(readers, "BATCH_ROWS", 10)
+    given = []
+    parquet = readers._parquet
+
+    def counted(*arguments):
+        for at, batch in parquet(*arguments):
+            given.append(at)
+            yield at, batch
+
+    monkeypatch.setattr(readers, "_parquet", counted)
+    _, texts, _ = read(tmp_path / "a.parquet", start=15, stop=30)
+    assert texts == [f"text {i}" for i in range(15, 30)] and given == [0, 10, 20, 30]
+
+
+def test_only_columns_that_are_read_count(tmp_path, monkeypatch):
+    rows = {"id": ["a"], "text": ["short"], "n": [[1, 2]], "image": [b"x" * 100_000]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet", compression="none")
+    monkeypatch.setattr(readers, "MAX_ROW_GROUP", 10_000)
+    _, texts, _ = read(tmp_path / "a.parquet")
+    assert texts == ["short"]
+    monkeypatch.setattr(readers, "MAX_ROW_GROUP", 10)
+    with pytest.raises(SourceError, match=r"row group 0 has \d\d\d? bytes of what is read: write smaller ones"):
+        read(tmp_path / "a.parquet")
+
+
+def test_arrow_batches_are_read_by_the_shard_that_they_are_of(tmp_path, monkeypatch):
+    schema = pa.schema([("image", pa.binary()), ("text", pa.string()), ("n", pa.int64()), ("id", pa.string())])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
+        for first in range(0, 50, 10):
+            rows = range(first, first + 10)
+            columns = [[b"x"] * 10, [f"text {i}" for i in rows], list(rows), [str(i) for i in rows]]
+            file.write_batch(pa.record_batch(columns, schema=schema))
+    opened = []
+    open_arrow = readers.open_arrow
+    monkeypatch.setattr(readers, "open_arrow", lambda *args: opened.append(args[1:]) or open_arrow(*args))
+    for start, stop in ((0, 50), (15, 31), (40, 50), (9, 11)):
+        _, texts, bad = read(tmp_path / "a.arrow", start=start, stop=stop)
+        assert texts == [f"text {i}" for i in range(start, stop)] and not bad
+    assert opened == [(), (["image"],), *[(["text", "id", "n"],)] * 4]  # where batches begin is found once

@@ -123,3 +123,13 @@ def test_find(tmp_path):
     known, vectors = EarlierVectors(str(tmp_path / "a")).find(hashes)
     assert known.tolist() == [False, *[True] * len(table), False]
     np.testing.assert_array_equal(vectors, np.array(table["vector"].to_pylist(), np.float32)[::-1])
+
+
+def test_an_id_of_several_rows_is_edited_where_any_of_them_is(tmp_path):
+    """Chunks of a document have its id."""
+    before = [("a", "one"), ("a", "two"), ("b", "three"), ("c", "four")]
+    after = [("a", "one"), ("a", "changed"), ("b", "three"), ("c", "four"), ("c", "five")]
+    embed_with_stand_in(write(tmp_path / "old.jsonl", before), tmp_path / "a", id_column="id")
+    new = write(tmp_path / "new.jsonl", after)
+    result = embed_with_stand_in(new, tmp_path / "b", id_column="id", reuse=tmp_path / "a")
+    assert result.changes == (0, 2, 0)
