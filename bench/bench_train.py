@@ -1,8 +1,9 @@
 """A LoRA training step on the CPU: ours against transformers with PEFT on the same batches, and the bare products.
 
 Both views of each text, rank 16 on every product, a contrastive loss, forward and backward, no optimiser. PEFT runs as
-training scripts do: padded to the longest text, torch's own attention, adapters in fp32; and in sentence-transformers'
-cached loss, called as its trainer calls it (which itself needs package datasets), forward twice and backward once.
+training scripts do: padded to the longest text, torch's own attention, adapters in the model's dtype; and in
+sentence-transformers' cached loss, called as its trainer calls it (which itself needs package datasets), forward twice
+and backward once.
 Losses are compared before time is taken. A step's memory is what it takes at most beyond what stood before it: the
 weights of all sides. The ceiling is the products alone at four FLOPs a weight and token: forward, and each input's
 gradient.
@@ -39,7 +40,8 @@ from flashvec.training.encode import Rates, encode, micro_batches
 from flashvec.training.model import LoraTrainable, Model, load_model
 
 TEXTS_PER_STEP = 32  # two views of each
-SAME_LOSS = 1e-3  # relative difference above which two sides do not compute the same thing
+SAME_LOSS = {"float32": 1e-3, "bfloat16": 3e-2}  # relative difference above which two sides compute another thing,
+LEAST_LOSS = {"float32": 0.0, "bfloat16": 0.1}  # of a loss of so much at least: of less, roundings are all of it
 CACHED = "sentence-transformers cached loss + PEFT"
 RATES = {"flashvec": (0.0, 0.0), "flashvec, dropout 0.1 and 0.05": (0.1, 0.05)}
 
@@ -111,9 +113,9 @@ class Products:
         return 0.0
 
 
-def load(folder: Path, peft: Peft) -> Model:
+def load(folder: Path, peft: Peft, dtype: str = "float32") -> Model:
     """Our model with PEFT's updates."""
-    values = {"model": str(folder), "output": "unused", "dtype": "float32", "lora": {"r": RANK, "alpha": ALPHA}}
+    values = {"model": str(folder), "output": "unused", "dtype": dtype, "lora": {"r": RANK, "alpha": ALPHA}}
     model = load_model(build(ContrastiveConfig, values))
     assert isinstance(model.trainable, LoraTrainable)
     for name, a, b in model.trainable.lora.matrices():
@@ -122,16 +124,16 @@ def load(folder: Path, peft: Peft) -> Model:
     return model
 
 
-def bench(folder: Path, profile: str, repetitions: int) -> list[dict[str, Any]]:
-    """Rows of one length profile."""
+def bench(folder: Path, profile: str, repetitions: int, dtype: str = "float32") -> list[dict[str, Any]]:
+    """Rows of one length profile; all sides in one dtype."""
     config = transformers.AutoConfig.from_pretrained(folder)
     config.is_causal = False
     module = transformers.AutoModel.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="sdpa"
+        folder, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
     module.config.use_cache = False
     peft = Peft(module)
-    model = load(folder, peft)
+    model = load(folder, peft, dtype)
     sides: dict[str, Any] = {"transformers + PEFT, sdpa padded": peft, CACHED: Cached(folder, peft)}
     sides |= {name: Ours(model, *rates) for name, rates in RATES.items()}
     texts = Texts(None, 1.4)
@@ -143,7 +145,8 @@ def bench(folder: Path, profile: str, repetitions: int) -> list[dict[str, Any]]:
         batches.append(ids * 2)
     losses = {name: torch.as_tensor(side.step(batches[-1])).item() for name, side in sides.items()}
     first = next(iter(losses.values()))
-    if any(abs(losses[name] - first) > SAME_LOSS * abs(first) for name in ("flashvec", CACHED)):
+    most = SAME_LOSS[dtype] * max(abs(first), LEAST_LOSS[dtype])
+    if any(abs(losses[name] - first) > most for name in ("flashvec", CACHED)):
         raise SystemExit(f"losses differ: {losses}")
     sides["bare products"] = Products(model)
     sides["bare products"].step(batches[-1])
@@ -153,7 +156,7 @@ def bench(folder: Path, profile: str, repetitions: int) -> list[dict[str, Any]]:
     seconds = interleave(runs, repetitions, clock)
     counts = [sum(map(len, batch)) for batch in batches]
     rates = {name: median(n / s for n, s in zip(counts, found, strict=False)) for name, found in seconds.items()}
-    same = {"benchmark": "train", "model": folder.name, "profile": profile, "dtype": "float32"}
+    same = {"benchmark": "train", "model": folder.name, "profile": profile, "dtype": dtype}
     return [
         {
             **same,
@@ -190,11 +193,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("demo-cache/smollm2-135m"))
     parser.add_argument("--profiles", nargs="*", default=["sentences"])
+    parser.add_argument("--dtype", choices=sorted(SAME_LOSS), default="float32")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="append the rows to bench/results")
     options = parser.parse_args()
     for profile in options.profiles:
-        rows = bench(options.model, profile, options.repetitions)
+        rows = bench(options.model, profile, options.repetitions, options.dtype)
         for row in rows:
             print(
                 f"{row['profile']:10} {row['variant']:40} {row['tokens_per_s']:8,.0f} tokens/s {row['spread']:>5} "

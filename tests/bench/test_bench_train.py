@@ -10,10 +10,12 @@ from flashvec.bench import bench_train
 from flashvec.bench.gpu_train import Peft
 
 
-def test_sides_agree_and_are_timed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sides_agree_and_are_timed(dtype, tmp_path, monkeypatch):
     tiny_checkpoint(tmp_path / "tiny", "llama")
     monkeypatch.setattr(bench_train, "TEXTS_PER_STEP", 4)
-    rows = bench_train.bench(tmp_path / "tiny", "sentences", 1)
+    rows = bench_train.bench(tmp_path / "tiny", "sentences", 1, dtype)
+    assert all(row["dtype"] == dtype for row in rows)
     peers = ["transformers + PEFT, sdpa padded", bench_train.CACHED]
     assert [row["variant"] for row in rows] == [*peers, *bench_train.RATES, "bare products"]
     assert all(row["step_mib"] >= 0 for row in rows)
@@ -24,7 +26,7 @@ def test_sides_agree_and_are_timed(tmp_path, monkeypatch):
 def test_another_loss_is_not_timed(tmp_path, monkeypatch):
     tiny_checkpoint(tmp_path / "tiny", "llama")
     monkeypatch.setattr(bench_train, "TEXTS_PER_STEP", 4)
-    monkeypatch.setattr(bench_train, "load", lambda folder, peft, load=bench_train.load: _moved(load(folder, peft)))
+    monkeypatch.setattr(bench_train, "load", lambda *given, load=bench_train.load: _moved(load(*given)))
     with pytest.raises(SystemExit, match="losses differ"):
         bench_train.bench(tmp_path / "tiny", "sentences", 1)
 
