@@ -14,12 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flashvec.kernels.backend import Target, tl, triton
+from flashvec.kernels.backend import WARPGROUPS, Target, tl, triton
 from flashvec.kernels.dropout import fold, keep
 from flashvec.kernels.schedule import TileClass
 
 LOG2E = 1.4426950408889634
-WARPGROUPS = ("sm_90", "sm_100")  # matrix units that read shared memory and keep no operand in registers
 MAX_PACKED_HEADS = 16  # more heads a tile would leave too few tokens in it for one head's mask and tail to pay
 
 

@@ -141,6 +141,7 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 2048, 131_072),
     )
 }
+WARPGROUPS = ("sm_90", "sm_100")  # matrix units that read shared memory and keep no operand in registers
 
 
 @cache

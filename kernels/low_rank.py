@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashvec.kernels.backend import launch, target, tl, triton
+from flashvec.kernels.backend import WARPGROUPS, launch, target, tl, triton
 from flashvec.kernels.dropout import fold, keep, mix
 
 MAX_PROJECTIONS = 3  # query, key, value
@@ -262,6 +262,8 @@ def reduce(x: Tensor, h: Tensor, like: Tensor, splits: Sequence[int], keys: Tens
     (T, P, R), sliced = h.shape, like.ndim == 2
     stops = _stops(splits) if sliced else [x.shape[1]] * MAX_PROJECTIONS
     blocks = _blocks(x, R, REDUCE_C, draws=keys is not None) | {"num_stages": 2}
+    if blocks["BLOCK_R"] == 64 and target(x).backend == "cuda" and target(x).name not in WARPGROUPS:
+        blocks["BLOCK_T"] = 32  # 64 rows spill 32 to 120 bytes there
     tiles = sum(-(-n // blocks["BLOCK_C"]) for n in (splits if sliced else [x.shape[1]] * P))
     num_splits = max(1, -(-T // SPLIT_ROWS))
     sums = like.new_empty(num_splits, *like.shape, dtype=torch.float32)
