@@ -194,7 +194,7 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
     folder, chain, has_rules = path, list[Path](), path.is_file()
     if path.is_dir():
         folder, chain = (path, []) if states_rules(path) else adapter_chain(path)
-        has_rules = states_rules(folder)
+        has_rules = folder.is_file() or states_rules(folder)
     # Rules that a folder states hold again when it is opened with what was trained: they are not overridden here.
     own = Overrides(None if has_rules else "bidirectional", None if has_rules else config.pooling, config.max_length)
     checkpoint = open_checkpoint(path, own, config.adapters)

@@ -20,7 +20,7 @@ def model_name(folder: Path) -> str:
 
 
 def adapter_chain(folder: Path, local_files_only: bool = False) -> tuple[Path, list[Path]]:
-    """Base folder, and the adapters to merge into it in order; a folder that has weights is its own base.
+    """The base, a folder or .gguf file, and adapters to merge into it in order; a folder with weights is its own base.
 
     Raises:
         CheckpointError: a model that an adapter needs is not to be had, or adapters name each other in a
@@ -75,7 +75,7 @@ def _below(folder: Path, local_files_only: bool) -> Path:
 
 
 def _local(stated: str, folder: Path) -> Path | None:
-    """A base that is on this machine: at the path as stated, seen from the adapter's folder, or beside it.
+    """A base on this machine, folder or .gguf file: at the path as stated, from the adapter's folder, or beside it.
 
     `./` and `../` are meant from the adapter's folder first, as a training run writes them: what lies at such a path
     from the working directory is another folder of that name.
@@ -87,6 +87,10 @@ def _local(stated: str, folder: Path) -> Path | None:
     places += [folder.parent / name] if name else []
     here = folder.resolve()
     try:
-        return next((place for place in places if place.is_dir() and place.resolve() != here), None)
+        return next((place for place in places if _is_model(place) and place.resolve() != here), None)
     except OSError:  # a name longer than the file system takes
         return None
+
+
+def _is_model(place: Path) -> bool:
+    return place.is_dir() or (place.suffix == ".gguf" and place.is_file())

@@ -114,7 +114,9 @@ def _open(path: Path, overrides: Overrides, extra: list[Path], local_files_only:
     chain: list[Path] = []
     if not any((path / name).is_file() for name in (SPEC_FILE, MODULES_FILE)):
         base, chain = adapter_chain(path, local_files_only)
-    if (base / SPEC_FILE).is_file():
+    if base.is_file():
+        checkpoint = open_gguf(base, overrides)
+    elif (base / SPEC_FILE).is_file():
         checkpoint = open_saved(base, overrides)
     elif (base / MODULES_FILE).is_file():
         checkpoint = open_sentence_transformers(base, overrides, local_files_only)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from family_models import models
+from gguf_samples import write_quantised
 from safetensors.torch import load_file
 from tiny_models import PROJECTIONS, tiny_adapter, tiny_checkpoint, tiny_model
 from training_runs import config_for, sentences, tiny_base, write_texts
@@ -290,6 +291,18 @@ def test_body_is_saved_as_an_encoder(tmp_path):
     trained, plain = Encoder.load(tmp_path / "out" / "encoder"), Encoder.load(tmp_path / "base")
     assert np.abs(trained.embed("ember") - plain.embed("ember")).max() > 1e-4
     assert torch.equal(trained.decoder.embedding_VD, plain.decoder.embedding_VD)
+
+
+def test_an_adapter_over_a_gguf_file_is_opened_with_it_and_alone(tmp_path):
+    """Its folder has no config.json: it must not be taken for a second adapter, on top of one that is not there."""
+    base = write_quantised(tmp_path / "base.gguf")
+    config = config_for("contrastive", tmp_path, model=str(base), loop={"steps": 2}, max_length=64)
+    run_training(config)
+    texts = ["one", "two willows in a meadow"]
+    beside = Encoder.load(base, adapters=(tmp_path / "out",), dtype="float32").embed(texts)
+    plain = Encoder.load(base, dtype="float32", attention="bidirectional").embed(texts)
+    assert np.abs(beside - plain).max() > 1e-4
+    np.testing.assert_array_equal(Encoder.load(tmp_path / "out", dtype="float32").embed(texts), beside)
 
 
 def test_a_trained_body_forgets_ranges_of_the_untrained_one(tmp_path):
