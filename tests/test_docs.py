@@ -36,8 +36,9 @@ def folder(tmp_path, monkeypatch) -> Path:
         "The keeper of house {0} never told them.\n"
     )
     (tmp_path / "articles.txt").write_text("".join(paragraph.format(i) for i in range(30)))
-    lines = [f"main\tnews\t2017\t{s}\t{s}\t{a}\t{b}" for s, (a, b) in enumerate(pairwise(SENTENCES))]
-    for split in ("train", "dev"):
+    for split, times in (("train", 5), ("dev", 1)):
+        pairs = [(f"{a} {i}", f"{b} {-i}") for i in range(times) for a, b in pairwise(SENTENCES)]
+        lines = [f"main\tnews\t2017\t{s}\t{s % 6}\t{a}\t{b}" for s, (a, b) in enumerate(pairs)]
         (tmp_path / f"sts-{split}.csv").write_text("\n".join(lines))
     (tmp_path / "data").mkdir()
     table = pa.table({"id": [f"row {i}" for i in range(len(SENTENCES))], "text": list(SENTENCES)})
