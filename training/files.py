@@ -1,4 +1,4 @@
-"""What a run leaves on disk: there whole or not at all, and a failure to write says what and where."""
+"""What a run leaves on disk: there whole or not at all."""
 
 import shutil
 from collections.abc import Iterator
@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flashvec.runtime.checkpoint.placing import naming
-
-__all__ = ["naming", "whole"]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
+from flashvec.runtime.checkpoint.placing import naming
 from flashvec.training.checkpoint import (
     average_parameters,
     checkpoints,
@@ -30,7 +31,7 @@ from flashvec.training.distributed import World
 from flashvec.training.encode import run_rows
 from flashvec.training.evaluate import embed_with, sts_score
 from flashvec.training.events import Events
-from flashvec.training.files import naming, whole
+from flashvec.training.files import whole
 from flashvec.training.memory import used_bytes
 from flashvec.training.model import ENCODER_FOLDER, Model
 from flashvec.training.origin import SEEN_FILE, earlier_seen, fingerprint, write_seen

@@ -22,6 +22,7 @@ from flashvec.runtime.checkpoint.hf import read_config, read_object
 from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE, first_base, llm2vec_spec, mntp_name
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.checkpoint.peft import read_adapter_config
+from flashvec.runtime.checkpoint.placing import naming
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
 from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE
 from flashvec.runtime.decoder import Decoder, Training
@@ -32,7 +33,6 @@ from flashvec.runtime.tokenize import Tokenizer
 from flashvec.training.adapter import POOLING_NAMES, base_part, read_adapter, write_adapter, write_surroundings
 from flashvec.training.config import ConfigError, TrainConfig
 from flashvec.training.distributed import World, own_device
-from flashvec.training.files import naming
 from flashvec.training.lora import Lora
 from flashvec.training.shards import Shards
 

@@ -4,7 +4,8 @@ import pytest
 from full_disk import full_disk
 from training_runs import config_for
 
-from flashvec.training.files import naming, whole
+from flashvec.runtime.checkpoint.placing import naming
+from flashvec.training.files import whole
 from flashvec.training.model import load_model
 from flashvec.training.sentences import write_lines
 
