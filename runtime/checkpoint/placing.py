@@ -11,6 +11,8 @@ from flashvec.runtime.checkpoint.safetensors_files import INDEX_FILE, WEIGHTS_FI
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
 from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILE
 
+# A place that takes no file, however much room there is.
+NO_PLACE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 # Of a model written before into the same folder: beside files of the new one they would be read as its own.
 REPLACED_FILES = (WEIGHTS_FILE, INDEX_FILE, MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILE)
 
@@ -30,7 +32,7 @@ def naming(path: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
             raise
-        cure = "see that it may be written" if isinstance(error, PermissionError) else "make room there"
+        cure = "see that it may be written" if isinstance(error, NO_PLACE) else "make room there"
         raise OSError(
             f"{path} could not be written ({error}): {cure} and run again; what was saved before is as it was"
         ) from error
