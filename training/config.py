@@ -87,6 +87,7 @@ class TrainConfig:
     device: str | None = None
     pooling: str | None = None
     max_length: int = 512
+    depths: tuple[int, ...] = ()  # layers after which is taught, for a model cut there; default the last alone
     sts: str | None = None  # a file of scored pairs, evaluated every `loop.evaluate_every` steps
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -121,7 +122,6 @@ class ContrastiveConfig(TrainConfig):
     words: float = 0.0  # share of the loss that is taught by rare words that texts share (`overlap.py`)
     margin: float | None = None  # candidates closer than the positive by more than this are left out
     prefixes: tuple[int, ...] = ()  # Matryoshka sizes, ascending
-    depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone
     instruction: str | None = None  # written before queries, and before both texts of views and of scored pairs
     e5_instructions: bool = False  # before queries that have none: what LLM2Vec says for their file, by its name
     max_length: int = 128
@@ -143,7 +143,6 @@ class DistillConfig(TrainConfig):
     divergence_weight: float = 0.0  # of the divergence between softmaxed rows of cosines
     temperature: float = 0.05  # of that softmax, for both sides
     squared_weight: float = 0.0  # of the squared error of cosines
-    depths: tuple[int, ...] = ()  # layers after which vectors are taught; default the last alone
     neighbours: int = 4  # lines that follow each other in a file and meet in a batch, where they differ the least
     crops: bool = True  # every text of six words or more also comes as a part of itself
     attention_dropout: float = 0.0
@@ -374,9 +373,9 @@ def _check(config: TrainConfig, where: str) -> None:
     for name, (is_within, said) in own.items():
         if (value := getattr(config, name, None)) is not None:
             rules.append((name, value, is_within(value), said))
+    depths = list(config.depths)
+    rules.append(("depths", depths, depths == sorted({d for d in depths if d >= 1}), "rising numbers from 1 on"))
     if isinstance(config, ContrastiveConfig | DistillConfig):
-        depths = list(config.depths)
-        rules.append(("depths", depths, depths == sorted({d for d in depths if d >= 1}), "rising numbers from 1 on"))
         rules.append(("neighbours", config.neighbours, config.neighbours >= 1, "1 or more"))
     if isinstance(config, DistillConfig):
         rules += _distill_rules(config)

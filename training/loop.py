@@ -218,7 +218,7 @@ class _Run:
     @property
     def _deepest(self) -> tuple[int, ...]:
         """Where vectors are read: after the last layer that is taught; empty for the model's last."""
-        return tuple(getattr(self.config, "depths", ())[-1:])
+        return self.config.depths[-1:]
 
     @property
     def _instruction(self) -> str | None:

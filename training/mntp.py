@@ -5,7 +5,8 @@
 A decoder predicts the next token, so the prediction of a masked token is read one position before it; the first token
 of a text has no such position and is never masked. Texts lie packed, each attending to itself alone; longer ones are
 cut into blocks. Only the rows that are read pass the final norm and the head, and their logits exist as tiles
-(`kernels/cross_entropy.py`). The head is frozen unless asked for.
+(`kernels/cross_entropy.py`). The head is frozen unless asked for. With `depths` tokens are predicted after each of
+these numbers of layers, by the same norm and head, as models cut there would do.
 """
 
 from collections.abc import Iterator
@@ -125,6 +126,7 @@ class Mntp:
     def __init__(self, model: Model, config: MntpConfig, world: World) -> None:
         self.model, self.config, self.world = model, config, world
         assert model.head_VD is not None
+        model.end_at(config.depths)
         self.texts = read_texts(config.texts)
         self.blocks = cut_blocks(model.tokenizer, self.texts, config.max_length, config.llm2vec_compat)
         self.mask_id = mask_token_id(model.tokenizer, config.mask_token)
@@ -170,8 +172,9 @@ class Mntp:
             read, targets = _rows_read(masked, own)
             if not len(read) and not loop.shard_base:  # there every pass helps the other processes to theirs
                 continue
-            (stream,), _ = run_rows(self.model, rows.take(own), own, training)
-            loss = self._loss(stream, torch.from_numpy(read).to(device), torch.from_numpy(targets).to(device))
+            streams, _ = run_rows(self.model, rows.take(own), own, training, config.depths)
+            read_R, targets_R = torch.from_numpy(read).to(device), torch.from_numpy(targets).to(device)
+            loss = torch.stack([self._loss(stream, read_R, targets_R) for stream in streams]).mean()
             loss = loss / len(masked.positions)
             loss.backward()
             total += loss.detach()

@@ -109,6 +109,19 @@ def test_loss_is_hugging_faces_on_the_same_labels(tied, tmp_path):
     assert objective.step(1)["loss"] == pytest.approx(total / len(masked.positions), abs=1e-4)
 
 
+def test_depths_are_models_cut_there_and_layers_behind_them_do_not_learn(tmp_path):
+    values = {"lora": {"dropout": 0.0}, "max_length": 12}
+    both, whole = (objective_for(tmp_path, **more, **values) for more in ({"depths": [1, 2]}, {}))
+    cut = objective_for(tmp_path, **values)
+    cut.model.decoder.layers = cut.model.decoder.layers[:1]
+    first, last = cut.step(1)["loss"], whole.step(1)["loss"]
+    assert both.step(1)["loss"] == pytest.approx((first + last) / 2, abs=1e-5) and abs(first - last) > 1e-3
+    alone = objective_for(tmp_path, depths=[1], **values)
+    assert alone.step(1)["loss"] == pytest.approx(first, abs=1e-5)
+    trained = alone.model.trainable.parameters()
+    assert trained and all(name.startswith("layers.0.") and x.grad is not None for name, x in trained.items())
+
+
 def test_a_head_that_is_not_there_is_no_embedding(tmp_path):
     """An encoder is stored without its head: taken for the embeddings, an untied one would train towards noise."""
     from tiny_models import tiny_model
