@@ -10,6 +10,8 @@ and writes 6*T*D bytes, where an add and a norm of their own move 18. The backwa
 Source: see `rms_norm`; post-norms Gemma 2 (2024).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,9 @@ from flashvec.kernels.rms_norm import (
     inverse_rms,
     load_weight,
     norm_grad,
+    norm_grad_cpu,
     register_limit,
+    rms_norm,
     rms_norm_cpu,
     rms_norm_reference,
     row_tile,
@@ -59,9 +63,38 @@ def _add_rms_norm_cpu(
 ) -> tuple[Tensor, Tensor]:
     """The reference's arithmetic, bit for bit, its norms in one buffer each."""
     h = widen(h_TD)
-    added = y_TD if post_weight_D is None else rms_norm_cpu(y_TD, post_weight_D, eps, offset, h.dtype)
-    sum_TD = h + added
-    return sum_TD, rms_norm_cpu(sum_TD, weight_D, eps, offset, dtype)
+    if post_weight_D is not None:
+        y_TD = rms_norm(y_TD, post_weight_D, eps, offset, h.dtype)
+    if needs_gradient(h, y_TD, weight_D):
+        return _AddRmsNormCpu.apply(h, y_TD, weight_D, eps, offset, dtype)
+    sum_TD = h + y_TD
+    return sum_TD, rms_norm_cpu(sum_TD, weight_D, eps, offset, dtype)[0]
+
+
+class _AddRmsNormCpu(torch.autograd.Function):
+    """A sum and its norm with one gradient: both ways into the stream are added up in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float, offset: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        sum_TD = h_TD + y_TD
+        out_TD, inverse_T1 = rms_norm_cpu(sum_TD, weight_D, eps, offset, dtype)
+        ctx.save_for_backward(sum_TD, inverse_T1, weight_D)
+        ctx.offset, ctx.dtype = offset, y_TD.dtype
+        ctx.set_materialize_grads(False)
+        return sum_TD, out_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (dsum_TD, dout_TD), (sum_TD, inverse_T1, weight_D) = grads, ctx.saved_tensors
+        dh_TD, dweight_D = dsum_TD, None
+        if dout_TD is not None:
+            has_dweight = ctx.needs_input_grad[2]
+            dh_TD, dweight_D = norm_grad_cpu(dout_TD, sum_TD, inverse_T1, weight_D, ctx.offset, has_dweight)
+            if dsum_TD is not None:
+                dh_TD += dsum_TD
+        return dh_TD, None if dh_TD is None else dh_TD.to(ctx.dtype), dweight_D, None, None, None
 
 
 # --- kernels: one program per row, or per few short rows ------------------------------------------------
@@ -346,9 +379,9 @@ def add_rms_norm(
     if post_weight_D is not None:
         check_weight("post_weight_D", post_weight_D, h_TD)
     run = implementation(h_TD)
-    if run == "cpu" and not needs_gradient(h_TD, y_TD, weight_D, post_weight_D):
-        return _add_rms_norm_cpu(h_TD, y_TD, weight_D, eps, offset, dtype or y_TD.dtype, post_weight_D)
-    if run != "triton" or torch.float64 in (h_TD.dtype, y_TD.dtype):
+    if run == "torch" or torch.float64 in (h_TD.dtype, y_TD.dtype):
         return add_rms_norm_reference(h_TD, y_TD, weight_D, eps, offset, dtype, post_weight_D=post_weight_D)
+    if run == "cpu":
+        return _add_rms_norm_cpu(h_TD, y_TD, weight_D, eps, offset, dtype or y_TD.dtype, post_weight_D)
     post_weight_D = None if post_weight_D is None else post_weight_D.contiguous()
     return _add_rms_norm(h_TD, y_TD, weight_D.contiguous(), post_weight_D, eps, offset, dtype or y_TD.dtype)

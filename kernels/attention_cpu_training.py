@@ -5,6 +5,10 @@ whole batch for every one of them. Here neighbours of equal length are one batch
 gradient is written where it belongs, and scores are made again in the backward instead of being kept: between the two
 passes only q, k and v live. A block of scores is bounded, so that long texts and many short ones need the same memory.
 
+Of short texts a call costs more than its arithmetic: so the whole batch is brought once into the order that products
+read (fp32; of each sequence, a head's tokens together), every block is a view of that, and only products, softmax
+and dropout are called for each.
+
 Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size; in a block c = sequences, n = their
 tokens, m = their queries of this block. Rows of a block's matrices run over a kv head's query heads, then over queries.
 """
@@ -43,10 +47,17 @@ class _Block(NamedTuple):
     stop: int
     sequences: slice  # among those that have tokens
 
-    def rows(self, x_TXK: Tensor) -> Tensor:
-        """The sequences' rows as [c, n, X, K]."""
-        count, n = self.num_sequences, self.length
-        return x_TXK[self.start : self.start + count * n].unflatten(0, (count, n))
+    def queries(self, x_TXK: Tensor, num_kv_heads: int) -> Tensor:
+        """A view [c, G, H / G, m, K] of what is in the order of heads."""
+        return self._heads(x_TXK, num_kv_heads)[..., self.first : self.stop, :]
+
+    def keys(self, x_TXK: Tensor) -> Tensor:
+        """A view [c G, n, K] of what is in the order of heads."""
+        return self._heads(x_TXK, x_TXK.shape[1]).flatten(0, 2)
+
+    def _heads(self, x_TXK: Tensor, num_kv_heads: int) -> Tensor:
+        rows = x_TXK[self.start : self.start + self.num_sequences * self.length]
+        return rows.view(self.num_sequences, num_kv_heads, -1, self.length, x_TXK.shape[2])
 
 
 def attention_cpu_training(
@@ -73,30 +84,27 @@ class _Attention(torch.autograd.Function):
         # A copy of v: as a part of the merged product it would keep q and k alive, of which the rotated ones are kept.
         ctx.save_for_backward(q_THK, k_TGK, v_TGK.contiguous())
         ctx.schedule, ctx.settings = schedule, settings
-        out_THK = q_THK.new_empty(q_THK.shape)
-        out_THK[schedule.num_tokens :] = 0
+        queries, keys, values = (_by_heads(x, schedule) for x in (q_THK, k_TGK, v_TGK))
+        G, mixed = keys.shape[1], torch.empty_like(queries)
         for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], settings.dropout):
-            q, k, v = _queries(block, q_THK, k_TGK.shape[1]), _keys(block, k_TGK), _keys(block, v_TGK)
-            p, _ = _probabilities(block, q, k, settings)
+            q = block.queries(queries, G).flatten(2, 3).flatten(0, 1)
+            p, _ = _probabilities(block, q, block.keys(keys), settings)
             if draws is not None:
                 _drop(p, draws, settings, out=p)
-            _put_queries(block, out_THK, torch.bmm(p, v), 1.0 if settings.dropout is None else settings.dropout.scale)
-        return out_THK
+            _multiply(p, block.keys(values), out=block.queries(mixed, G))
+        return _by_tokens(mixed, q_THK, schedule, 1.0 if settings.dropout is None else settings.dropout.scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dout_THK,) = grads
         q_THK, k_TGK, v_TGK = ctx.saved_tensors
         schedule, settings = ctx.schedule, ctx.settings
-        kept_scale = 1.0 if settings.dropout is None else settings.dropout.scale
-        scale = settings.scale * kept_scale  # scores' gradients are linear in the probabilities' ones
-        dq_THK, dk_TGK, dv_TGK = (x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
-        for x in (dq_THK, dk_TGK, dv_TGK):
-            x[schedule.num_tokens :] = 0
-        dk = dv = None
+        queries, keys, values, gradients = (_by_heads(x, schedule) for x in (q_THK, k_TGK, v_TGK, dout_THK))
+        G = keys.shape[1]
+        dqueries, dkeys, dvalues = (torch.empty_like(x) for x in (queries, keys, values))
         for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], settings.dropout):
-            q, k, v = _queries(block, q_THK, k_TGK.shape[1]), _keys(block, k_TGK), _keys(block, v_TGK)
-            dout = _queries(block, dout_THK, k_TGK.shape[1])
+            q, dout = (block.queries(x, G).flatten(2, 3).flatten(0, 1) for x in (queries, gradients))
+            k, v = block.keys(keys), block.keys(values)
             p, slope = _probabilities(block, q, k, settings)
             dp = torch.bmm(dout, v.transpose(1, 2))
             thinned = p
@@ -106,14 +114,45 @@ class _Attention(torch.autograd.Function):
             ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
             if slope is not None:
                 ds.mul_(slope)
-            is_first, is_last = block.first == 0, block.stop == block.length
-            more_v, more_k = torch.bmm(thinned.transpose(1, 2), dout), torch.bmm(ds.transpose(1, 2), q)
-            dv, dk = (more_v, more_k) if is_first or dv is None or dk is None else (dv.add_(more_v), dk.add_(more_k))
-            _put_queries(block, dq_THK, torch.bmm(ds, k), scale)
-            if is_last:
-                _put_keys(block, dk_TGK, dk.mul_(scale))
-                _put_keys(block, dv_TGK, dv if kept_scale == 1.0 else dv.mul_(kept_scale))
-        return dq_THK, dk_TGK, dv_TGK, None, None
+            before = 0 if block.first == 0 else 1  # other queries of these sequences have added their share
+            torch.baddbmm(dv := block.keys(dvalues), thinned.transpose(1, 2), dout, beta=before, out=dv)
+            torch.baddbmm(dk := block.keys(dkeys), ds.transpose(1, 2), q, beta=before, out=dk)
+            _multiply(ds, k, out=block.queries(dqueries, G))
+        kept_scale = 1.0 if settings.dropout is None else settings.dropout.scale
+        scale = settings.scale * kept_scale  # scores' gradients are linear in the probabilities' ones
+        return (
+            _by_tokens(dqueries, q_THK, schedule, scale),
+            _by_tokens(dkeys, k_TGK, schedule, scale),
+            _by_tokens(dvalues, v_TGK, schedule, kept_scale),
+            None,
+            None,
+        )
+
+
+def _by_heads(x_TXK: Tensor, schedule: Schedule) -> Tensor:
+    """fp32 [tokens, X, K], in memory the order of heads (`Schedule.head_order`): axes 0 and 1 do not tell it."""
+    T, (_, X, K) = schedule.num_tokens, x_TXK.shape
+    rows, _ = schedule.head_order(X)
+    return x_TXK[:T].reshape(T * X, K).index_select(0, rows).float().view(T, X, K)
+
+
+def _by_tokens(x_TXK: Tensor, like_TXK: Tensor, schedule: Schedule, scale: float) -> Tensor:
+    """The inverse of `_by_heads`, times `scale`, which is applied to `x_TXK` in place; filling rows are zero."""
+    T, (_, X, K) = schedule.num_tokens, x_TXK.shape
+    _, places = schedule.head_order(X)
+    found = (x_TXK if scale == 1.0 else x_TXK.mul_(scale)).to(like_TXK.dtype).view(T * X, K)
+    out_TXK = like_TXK.new_empty(like_TXK.shape)
+    out_TXK[T:] = 0
+    torch.index_select(found, 0, places, out=out_TXK[:T].view(T * X, K))
+    return out_TXK
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """A batched product into a view of `_Block.queries`, whole sequences' or a part of one."""
+    if out.is_contiguous():
+        torch.bmm(a, b, out=out.view(len(a), -1, b.shape[2]))
+    else:
+        out.copy_(torch.bmm(a, b).view(out.shape))
 
 
 def _blocks(schedule: Schedule, num_heads: int, least_columns: int = 1) -> Iterator[_Block]:
@@ -131,30 +170,6 @@ def _blocks(schedule: Schedule, num_heads: int, least_columns: int = 1) -> Itera
                 sequences = slice(sequence, sequence + count)
                 yield _Block(start, count, n, first, min(first + step, n), sequences)
             start, sequence, left = start + count * n, sequence + count, left - count
-
-
-def _queries(block: _Block, x_THK: Tensor, num_kv_heads: int) -> Tensor:
-    """fp32 [c G, (H / G) m, K]: the block's queries, those that share keys under one another."""
-    x = block.rows(x_THK)[:, block.first : block.stop].unflatten(2, (num_kv_heads, -1))
-    return x.permute(0, 2, 3, 1, 4).float().reshape(block.num_sequences * num_kv_heads, -1, x_THK.shape[2])
-
-
-def _put_queries(block: _Block, out_THK: Tensor, x: Tensor, scale: float) -> None:
-    """The inverse of `_queries`."""
-    num_queries = block.stop - block.first
-    place = block.rows(out_THK)[:, block.first : block.stop]
-    x = x.view(block.num_sequences, -1, num_queries, x.shape[-1]).transpose(1, 2)
-    place.copy_(x if scale == 1.0 else x * scale)
-
-
-def _keys(block: _Block, x_TGK: Tensor) -> Tensor:
-    """fp32 [c G, n, K]."""
-    return block.rows(x_TGK).transpose(1, 2).float().reshape(-1, block.length, x_TGK.shape[2])
-
-
-def _put_keys(block: _Block, out_TGK: Tensor, x: Tensor) -> None:
-    """The inverse of `_keys`."""
-    block.rows(out_TGK).copy_(x.view(block.num_sequences, -1, block.length, x.shape[-1]).transpose(1, 2))
 
 
 def _probabilities(block: _Block, q: Tensor, k: Tensor, settings: _Settings) -> tuple[Tensor, Tensor | None]:

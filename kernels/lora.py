@@ -96,28 +96,28 @@ def _dropping(keys: Tensor, like: Tensor, threshold: int) -> Callable[..., Tenso
     if like.device.type == "cpu":
         draws = draws_cpu((keys[0], keys[1]), like.shape[1], like.dtype)
         return partial(drop_cpu, draws=draws, threshold=threshold)
-    dropped = ~keep_reference((keys[0], keys[1]), like.shape[1], threshold)
-    return lambda x, out=None: x.masked_fill(dropped, 0)
+    kept = keep_reference((keys[0], keys[1]), like.shape[1], threshold)
+    return partial(torch.mul, kept)
 
 
 def _input_gradients_cpu(
-    dx: Tensor | None, x: Tensor, a: Tensor, g: Tensor, keys: Tensor | None, threshold: int
+    x: Tensor, a: Tensor, g: Tensor, keys: Tensor | None, threshold: int, wants_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    """The update's share added to `dx`, and A's gradient in fp32: one draw of the mask serves both."""
+    """The update's share of x's gradient, and A's gradient in fp32: one draw of the mask serves both."""
     (_, P, R), C = g.shape, x.shape[1]
     a, g = a.flatten(0, 1), g.flatten(1)
+    dx = x.new_empty(x.shape if wants_dx else 0)
     if keys is None:
-        if dx is not None:
-            dx.addmm_(g, a)
-        return x.new_empty(0) if dx is None else dx, _sum_cpu(g, x).view(P, R, C)
+        if wants_dx:
+            torch.mm(g, a, out=dx)
+        return dx, _sum_cpu(g, x).view(P, R, C)
     da = x.new_zeros(P * R, C, dtype=torch.float32)
     for rows in _chunks(len(x)):
         drop = _dropping(keys[:, rows], x[rows], threshold)
-        if dx is not None:
-            back = g[rows] @ a
-            dx[rows] += drop(back, out=back)
+        if wants_dx:
+            drop(torch.mm(g[rows], a, out=dx[rows]), out=dx[rows])
         da += g[rows].T @ drop(x[rows])
-    return x.new_empty(0) if dx is None else dx, da.view(P, R, C)
+    return dx, da.view(P, R, C)
 
 
 def _sum_cpu(x: Tensor, h: Tensor) -> Tensor:
@@ -192,8 +192,10 @@ def _backward(
     if wants[0] or wants[1]:
         parts = zip(dys, b_half.split(list(splits)), factors, strict=True)
         g = torch.stack([(dy_p @ b_p).mul_(factor) for dy_p, b_p, factor in parts], 1)
-        dx, da_sum = _input_gradients_cpu(dy @ weight if wants[0] else None, x, a_half, g, keys, threshold)
+        dx, da_sum = _input_gradients_cpu(x, a_half, g, keys, threshold, wants[0])
         da = da_sum.to(a.dtype)
+        if wants[0]:
+            dx.addmm_(dy, weight)
     if wants[2]:
         db = torch.cat([_sum_cpu(dy_p, h[:, p]) for p, dy_p in enumerate(dys)]).to(b.dtype)
     return dx, da, db

@@ -9,6 +9,8 @@ and writes T*D. Nothing is stored for the backward: the row is read there anyway
 Source: Zhang and Sennrich 2019; `offset` 1 is Gemma's form, whose weights are stored as w - 1.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,12 +33,50 @@ def rms_norm_reference(
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale_D).to(dtype or x_TD.dtype)
 
 
-def rms_norm_cpu(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float, dtype: torch.dtype | None) -> Tensor:
-    """The reference's arithmetic, bit for bit, in one buffer: its steps are small, allocating is what costs."""
+def rms_norm_cpu(
+    x_TD: Tensor, weight_D: Tensor, eps: float, offset: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """The reference's arithmetic, bit for bit, in one buffer: its steps are small, allocating is what costs.
+
+    Returns:
+        The normalised rows, and what each was multiplied by before the weight: fp32 [..., 1].
+    """
     x = widen(x_TD)
     out = x.square()
-    scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return torch.mul(x, scale, out=out).mul_(weight_D.to(x.dtype) + offset).to(dtype or x_TD.dtype)
+    inverse = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return torch.mul(x, inverse, out=out).mul_(weight_D.to(x.dtype) + offset).to(dtype or x_TD.dtype), inverse
+
+
+def norm_grad_cpu(
+    dout_TD: Tensor, x_TD: Tensor, inverse_T1: Tensor, weight_D: Tensor, offset: float, has_dweight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of what `rms_norm_cpu` normalised, fp32, and of its weight: `norm_grad` in few passes over memory."""
+    x = widen(x_TD)
+    g = dout_TD * (weight_D.to(x.dtype) + offset)
+    share_T1 = (g * x).sum(-1, keepdim=True).mul_(inverse_T1 * inverse_T1).div_(x.shape[-1])
+    dweight_D = None
+    if has_dweight:
+        dweight_D = (dout_TD * x).mul_(inverse_T1).flatten(0, -2).sum(0).to(weight_D.dtype)
+    return g.addcmul_(x, share_T1, value=-1).mul_(inverse_T1), dweight_D
+
+
+class _RmsNormCpu(torch.autograd.Function):
+    """`rms_norm_cpu` with a gradient: the reference's graph goes over its rows twice as often."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float, offset: float, dtype: torch.dtype | None
+    ) -> Tensor:
+        out_TD, inverse_T1 = rms_norm_cpu(x_TD, weight_D, eps, offset, dtype)
+        ctx.save_for_backward(x_TD, inverse_T1, weight_D)
+        ctx.offset = offset
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, inverse_T1, weight_D = ctx.saved_tensors
+        dx_TD, dweight_D = norm_grad_cpu(grads[0], x_TD, inverse_T1, weight_D, ctx.offset, ctx.needs_input_grad[1])
+        return dx_TD.to(x_TD.dtype), dweight_D, None, None, None
 
 
 # --- kernels: one program per row, or per few short rows ------------------------------------------------
@@ -259,9 +299,11 @@ def rms_norm(
     check_rows("x_TD", x_TD)
     check_weight("weight_D", weight_D, x_TD)
     run = implementation(x_TD)
-    if run != "triton" or x_TD.dtype == torch.float64:
-        # Training differentiates through the reference; the CPU form overwrites what its gradient would need.
-        in_place = run == "cpu" and not needs_gradient(x_TD, weight_D)
-        return (rms_norm_cpu if in_place else rms_norm_reference)(x_TD, weight_D, eps, offset, dtype)
+    if run == "torch" or x_TD.dtype == torch.float64:
+        return rms_norm_reference(x_TD, weight_D, eps, offset, dtype)
+    if run == "cpu":
+        if needs_gradient(x_TD, weight_D):
+            return _RmsNormCpu.apply(x_TD, weight_D, eps, offset, dtype)
+        return rms_norm_cpu(x_TD, weight_D, eps, offset, dtype)[0]
     x_RD = x_TD.flatten(0, -2) if x_TD.ndim != 1 else x_TD[None]
     return _rms_norm(x_RD, weight_D.contiguous(), eps, offset, dtype or x_TD.dtype).view(x_TD.shape)

@@ -12,7 +12,7 @@ Llama 3.1's piecewise rule and YaRN (Peng et al. 2023).
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -103,15 +103,30 @@ def rope_reference(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return torch.cat([x0 * cos - x1 * sin, x1 * cos + x0 * sin], -1).to(x_THK.dtype)
 
 
-def _rope_cpu(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+def _rope_cpu(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor, is_back: bool = False) -> Tensor:
     """The reference in half its passes over memory: two products a half, the second straight into the result."""
+    sign = -1 if is_back else 1
     out_THK = torch.empty(x_THK.shape, dtype=x_THK.dtype)
     x0, x1 = widen(x_THK).chunk(2, -1)
     out0, out1 = out_THK.chunk(2, -1)
     cos, sin = cos_TK[:, None], sin_TK[:, None]
-    torch.addcmul(x0 * cos, x1, sin, value=-1, out=out0)
-    torch.addcmul(x1 * cos, x0, sin, out=out1)
+    torch.addcmul(x0 * cos, x1, sin, value=-sign, out=out0)
+    torch.addcmul(x1 * cos, x0, sin, value=sign, out=out1)
     return out_THK
+
+
+class _RopeCpu(torch.autograd.Function):
+    """`_rope_cpu` and back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TK, sin_TK)
+        return _rope_cpu(x_THK, cos_TK, sin_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos_TK, sin_TK = ctx.saved_tensors
+        return _rope_cpu(grads[0], cos_TK, sin_TK, is_back=True), None, None
 
 
 # --- kernels: one program per few heads -------------------------------------------------------------------
@@ -248,8 +263,9 @@ def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     Error: fp32 arithmetic, one rounding. Bitwise deterministic; each head depends on itself alone.
     """
     check_heads(x_THK, cos_TK, sin_TK)
-    if implementation(x_THK) == "triton" and x_THK.dtype != torch.float64:
-        return _rope(x_THK, cos_TK, sin_TK, False)
-    # Training differentiates through the reference; the CPU form writes into its result.
-    in_place = implementation(x_THK) == "cpu" and not needs_gradient(x_THK)
-    return (_rope_cpu if in_place else rope_reference)(x_THK, cos_TK, sin_TK)
+    run = implementation(x_THK)
+    if run == "torch" or x_THK.dtype == torch.float64:
+        return rope_reference(x_THK, cos_TK, sin_TK)
+    if run == "cpu":
+        return (_RopeCpu.apply if needs_gradient(x_THK) else _rope_cpu)(x_THK, cos_TK, sin_TK)
+    return _rope(x_THK, cos_TK, sin_TK, False)

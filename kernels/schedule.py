@@ -65,6 +65,7 @@ class Schedule:
     identities: Tensor | None = None
     is_static: bool = False
     tile_lists: dict[TileClass, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    head_orders: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_sequences(self) -> int:
@@ -92,6 +93,26 @@ class Schedule:
                 tiles = build_tiles(self.lengths, tile_class)
             found = torch.from_numpy(tiles).to(self.cu_seqlens.device, non_blocking=True)
             self.tile_lists[tile_class] = found
+        return found
+
+    def head_order(self, num_heads: int) -> tuple[Tensor, Tensor]:
+        """The order in which each sequence's heads lie one after the other, a head's tokens together.
+
+        Returns:
+            int64 [num_tokens * num_heads] each: which row of [num_tokens, num_heads] stands at each place of that
+            order, and at which place each row stands.
+        """
+        found = self.head_orders.get(num_heads)
+        if found is None:
+            length = np.asarray(self.lengths, dtype=np.int64)
+            start, own = np.repeat([np.cumsum(length) - length, length], length, axis=1)
+            token = np.arange(self.num_tokens) - start
+            place = (start * num_heads + token)[:, None] + own[:, None] * np.arange(num_heads)
+            row = np.empty(place.size, np.int64)
+            row[place.ravel()] = np.arange(place.size)
+            device = self.cu_seqlens.device
+            found = torch.from_numpy(row).to(device), torch.from_numpy(place.ravel()).to(device)
+            self.head_orders[num_heads] = found
         return found
 
     def identity_of_rows(self) -> Tensor:

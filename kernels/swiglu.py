@@ -41,10 +41,10 @@ def _swiglu_cpu(gate_up_T2F: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate_TF).mul_(up_TF)
 
 
-_DERIVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": torch.ops.aten.silu_backward,
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+_DERIVED: dict[str, Callable[..., Tensor]] = {  # each writes into `grad_input`
+    "silu": torch.ops.aten.silu_backward.grad_input,
+    "gelu": torch.ops.aten.gelu_backward.grad_input,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
 }
 
 
@@ -64,7 +64,7 @@ class _SwigluCpu(torch.autograd.Function):
         dgate_up_T2F = gate_up_T2F.new_empty(gate_up_T2F.shape)
         dgate_TF, dup_TF = dgate_up_T2F.chunk(2, -1)
         torch.mul(ACTIVATIONS[ctx.activation](gate_TF), dout_TF, out=dup_TF)
-        dgate_TF.copy_(_DERIVED[ctx.activation](dout_TF * up_TF, gate_TF))
+        _DERIVED[ctx.activation](dout_TF * up_TF, gate_TF, grad_input=dgate_TF)
         return dgate_up_T2F, None
 
 

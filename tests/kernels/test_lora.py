@@ -87,15 +87,18 @@ def test_gradients_are_summed_over_blocks_of_rows(device, interpreted, monkeypat
     judge((150, 70, [33, 20], 4), torch.float32, True, device)
 
 
-def test_a_gpu_without_triton_takes_the_processors_path():
+def test_a_gpu_without_triton_takes_the_processors_path(monkeypatch):
     """On the meta device: whatever is made there must lie on the inputs' device."""
     x, a, g, keys = (torch.empty(*shape, device="meta") for shape in ((9, 20), (1, 4, 20), (9, 1, 4), (2, 9)))
     h = lora_module._shrink_cpu(x, a, [1.0], keys.int(), 64)
-    dx, da = lora_module._input_gradients_cpu(torch.empty_like(x), x, a, g, keys.int(), 64)
+    dx, da = lora_module._input_gradients_cpu(x, a, g, keys.int(), 64, True)
     assert h.shape == (9, 1, 4) and dx.shape == x.shape and da.shape == a.shape
     x, keys = torch.randn(9, 200), torch.randint(-(2**31), 2**31, (2, 9)).int()
     on_processor = lora_module._dropping(keys, x, 64)(x)
     assert torch.equal(on_processor, x * keep_reference((keys[0], keys[1]), 200, 64)) and (on_processor == 0).any()
+    monkeypatch.setattr(lora_module, "draws_cpu", None)  # another device's mask must not be the processor's
+    elsewhere = lora_module._dropping(keys.to("meta"), x.to("meta"), 64)
+    assert elsewhere(x.to("meta"), out=x.to("meta")).shape == x.shape
 
 
 def test_masters_in_fp32_get_their_gradients_in_fp32():
