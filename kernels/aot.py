@@ -170,7 +170,7 @@ def faults(found: Report, multiplies: bool, committed: Report | None) -> list[st
     """What is wrong with a compiled kernel, in words."""
     target = TARGETS[found.target]
     wrong = []
-    allowed = allowed_spill(found.target, found.case)
+    allowed = allowed_spill(found.target, found.case, found.triton)
     if found.spill_bytes > allowed:
         listed = f", {allowed} are listed" if allowed else ""
         wrong.append(f"spills {found.spill_bytes} bytes of registers{listed}")
@@ -202,9 +202,9 @@ def _exponentials(report: Report) -> float:
     return report.exponentials if report.exponentials_per_score is None else report.exponentials_per_score
 
 
-def committed_reports() -> dict[tuple[str, str, str, int], Report]:
-    """The committed rows of this triton version, by target, case and kernel."""
-    path = rows_path()
+def committed_reports(triton_version: str | None = None) -> dict[tuple[str, str, str, int], Report]:
+    """The committed rows of a triton version, by target, case and kernel; default the one that is installed."""
+    path = rows_path(triton_version)
     if not path.exists():
         return {}
     rows = (json.loads(line) for line in path.read_text().splitlines())
@@ -212,8 +212,8 @@ def committed_reports() -> dict[tuple[str, str, str, int], Report]:
     return {report.key: report for report in reports}
 
 
-def rows_path() -> Path:
-    return ROWS / f"aot-triton-{triton.__version__}.jsonl"
+def rows_path(triton_version: str | None = None) -> Path:
+    return ROWS / f"aot-triton-{triton_version or triton.__version__}.jsonl"
 
 
 # --- the command ------------------------------------------------------------------------------------------

@@ -90,10 +90,30 @@ ALLOWED_SPILLS = (
     ),
 )
 
+# What an older compiler spills beyond that: options are chosen with the newest, and it gets the same ones.
+CLOSE = "the newest compiler just holds it"
+OLDER_SPILLS = {
+    "3.6.0": (
+        Spill("attention bwd 128 dropout", {"sm_90": 8}, CLOSE),
+        Spill("attention bwd 128 rotation, dropout", {"sm_90": 24}, CLOSE),
+        Spill("attention 128 dropout", {"sm_90": 24}, CLOSE),
+        Spill(
+            "attention bwd 128",
+            {"sm_90": 80},
+            "once a tile, outside the loop; 208 or 216 registers for the warps that multiply spill 216 to 272 bytes, "
+            "232 or 240 spill 24 to 40, and 16 to 64 with the newest, of the warps that copy",
+        ),
+        Spill("attention 64 fp32", {"sm_80": 168, "sm_89": 152}, THREE_PRODUCTS),
+        Spill("attention bwd 64 plain", {"sm_100": 16}, CLOSE),
+        Spill("attention bwd 256 plain", {"gfx942": 16}, CLOSE),
+    )
+}
 
-def allowed_spill(target: str, case: str) -> int:
+
+def allowed_spill(target: str, case: str, triton_version: str) -> int:
     """Bytes that a case's kernels may spill on a target."""
-    return next((spill.most[target] for spill in ALLOWED_SPILLS if target in spill.most and spill.cases in case), 0)
+    listed = (*OLDER_SPILLS.get(triton_version, ()), *ALLOWED_SPILLS)
+    return next((spill.most[target] for spill in listed if target in spill.most and spill.cases in case), 0)
 
 
 @dataclass(frozen=True)
