@@ -50,13 +50,13 @@ def rms_norm_cpu(
 def norm_grad_cpu(
     dout_TD: Tensor, x_TD: Tensor, inverse_T1: Tensor, weight_D: Tensor, offset: float, has_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of what `rms_norm_cpu` normalised, fp32, and of its weight: `norm_grad` in few passes over memory."""
+    """`norm_grad` in few passes over memory: fp32 gradient of what `rms_norm_cpu` normalised, and its weight's."""
     x = widen(x_TD)
     g = dout_TD * (weight_D.to(x.dtype) + offset)
     share_T1 = (g * x).sum(-1, keepdim=True).mul_(inverse_T1 * inverse_T1).div_(x.shape[-1])
     dweight_D = None
     if has_dweight:
-        dweight_D = (dout_TD * x).mul_(inverse_T1).flatten(0, -2).sum(0).to(weight_D.dtype)
+        dweight_D = (dout_TD * x).mul_(inverse_T1).reshape(-1, x.shape[-1]).sum(0).to(weight_D.dtype)
     return g.addcmul_(x, share_T1, value=-1).mul_(inverse_T1), dweight_D
 
 
