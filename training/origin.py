@@ -15,7 +15,7 @@ import numpy as np
 from flashvec.runtime.checkpoint.chain import adapter_chain
 from flashvec.runtime.checkpoint.open import resolve
 from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
-from flashvec.training.config import TrainConfig
+from flashvec.training.config import MntpConfig, TrainConfig
 from flashvec.training.data import text_files
 from flashvec.training.files import whole
 from flashvec.training.model import ENCODER_FOLDER, states_rules, training_dtype
@@ -42,6 +42,8 @@ def fingerprint(config: TrainConfig) -> str:
     for key in FREE_LOOP:
         settings["loop"].pop(key)
     settings["lora"].pop("saved_as")
+    if isinstance(config, MntpConfig) and not config.depths:
+        settings.pop("depths")  # it came later: runs from before go on
     settings["dtype"] = str(training_dtype(config))  # one that is not set goes by the device
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     texts = text_files((*getattr(config, "texts", ()), *getattr(config, "pairs", ())))

@@ -46,6 +46,16 @@ def test_another_adapter_is_another_run(where, tmp_path):
     assert fingerprint(config) != before
 
 
+def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path, monkeypatch):
+    """MNTP had no `depths`: what is hashed of a run without them is what was hashed then."""
+    configs = [config_for("mntp", tmp_path), config_for("mntp", tmp_path, depths=[1]), config_for("distill", tmp_path)]
+    hashed, dumps = [], origin.json.dumps
+    monkeypatch.setattr(origin.json, "dumps", lambda x, **how: hashed.append(x) or dumps(x, **how))
+    for config in configs:
+        fingerprint(config)
+    assert ["depths" in settings for settings in hashed] == [False, True, True]
+
+
 def test_large_weights_are_told_by_blocks_all_over_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(origin, "WHOLE_BYTES", 50_000)
     monkeypatch.setattr(origin, "HEAD_BYTES", 64)
