@@ -2,9 +2,11 @@
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from training_runs import config_for
 
@@ -41,8 +43,15 @@ def step_gradient(name: str, folder: Path, values: dict) -> tuple[float, torch.T
     return loss, gradient
 
 
+def close_for_good(world: World) -> None:
+    """Close the group that `world` opened; nothing may hold it, or its threads may abort the process as it ends."""
+    group = weakref.ref(dist.group.WORLD)
+    world.close()
+    assert group() is None, "something still holds the group"
+
+
 if __name__ == "__main__":
     whole = World()  # held throughout: a group that is opened again may meet the store of the one before
     for name, values in json.loads(sys.argv[2]).items():
         step_gradient(name, Path(sys.argv[1]), values)
-    whole.close()
+    close_for_good(whole)

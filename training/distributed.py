@@ -8,6 +8,7 @@ whatever its tokens. Encoding needs no exchange, so that micro-batches may diffe
 """
 
 import hashlib
+import importlib
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -43,6 +44,17 @@ def own_device(name: str | None) -> torch.device:
     return torch.device("cuda", number)
 
 
+def _import_what_keeps_a_group() -> None:
+    """Import the modules of torch whose functions have the group of the time as a default argument.
+
+    transformers imports them with the first model. Imported after the group was opened, they hold it for good:
+    `destroy_process_group` then destroys nothing, and its threads run on into the end of the interpreter, where one
+    that frees a tensor aborts the process.
+    """
+    for name in ("torch.distributed.nn.functional", "torch.distributed.fsdp"):
+        importlib.import_module(name)
+
+
 class World:
     """This process among all of them; alone where torchrun did not start it."""
 
@@ -53,6 +65,7 @@ class World:
             torch.cuda.set_device(device)  # what is launched or exchanged without a name goes there
         self._device = device or torch.device("cpu")
         if self.size > 1 and not dist.is_initialized():
+            _import_what_keeps_a_group()
             backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
             self._owns = True
