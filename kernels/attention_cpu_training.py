@@ -1,16 +1,20 @@
-"""Attention on the CPU where it has a gradient or drops probabilities: batched products over sequences of equal length.
+"""Attention on the CPU where it has a gradient or drops probabilities: batched products over sequences of like length.
 
 torch's own CPU kernel knows no dropout, and the reference's gradient, sequence by sequence, writes a tensor of the
-whole batch for every one of them. Here neighbours of equal length are one batched product, nothing is padded, a
-gradient is written where it belongs, and scores are made again in the backward instead of being kept: between the two
-passes only q, k and v live. A block of scores is bounded, so that long texts and many short ones need the same memory.
+whole batch for every one of them. Here neighbours whose lengths round up to the same multiple of eight are one batched
+product, a gradient is written where it belongs, and scores are made again in the backward instead of being kept:
+between the two passes only q, k and v live. A block of scores is bounded, so that long texts and many short ones need
+the same memory.
 
 Of short texts a call costs more than its arithmetic: so the whole batch is brought once into the order that products
 read (fp32; of each sequence, a head's tokens together), every block is a view of that, and only products, softmax
-and dropout are called for each.
+and dropout are called for each. Filling up to eight costs nothing: the libraries take a vector at a time, and what is
+left over one number at a time. Filled keys are hidden; filled queries give rows that nobody reads and whose gradient
+is zero.
 
 Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size; in a block c = sequences, n = their
-tokens, m = their queries of this block. Rows of a block's matrices run over a kv head's query heads, then over queries.
+tokens, filled up, m = their queries of this block. Rows of a block's matrices run over a kv head's query heads, then
+over queries.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,11 +27,11 @@ from torch import Tensor
 
 from flashvec.kernels.attention_cpu import Reach, visible
 from flashvec.kernels.dropout import Dropout, draws_cpu, drop_cpu, fold_reference
-from flashvec.kernels.schedule import Schedule
+from flashvec.kernels.schedule import Schedule, filled_length
 
 BLOCK_SCORES = 1 << 22  # elements of a block of scores: 16 MB of fp32, several of which live at once
 DRAWN = 64  # probabilities of a row that are drawn for together, whether a text has so many or not
-VECTOR = 16  # fp32 numbers: in rows that do not fill one, torch's softmax takes each number by itself
+HIDDEN = -1e30  # added to a filled key's score: its probability is zero, and a row that sees none else stays finite
 RUN_ROWS = 1 << 15  # rows of so many whose draws neighbouring blocks share: 8 MB
 
 
@@ -39,14 +43,18 @@ class _Settings(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Queries `first` to `stop` of neighbouring sequences of `length` tokens, the first at row `start`."""
+    """Queries `first` to `stop` of neighbouring sequences that fill up to `length` tokens, the first at row `start`."""
 
     start: int
-    num_sequences: int
+    lengths: tuple[int, ...]
     length: int
     first: int
     stop: int
     sequences: slice  # among those that have tokens
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
 
     def queries(self, x_TXK: Tensor, num_kv_heads: int) -> Tensor:
         """A view [c, G, H / G, m, K] of what is in the order of heads."""
@@ -55,6 +63,13 @@ class _Block(NamedTuple):
     def keys(self, x_TXK: Tensor) -> Tensor:
         """A view [c G, n, K] of what is in the order of heads."""
         return self._heads(x_TXK, x_TXK.shape[1]).flatten(0, 2)
+
+    def hidden(self, num_kv_heads: int) -> Tensor | None:
+        """What hides the keys that fill up, [c G, 1, n]; None where nothing does."""
+        if min(self.lengths) == self.length:
+            return None
+        fills = torch.arange(self.length) >= torch.tensor(self.lengths)[:, None]
+        return (fills * HIDDEN).repeat_interleave(num_kv_heads, 0)[:, None]
 
     def _heads(self, x_TXK: Tensor, num_kv_heads: int) -> Tensor:
         rows = x_TXK[self.start : self.start + self.num_sequences * self.length]
@@ -89,7 +104,7 @@ class _Attention(torch.autograd.Function):
         G, mixed = keys.shape[1], torch.empty_like(queries)
         for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], settings.dropout):
             q = block.queries(queries, G).flatten(2, 3).flatten(0, 1)
-            p, _ = _probabilities(block, q, block.keys(keys), settings)
+            p, _ = _probabilities(block, q, block.keys(keys), block.hidden(G), settings)
             if draws is not None:
                 _drop(p, draws, settings, out=p)
             _multiply(p, block.keys(values), out=block.queries(mixed, G))
@@ -106,13 +121,13 @@ class _Attention(torch.autograd.Function):
         for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], settings.dropout):
             q, dout = (block.queries(x, G).flatten(2, 3).flatten(0, 1) for x in (queries, gradients))
             k, v = block.keys(keys), block.keys(values)
-            p, slope = _probabilities(block, q, k, settings)
+            p, slope = _probabilities(block, q, k, block.hidden(G), settings)
             dp = torch.bmm(dout, v.transpose(1, 2))
             thinned = p
             if draws is not None:
                 thinned = _drop(p, draws, settings, out=torch.empty_like(p))
                 _drop(dp, draws, settings, out=dp)
-            ds = _softmax_grad(dp, p)
+            ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
             if slope is not None:
                 ds.mul_(slope)
             before = 0 if block.first == 0 else 1  # other queries of these sequences have added their share
@@ -131,20 +146,20 @@ class _Attention(torch.autograd.Function):
 
 
 def _by_heads(x_TXK: Tensor, schedule: Schedule) -> Tensor:
-    """fp32 [tokens, X, K], in memory the order of heads (`Schedule.head_order`): axes 0 and 1 do not tell it."""
+    """fp32 [filled tokens, X, K], in memory the order of heads (`Schedule.head_order`): axes 0 and 1 do not tell it."""
     T, (_, X, K) = schedule.num_tokens, x_TXK.shape
-    rows, _ = schedule.head_order(X)
-    return x_TXK[:T].reshape(T * X, K).index_select(0, rows).float().view(T, X, K)
+    order = schedule.head_order(X)
+    found = x_TXK[:T].reshape(T * X, K).index_select(0, order.rows).float()
+    return found.index_fill_(0, order.filling, 0).view(-1, X, K)
 
 
 def _by_tokens(x_TXK: Tensor, like_TXK: Tensor, schedule: Schedule, scale: float) -> Tensor:
     """The inverse of `_by_heads`, times `scale`, which is applied to `x_TXK` in place; filling rows are zero."""
     T, (_, X, K) = schedule.num_tokens, x_TXK.shape
-    _, places = schedule.head_order(X)
-    found = (x_TXK if scale == 1.0 else x_TXK.mul_(scale)).to(like_TXK.dtype).view(T * X, K)
+    found = (x_TXK if scale == 1.0 else x_TXK.mul_(scale)).to(like_TXK.dtype).view(-1, K)
     out_TXK = like_TXK.new_empty(like_TXK.shape)
     out_TXK[T:] = 0
-    torch.index_select(found, 0, places, out=out_TXK[:T].view(T * X, K))
+    torch.index_select(found, 0, schedule.head_order(X).places, out=out_TXK[:T].view(T * X, K))
     return out_TXK
 
 
@@ -162,47 +177,36 @@ def _blocks(schedule: Schedule, num_heads: int, least_columns: int = 1) -> Itera
     A block has `BLOCK_SCORES` elements at most, counting rows of scores as at least `least_columns` long.
     """
     start = sequence = 0
-    for n, same in groupby(n for n in schedule.lengths if n):
-        left = len(list(same))
+    for n, same in groupby((n for n in schedule.lengths if n), filled_length):
+        left = list(same)
         while left:
-            count = min(left, max(1, BLOCK_SCORES // (num_heads * n * max(n, least_columns))))
+            count = min(len(left), max(1, BLOCK_SCORES // (num_heads * n * max(n, least_columns))))
             step = n if count > 1 else max(1, min(n, BLOCK_SCORES // (num_heads * max(n, least_columns))))
             for first in range(0, n, step):
                 sequences = slice(sequence, sequence + count)
-                yield _Block(start, count, n, first, min(first + step, n), sequences)
-            start, sequence, left = start + count * n, sequence + count, left - count
+                yield _Block(start, tuple(left[:count]), n, first, min(first + step, n), sequences)
+            start, sequence, left = start + count * n, sequence + count, left[count:]
 
 
-def _probabilities(block: _Block, q: Tensor, k: Tensor, settings: _Settings) -> tuple[Tensor, Tensor | None]:
+def _probabilities(
+    block: _Block, q: Tensor, k: Tensor, hidden: Tensor | None, settings: _Settings
+) -> tuple[Tensor, Tensor | None]:
     """Softmax of the scores, fp32 [c G, (H / G) m, n], and the soft-cap's derivative where there is one."""
-    scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=settings.scale)
     slope = None
+    if settings.softcap is None and hidden is not None:
+        scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=settings.scale)
+    else:
+        scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=settings.scale)
     if settings.softcap is not None:
         share = scores.div_(settings.softcap).tanh_()
         slope = 1 - share.square()
         scores = share.mul_(settings.softcap)
+        if hidden is not None:
+            scores += hidden
     see = visible(block.first, block.stop, 0, block.length, settings.reach, q.device)
     if see is not None:
         scores.view(-1, block.stop - block.first, block.length).masked_fill_(~see, float("-inf"))
-    return _softmax(scores), slope
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Of each row; short ones are filled up, which is a fifth of the time from 8 to 15 numbers."""
-    n = scores.shape[-1]
-    if n >= VECTOR:
-        return torch.softmax(scores, -1)
-    filled = scores.new_full((*scores.shape[:-1], VECTOR), float("-inf"))
-    filled[..., :n] = scores
-    return torch.softmax(filled, -1)[..., :n].contiguous()
-
-
-def _softmax_grad(dp: Tensor, p: Tensor) -> Tensor:
-    """Gradient of the scores; `dp` may be written over."""
-    if p.shape[-1] >= VECTOR:
-        return torch._softmax_backward_data(dp, p, -1, torch.float32)
-    ds = dp.mul_(p)
-    return ds.sub_(p * ds.sum(-1, keepdim=True))
+    return torch.softmax(scores, -1), slope
 
 
 # --- dropout ------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FILL, FILL_LEAST = 8, 16  # a CPU's vectors of fp32: eight numbers or sixteen, and torch's softmax wants one in full
 NO_SEQUENCE = -1  # in a tile's last column: a filling tile, whose program returns at once
 
 
@@ -47,6 +48,23 @@ class TileClass(NamedTuple):
     longest: int | None = None
 
 
+class HeadOrder(NamedTuple):
+    """Of each sequence, its heads one after the other, a head's tokens together, filled up (`filled_length`).
+
+    int64 each: which row of [num_tokens, num_heads] stands at each place of that order (any on filling places), at
+    which place each row stands, and which places fill.
+    """
+
+    rows: Tensor
+    places: Tensor
+    filling: Tensor
+
+
+def filled_length(n: int) -> int:
+    """Tokens that a sequence of n takes where a CPU's products run fastest: a multiple of 8, at least 16; 0 of 0."""
+    return max(FILL_LEAST, -(-n // FILL) * FILL) if n else 0
+
+
 @dataclass(frozen=True)
 class Schedule:
     """One batch's geometry.
@@ -65,7 +83,7 @@ class Schedule:
     identities: Tensor | None = None
     is_static: bool = False
     tile_lists: dict[TileClass, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    head_orders: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    head_orders: dict[int, HeadOrder] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_sequences(self) -> int:
@@ -95,23 +113,20 @@ class Schedule:
             self.tile_lists[tile_class] = found
         return found
 
-    def head_order(self, num_heads: int) -> tuple[Tensor, Tensor]:
-        """The order in which each sequence's heads lie one after the other, a head's tokens together.
-
-        Returns:
-            int64 [num_tokens * num_heads] each: which row of [num_tokens, num_heads] stands at each place of that
-            order, and at which place each row stands.
-        """
+    def head_order(self, num_heads: int) -> HeadOrder:
+        """The order in which a sequence's heads lie one after the other; made when first asked for."""
         found = self.head_orders.get(num_heads)
         if found is None:
             length = np.asarray(self.lengths, dtype=np.int64)
-            start, own = np.repeat([np.cumsum(length) - length, length], length, axis=1)
-            token = np.arange(self.num_tokens) - start
-            place = (start * num_heads + token)[:, None] + own[:, None] * np.arange(num_heads)
-            row = np.empty(place.size, np.int64)
-            row[place.ravel()] = np.arange(place.size)
+            filled = np.array([filled_length(n) for n in self.lengths], dtype=np.int64)
+            first, start, own = np.repeat([np.cumsum(length) - length, np.cumsum(filled) - filled, filled], length, 1)
+            token = np.arange(self.num_tokens) - first
+            places = ((start * num_heads + token)[:, None] + own[:, None] * np.arange(num_heads)).ravel()
+            rows = np.zeros(filled.sum() * num_heads, np.int64)
+            is_filling = np.ones(len(rows), bool)
+            rows[places], is_filling[places] = np.arange(len(places)), False
             device = self.cu_seqlens.device
-            found = torch.from_numpy(row).to(device), torch.from_numpy(place.ravel()).to(device)
+            found = HeadOrder(*(torch.from_numpy(x).to(device) for x in (rows, places, np.flatnonzero(is_filling))))
             self.head_orders[num_heads] = found
         return found
 
