@@ -10,7 +10,10 @@ gradient.
 
     OMP_NUM_THREADS=1 python -m flashvec.bench.bench_train --model smollm2-encoder --keep
 
-With one thread the clock is that thread's processor time, which a busy machine disturbs less.
+With one thread the clock is that thread's processor time, which a busy machine disturbs less. Several processes, one
+thread each, share every batch and sum their gradients, all sides alike:
+
+    torchrun --nproc-per-node 2 -m flashvec.bench.bench_train --model smollm2-encoder
 """
 
 import argparse
@@ -36,6 +39,7 @@ from flashvec.bench.timing import append_rows, interleave, spread
 from flashvec.kernels.info_nce import info_nce
 from flashvec.runtime.batches import TokenRows
 from flashvec.training.config import ContrastiveConfig, build
+from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, encode, micro_batches
 from flashvec.training.model import LoraTrainable, Model, load_model
 
@@ -52,12 +56,14 @@ class Ours:
     def __init__(self, model: Model, attention: float, lora: float) -> None:
         self.model, self.rates = model, Rates(attention, lora, seed=1)
 
+    def leaves(self) -> list[torch.Tensor]:
+        return list(self.model.trainable.parameters().values())
+
     def step(self, texts: Sequence[np.ndarray]) -> float:
         lengths = np.array([len(t) for t in texts], np.int32)
         spans = np.stack([np.zeros_like(lengths), lengths], 1).astype(np.int64)
         rows = TokenRows(np.concatenate(texts).astype(np.int32), lengths, spans)
-        leaves = self.model.trainable.parameters().values()
-        for x in leaves:
+        for x in self.leaves():
             x.grad = None
         training = self.rates.training(self.model.trainable.training(), step=1)
         packs = micro_batches(lengths, None, self.model.decoder.device)
@@ -81,6 +87,9 @@ class Cached:
         self.loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
         self.updates = list(peft.updates.values())
 
+    def leaves(self) -> list[torch.Tensor]:
+        return self.updates
+
     def step(self, texts: Sequence[np.ndarray]) -> float:
         half = len(texts) // 2
         features = []
@@ -88,7 +97,7 @@ class Cached:
             ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(text) for text in views], batch_first=True)
             mask = torch.arange(ids.shape[1]) < torch.tensor([[len(text)] for text in views])
             features.append({"input_ids": ids, "attention_mask": mask.long()})
-        for x in self.updates:
+        for x in self.leaves():
             x.grad = None
         loss = self.loss(features, torch.empty(0))
         loss.backward()
@@ -103,10 +112,13 @@ class Products:
         self.weights = [layer.qkv, layer.out, layer.gate_up, layer.down]
         self.num_layers = len(model.decoder.layers)
 
+    def leaves(self) -> list[torch.Tensor]:
+        return []
+
     def step(self, texts: Sequence[np.ndarray]) -> float:
-        num_tokens = sum(map(len, texts))
+        num_rows = -(-sum(map(len, texts)) // 8) * 8  # as many as our step runs: the library's fast counts
         for weight in self.weights:
-            x, dy = (torch.zeros(num_tokens, size, dtype=weight.dtype) for size in reversed(weight.shape))
+            x, dy = (torch.zeros(num_rows, size, dtype=weight.dtype) for size in reversed(weight.shape))
             for _ in range(self.num_layers):
                 F.linear(x, weight)
                 dy @ weight
@@ -124,8 +136,11 @@ def load(folder: Path, peft: Peft, dtype: str = "float32") -> Model:
     return model
 
 
-def bench(folder: Path, profile: str, repetitions: int, dtype: str = "float32") -> list[dict[str, Any]]:
-    """Rows of one length profile; all sides in one dtype."""
+def bench(
+    folder: Path, profile: str, repetitions: int, dtype: str = "float32", world: World | None = None
+) -> list[dict[str, Any]]:
+    """Rows of one length profile; all sides in one dtype. Every process of `world` runs its share of each batch."""
+    world = world or World()
     config = transformers.AutoConfig.from_pretrained(folder)
     config.is_causal = False
     module = transformers.AutoModel.from_pretrained(
@@ -137,12 +152,13 @@ def bench(folder: Path, profile: str, repetitions: int, dtype: str = "float32") 
     sides: dict[str, Any] = {"transformers + PEFT, sdpa padded": peft, CACHED: Cached(folder, peft)}
     sides |= {name: Ours(model, *rates) for name, rates in RATES.items()}
     texts = Texts(None, 1.4)
-    batches = []
+    batches, counts = [], []
     for seed in range(repetitions + 1):
         drawn = texts.draw(profile, TEXTS_PER_STEP * 200, seed)[:TEXTS_PER_STEP]
         tokens = model.tokenizer.encode(drawn, model.spec.max_length)
         ids = np.split(tokens.ids.astype(np.int64), np.cumsum(tokens.lengths)[:-1])
-        batches.append(ids * 2)
+        batches.append([ids[row] for row in world.share(tokens.lengths)] * 2)
+        counts.append(2 * int(tokens.lengths.sum()))
     losses = {name: torch.as_tensor(side.step(batches[-1])).item() for name, side in sides.items()}
     first = next(iter(losses.values()))
     most = SAME_LOSS[dtype] * max(abs(first), LEAST_LOSS[dtype])
@@ -151,10 +167,10 @@ def bench(folder: Path, profile: str, repetitions: int, dtype: str = "float32") 
     sides["bare products"] = Products(model)
     sides["bare products"].step(batches[-1])
     memory = {name: memory_of(partial(side.step, batches[-1])) for name, side in sides.items()}
-    runs: dict[str, Callable[[int], Any]] = {name: partial(_step, side, batches) for name, side in sides.items()}
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    memory = {name: int(world.sum(torch.tensor(mib))) for name, mib in memory.items()}
+    runs: dict[str, Callable[[int], Any]] = {name: partial(_step, side, batches, world) for name, side in sides.items()}
+    clock = time.thread_time if torch.get_num_threads() == world.size == 1 else time.perf_counter
     seconds = interleave(runs, repetitions, clock)
-    counts = [sum(map(len, batch)) for batch in batches]
     rates = {name: median(n / s for n, s in zip(counts, found, strict=False)) for name, found in seconds.items()}
     same = {"benchmark": "train", "model": folder.name, "profile": profile, "dtype": dtype}
     return [
@@ -168,6 +184,7 @@ def bench(folder: Path, profile: str, repetitions: int, dtype: str = "float32") 
             "tokens": counts[0],
             "spread": spread(found),
             "clock": clock.__name__,
+            "processes": world.size,
             "repetitions": repetitions,
         }
         for name, found in seconds.items()
@@ -185,8 +202,12 @@ def memory_of(step: Callable[[], Any]) -> int:
     return round(peak_mib() - before)
 
 
-def _step(side: Any, batches: Sequence[Any], repetition: int) -> None:
+def _step(side: Any, batches: Sequence[Any], world: World, repetition: int) -> None:
+    world.barrier()
     side.step(batches[repetition])
+    if leaves := side.leaves():
+        world.sum_gradients(leaves)
+    world.barrier()
 
 
 def main() -> None:
@@ -197,8 +218,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="append the rows to bench/results")
     options = parser.parse_args()
+    world = World()
     for profile in options.profiles:
-        rows = bench(options.model, profile, options.repetitions, options.dtype)
+        rows = bench(options.model, profile, options.repetitions, options.dtype, world)
+        if not world.is_first:
+            continue
         for row in rows:
             print(
                 f"{row['profile']:10} {row['variant']:40} {row['tokens_per_s']:8,.0f} tokens/s {row['spread']:>5} "
@@ -207,6 +231,7 @@ def main() -> None:
             )
         if options.keep:
             append_rows(rows)
+    world.close()
 
 
 if __name__ == "__main__":

@@ -97,6 +97,9 @@ class Peft:
             if "lora_" in name
         }
 
+    def leaves(self) -> list[Tensor]:
+        return list(self.updates.values())
+
     def gradients(self) -> dict[str, Tensor]:
         """Of the adapters' matrices by name: layers.0.self_attn.q_proj.lora_A and so on."""
         return {name: x.grad for name, x in self.updates.items() if x.grad is not None}

@@ -119,16 +119,18 @@ def parity_tables(rows: list[Row]) -> list[str]:
 
 
 def train_table(rows: list[Row]) -> list[str]:
-    """A training step's tokens per second and memory; a table for each model, dtype, lengths and machine."""
+    """A training step's tokens per second and memory; a table for each model, dtype, lengths, machine and processes."""
     lines: list[str] = []
-    for group in comparable(rows, "model", "dtype", "profile"):
+    for group in comparable([{"processes": 1, **row} for row in rows], "model", "dtype", "profile", "processes"):
         newest = list({row["variant"]: row for row in group}.values())
         lines += [f"| {group[-1]['profile']} | tokens/s | to transformers + PEFT | of the products | MiB a step |"]
         lines += ["|---" * 5 + "|"]
         for row in newest:
             speed = f"{row['tokens_per_s']:.0f} | {row['over_peft']:.2f} | {row['of_ceiling']:.0%}"
             lines.append(f"| {row['variant']} | {speed} | {row['step_mib']:,} |")
-        lines += ["", *f"{group[-1]['model']}, {group[-1]['dtype']}, on {where(newest)}.".splitlines(), ""]
+        last = group[-1]
+        several = f" in {last['processes']} processes" if last["processes"] > 1 else ""
+        lines += ["", *f"{last['model']}, {last['dtype']},{several} on {where(newest)}.".splitlines(), ""]
     return lines[:-1]
 
 

@@ -111,8 +111,11 @@ def own_packs(world: World, lengths: np.ndarray, loop: LoopConfig, device: torch
 
 
 def row_plan(decoder: Decoder, num_tokens: int) -> Sequence[int]:
-    """Rows of each piece that so many tokens run in: on a GPU they are filled up to a bucket."""
-    return (num_tokens,) if decoder.device.type == "cpu" else decoder.row_plan(num_tokens)
+    """Rows of each piece that so many tokens run in: on a GPU they are filled up to a bucket.
+
+    On a CPU to a multiple of 8: of other counts some take the library a fifth longer, in bf16 some a third.
+    """
+    return (-(-num_tokens // 8) * 8,) if decoder.device.type == "cpu" else decoder.row_plan(num_tokens)
 
 
 def run_rows(
