@@ -87,7 +87,7 @@ class Cached:
         self.loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
         self.updates = list(peft.updates.values())
 
-    def leaves(self) -> list[torch.Tensor]:
+    def leaves(self) -> Sequence[torch.Tensor]:
         return self.updates
 
     def step(self, texts: Sequence[np.ndarray]) -> float:

@@ -133,7 +133,7 @@ class World:
         grads = [x.new_zeros(x.shape) if x.grad is None else x.grad for x in leaves]
         flat = self.sum(torch.cat([g.flatten() for g in grads]))
         for x, part in zip(leaves, flat.split([x.numel() for x in leaves]), strict=True):
-            x.grad = part.view(x.shape).clone()
+            x.grad = part.view(x.shape)
 
     def check_equal(self, parameters: Sequence[Tensor], step: int) -> None:
         """Refuse to go on with processes whose parameters have drifted apart.

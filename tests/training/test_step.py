@@ -225,9 +225,9 @@ def test_retention_fills_its_budget():
 
     leaf = torch.ones(1, 1 << 18, requires_grad=True)
     packs = [np.arange(4), np.arange(4, 6), np.array([6])]
-    lengths = np.full(7, 1)
+    lengths = np.full(7, 8)
     retention = Retention(3.5 / 1024)
-    assert retention.num_kept(Fake(), lambda own: (leaf * 2).exp() * len(own), packs, lengths) == 2  # 1 MiB a token
+    assert retention.num_kept(Fake(), lambda own: (leaf * 2).exp() * len(own), packs, lengths) == 2  # 1 MiB a text
     assert Retention(1.0).num_kept(Fake(), lambda own: (leaf * 2).exp() * len(own), packs, lengths) == 3
     assert Retention(0.0).num_kept(Fake(), lambda own: (leaf * 2).exp() * len(own), packs, lengths) == 0
 
