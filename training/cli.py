@@ -16,20 +16,33 @@ stdout = Console(markup=False, emoji=False, soft_wrap=True)  # names of files st
 Config = Annotated[Path, typer.Argument(help="YAML or JSON file of settings.", show_default=False)]
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, over the file's; lora.r=8", show_default=False)]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show all settings and stop.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="That share each batch, as torchrun starts them: one for each GPU, or for each core.")
+]
 Backend = Annotated[str, typer.Option(help="flashvec, or hf: Hugging Face's own model, for any encoder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def _train(name: str, config: Path, settings: list[str] | None, print_config: bool, as_json: bool) -> None:
+OBJECTIVES = {"mntp": "MntpConfig", "contrastive": "ContrastiveConfig", "distill": "DistillConfig"}
+
+
+def _train(
+    objective: str, config: Path, settings: list[str] | None, processes: int, print_config: bool, as_json: bool
+) -> None:
     from flashvec.training import config as configs
     from flashvec.training.loop import TrainingStopped
     from flashvec.training.run import run_training
 
-    cls: Any = getattr(configs, name)
+    cls: Any = getattr(configs, OBJECTIVES[objective])
     read = configs.read_config(cls, config, settings or ())
     if print_config:
         print(configs.to_yaml(read), end="")
         return
+    if processes > 1:
+        from flashvec.training.launch import launch
+
+        given = ["train", objective, *(["--json"] if as_json else []), "--", str(config), *(settings or ())]
+        raise typer.Exit(launch(processes, "flashvec.runtime.cli", given))
     try:
         last = run_training(read, show=False if as_json else None)
     except TrainingStopped as error:
@@ -43,34 +56,48 @@ def _train(name: str, config: Path, settings: list[str] | None, print_config: bo
 
 
 @train_app.command()
-def mntp(config: Config, settings: Settings = None, print_config: PrintConfig = False, as_json: Json = False) -> None:
+def mntp(
+    config: Config,
+    settings: Settings = None,
+    processes: Processes = 1,
+    print_config: PrintConfig = False,
+    as_json: Json = False,
+) -> None:
     """Masked next token prediction: a decoder learns to look both ways.
 
     Example: `flashvec train mntp mntp.yaml texts=wiki.txt loop.steps=200`
     """
-    _train("MntpConfig", config, settings, print_config, as_json)
+    _train("mntp", config, settings, processes, print_config, as_json)
 
 
 @train_app.command()
 def contrastive(
-    config: Config, settings: Settings = None, print_config: PrintConfig = False, as_json: Json = False
+    config: Config,
+    settings: Settings = None,
+    processes: Processes = 1,
+    print_config: PrintConfig = False,
+    as_json: Json = False,
 ) -> None:
     """Contrastive learning: SimCSE on texts alone, or pairs with hard negatives or scores.
 
     Example: `flashvec train contrastive simcse.yaml batch_size=64`
     """
-    _train("ContrastiveConfig", config, settings, print_config, as_json)
+    _train("contrastive", config, settings, processes, print_config, as_json)
 
 
 @train_app.command()
 def distill(
-    config: Config, settings: Settings = None, print_config: PrintConfig = False, as_json: Json = False
+    config: Config,
+    settings: Settings = None,
+    processes: Processes = 1,
+    print_config: PrintConfig = False,
+    as_json: Json = False,
 ) -> None:
     """Self-distillation: the model's own one-word answers teach its mean of all tokens.
 
     Example: `flashvec train distill distill.yaml texts=wiki.txt`
     """
-    _train("DistillConfig", config, settings, print_config, as_json)
+    _train("distill", config, settings, processes, print_config, as_json)
 
 
 @train_app.command()

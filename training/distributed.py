@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: gloo on CPUs, NCCL on GPUs.
+"""Several processes, started by torchrun or `launch.py`: gloo on CPUs, NCCL on GPUs.
 
 Every process knows the whole batch and encodes its share of it. Two exchanges make a step: vectors, so that every
 process has the loss of the whole batch (texts of all processes are each other's negatives), and gradients of the
@@ -38,9 +38,7 @@ def own_device(name: str | None) -> torch.device:
         return device
     number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if number >= count:
-        raise ValueError(
-            f"process {number + 1} of this machine has no GPU, there are {count}: torchrun --nproc-per-node {count}"
-        )
+        raise ValueError(f"process {number + 1} of this machine has no GPU, there are {count}: start as many processes")
     return torch.device("cuda", number)
 
 

@@ -41,6 +41,16 @@ def test_one_process_of_several_prints(tmp_path, monkeypatch):
     assert runner.invoke(app, ["train", "mntp", run, "--json"]).stdout == ""  # the run has ended, nothing is trained
 
 
+def test_processes_share_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = written("mntp", tmp_path, loop={"steps": 1})
+    assert runner.invoke(app, ["train", "mntp", run, "loop.steps=2", "--processes", "2"]).exit_code == 0
+    (last,) = (tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1:]
+    assert json.loads(last)["step"] == 2
+    failed = runner.invoke(app, ["train", "mntp", run, "texts=absent.txt", "output=x", "--processes", "2"])
+    assert failed.exit_code == 1
+
+
 def test_prints_its_settings_and_does_nothing_else(tmp_path):
     result = runner.invoke(train_app, ["mntp", written("mntp", tmp_path), "lora.r=2", "--print-config"])
     (tmp_path / "printed.yaml").write_text(result.stdout)

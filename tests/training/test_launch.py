@@ -1,0 +1,55 @@
+"""Several processes of one command: that they find each other, and what is told when one fails."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flashvec.training.launch import launch
+
+MODULE = """
+import os, sys
+from flashvec.training.distributed import World
+world = World()
+with open(f"{sys.argv[1]}/{world.rank}", "w") as file:
+    file.write(f"{world.least(world.rank + 5)} {os.environ['OMP_NUM_THREADS']}")
+world.close()
+sys.exit(int(sys.argv[2]) if world.rank == 1 else 0)
+"""
+INTERRUPTED = """
+import pathlib, sys
+from flashvec.training.launch import launch
+try:
+    launch(2, "waiting", [sys.argv[1]])
+except KeyboardInterrupt:
+    pathlib.Path(sys.argv[1], "interrupted").touch()
+"""
+WAITING = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], os.environ['RANK']).touch(); time.sleep(300)"
+
+
+@pytest.fixture(autouse=True)
+def _modules(tmp_path, monkeypatch):
+    (tmp_path / "several.py").write_text(MODULE)
+    (tmp_path / "waiting.py").write_text(WAITING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_processes_find_each_other_and_a_failure_is_told(status, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # kept as it is
+    assert launch(2, "several", [str(tmp_path), str(status)]) == status
+    assert [(tmp_path / name).read_text() for name in "01"] == ["5 1", "5 1"]
+
+
+def test_an_interrupt_stops_them_all(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path)], start_new_session=True)
+    for _ in range(600):
+        if all((tmp_path / name).exists() for name in "01"):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, 2)
+    assert process.wait(60) == 0 and (tmp_path / "interrupted").exists()
+    with pytest.raises(ProcessLookupError):  # the whole group has ended
+        os.killpg(process.pid, 0)

@@ -1,0 +1,37 @@
+"""Several processes of one command on this machine, started and watched by torch's own launcher."""
+
+import logging
+import os
+import signal
+from collections.abc import Sequence
+
+import torch
+
+
+def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module arguments` in so many processes that find each other, as torchrun would, and wait.
+
+    Each has its share of the cores, unless OMP_NUM_THREADS says otherwise. When one fails the others are stopped.
+
+    Returns:
+        The exit status of the one that failed first; 0 where none did.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, which stops them all.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says itself what is wrong
+    try:
+        torchrun(["--standalone", "--nproc-per-node", str(processes), "--module", module, *arguments])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return max(1, failure.exitcode)  # a signal's number is negative
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        return 128 + error.sigval
+    return 0
