@@ -23,9 +23,11 @@ from flashvec.runtime.spec import DenseSpec, ModelSpec
 from flashvec.runtime.text_runner import Instruction
 from flashvec.runtime.texts import as_texts, check_ordered, elements
 from flashvec.runtime.whitening import POWER, check_power, fit_whitening
-from flashvec.runtime.windows import WINDOW, RunSettings, run_settings
+from flashvec.runtime.windows import RUN_SETTINGS, WINDOW, RunSettings, check_settings, run_settings
 
 logger = logging.getLogger("flashvec")
+
+INSTRUCTED = ("instruction", "prompt_name", *RUN_SETTINGS)  # what fits vectors to texts takes beside its own
 
 
 class Encoder(PartVectors, SentenceTransformerNames):
@@ -78,6 +80,13 @@ class Encoder(PartVectors, SentenceTransformerNames):
         """
         if compat not in (None, "llm2vec"):
             raise ValueError(f"compat is {compat!r}; the only one is 'llm2vec'")
+        for name, value in (("max_length", max_length), ("truncate_dim", truncate_dim), ("layers", layers)):
+            if value is not None and type(value) is not int:
+                raise TypeError(f"{name} is {value!r}; expected a whole number")
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        if pooling is not None and not pooling:
+            raise ValueError(f"pooling is {pooling!r} and names none")
         devices, torch_dtype = choose_devices(device), None if dtype is None else choose_dtype(dtype)
         modes = pooling if pooling is None or isinstance(pooling, str) else tuple(pooling)
         overrides = Overrides(attention, modes, max_length, truncate_dim, compat)
@@ -286,14 +295,15 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
         Args:
             texts: some hundreds of texts like those to come.
-            settings: `instruction`, `prompt_name`, `normalize` and `truncate_dim` as they will be used. A vector that
-                is cut and brought back to unit length needs ranges of its own.
+            settings: `instruction`, `prompt_name`, `normalize` and `truncate_dim` as they will be used (a vector that
+                is cut and brought back to unit length needs ranges of its own); those of a run as in `whiten`.
 
         Raises:
             TypeError, ValueError: a str, fewer than two texts, or as `embed`.
         """
         if isinstance(texts, str):
             raise TypeError("texts is a str: give a list of typical texts")
+        check_settings(settings, (*INSTRUCTED, "normalize", "truncate_dim"))
         vectors = self.embed(texts, **settings)
         if len(vectors) < 2:
             raise ValueError(f"calibrate needs at least two texts, got {len(vectors)}")
@@ -314,7 +324,8 @@ class Encoder(PartVectors, SentenceTransformerNames):
         Args:
             texts: the collection's documents, or some hundreds of them.
             power: 0 takes only the mean off, 0.5 makes all axes weigh the same.
-            settings: `instruction`, `prompt_name`, `max_length`, `batch_tokens`, `show_progress`, as in `embed`.
+            settings: `instruction`, `prompt_name`, `max_length`, `batch_tokens`, `split_special` and `show_progress`,
+                as in `embed`.
 
         Raises:
             TypeError, ValueError: a str, fewer than two texts, texts that are all alike, or as `embed`.
@@ -322,6 +333,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         if isinstance(texts, str):
             raise TypeError("texts is a str: give a list of the collection's texts")
         check_power(power)
+        check_settings(settings, INSTRUCTED)
         whole = copy.copy(self)
         whole.spec = replace(self.spec, truncate_dim=None)
         weight, bias = map(torch.from_numpy, fit_whitening(whole.embed(texts, normalize=False, **settings), power))

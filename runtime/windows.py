@@ -41,12 +41,21 @@ def run_settings(given: Mapping[str, Any]) -> RunSettings:
     Raises:
         TypeError: a name that is none of them, with those that are.
     """
-    for name in given:
-        if name not in RUN_SETTINGS:
-            cure = f": call embed for {name}" if name in EMBED_SETTINGS else ""
-            known = ", ".join(RUN_SETTINGS)
-            raise TypeError(f"{name!r} is no argument here (beside the method's own there are {known}){cure}")
+    check_settings(given, RUN_SETTINGS)
     return RunSettings(**given)
+
+
+def check_settings(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse what a method does not take beside its own arguments.
+
+    Raises:
+        TypeError: a name that is none of `known`, with those that are.
+    """
+    for name in given:
+        if name not in known:
+            cure = f": call embed for {name}" if name in EMBED_SETTINGS else ""
+            there = ", ".join(known)
+            raise TypeError(f"{name!r} is no argument here (beside the method's own there are {there}){cure}")
 
 
 @dataclass(frozen=True)

@@ -308,15 +308,17 @@ def mine(
     instruction: Annotated[str | None, typer.Option(help="Before each query that has none of its own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Find hard negatives: texts close to a query that are not its answer.
+    """Find hard negatives: texts close to a query that are not its answer. They replace those that a line has.
 
     Example: `flashvec mine ./my-encoder pairs.jsonl triples.jsonl --negatives 7`
     """
     from flashvec.runtime.encoder import Encoder
     from flashvec.training.data import read_pairs, read_texts
+    from flashvec.training.files import check_file_or_absent
     from flashvec.training.mine import mine as mine_pairs
     from flashvec.training.mine import write_pairs
 
+    check_file_or_absent(out, [pairs] if corpus is None else [pairs, corpus])
     read = read_pairs([str(pairs)])
     texts = [] if corpus is None else read_texts([str(corpus)], "corpus")
     encoder = Encoder.load(model)
@@ -351,8 +353,10 @@ def sentences(
 
     Example: `flashvec sentences wiki/*.txt --out sentences.txt --limit 20000`
     """
+    from flashvec.training.files import check_file_or_absent
     from flashvec.training.sentences import training_lines, write_lines
 
+    check_file_or_absent(out, texts)
     paths = [str(path) for path in texts]
     lines = training_lines(paths, limit=limit, passages=passages, max_words=max_words, seed=seed)
     if not lines:
@@ -384,9 +388,11 @@ def pairs(
     Example: `flashvec pairs wiki/*.txt --out pairs.jsonl --no-negatives --max-asking 4 --topics 40`
     """
     from flashvec.training.cloze import MIN_SENTENCES, cloze_pairs, paragraph_pairs
+    from flashvec.training.files import check_file_or_absent
     from flashvec.training.mine import write_pairs
     from flashvec.training.topics import pairs_by_topic
 
+    check_file_or_absent(out, texts)
     if paragraphs and max_asking > 1:
         raise ValueError(
             f"--max-asking is {max_asking}: with --paragraphs a whole paragraph asks; leave one of them out"

@@ -1,7 +1,8 @@
 """What a run leaves on disk: there whole or not at all."""
 
+import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from flashvec.runtime.checkpoint.placing import naming
 def whole(path: Path) -> Iterator[Path]:
     """Yields the name to write a file or folder under; in the end it is renamed to `path`, in place of what was there.
 
-    The folder that it is to lie in is made where there is none.
+    The folder that it is to lie in is made where there is none. A file never takes the place of a folder.
 
     Raises:
-        OSError: the disk is full or not writable; `path` is as it was.
+        OSError: the disk is full or not writable, or a folder where a file is to be; `path` is as it was.
     """
+    if not path.name:  # "." and "/"
+        check_file_or_absent(path)
     partial = path.with_name(f".{path.name}.partial")
     with naming(path):
         try:
@@ -24,10 +27,25 @@ def whole(path: Path) -> Iterator[Path]:
             _remove(partial)
             yield partial
             if path.is_dir():
+                if not partial.is_dir():
+                    check_file_or_absent(path)
                 _remove(path)
             partial.replace(path)
         finally:
             _remove(partial)
+
+
+def check_file_or_absent(path: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse, before any work, to write a file where a folder or what it is made from is.
+
+    Raises:
+        IsADirectoryError: a folder.
+        ValueError: one of `inputs`.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder: name a file to write", str(path))
+    if any(path.resolve() == Path(given).resolve() for given in inputs):
+        raise ValueError(f"{path}: is also read from; name another file to write")
 
 
 def _remove(path: Path) -> None:

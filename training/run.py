@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flashvec.training.config import ConfigError, ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig, to_yaml
@@ -43,6 +44,7 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
         if last is not None:
             return last
         _check_data(config)
+        _check_output(config)
         model = load_model(config, wants_head=isinstance(config, MntpConfig), world=world)
         if world.size > 1:  # each may have a device of its own
             given = to_yaml(replace(config, device=None)) + fingerprint(config)
@@ -50,6 +52,14 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
         return train(config, OBJECTIVES[type(config)](model, config, world), world, show=show, until=until)
     finally:
         world.close()
+
+
+def _check_output(config: TrainConfig) -> None:
+    """What is trained must not be written over what it is trained from."""
+    output = Path(config.output).resolve()
+    for name, given in [("model", config.model), *(("adapters", adapter) for adapter in config.adapters)]:
+        if Path(given).resolve() == output:
+            raise ConfigError(f"output is {config.output!r}, which {name} names too: name another folder to write")
 
 
 def _check_data(config: TrainConfig) -> None:

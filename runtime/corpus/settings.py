@@ -68,6 +68,8 @@ class JobSettings:
             raise ValueError("give text_columns or text_template, not both: a template names its columns")
         if self.text_template is not None and not _FIELD.search(self.text_template):
             raise ValueError(f"text_template is {self.text_template!r} and names no column, as {{title}} does")
+        if self.text_template is not None and set("{}") & set(_FIELD.sub("", self.text_template)):
+            raise ValueError(f"text_template is {self.text_template!r} and has a brace that belongs to no column")
         if len(self.text_columns) > 1:
             names = " ".join("{" + name + "}" for name in self.text_columns)
             raise ValueError(f"text_columns names several: say how they are joined, as in text_template={names!r}")

@@ -85,9 +85,10 @@ def find_sources(inputs: Sequence[str | Path], note: Callable[[str], None] | Non
         found += listed
     seen: set[str] = set()
     for source in found:
-        if source.uri in seen:
+        place = source.uri if is_uri(source.uri) else os.path.realpath(source.uri)
+        if place in seen:
             raise SourceError(f"{source.uri}: named twice, its rows would be embedded twice")
-        seen.add(source.uri)
+        seen.add(place)
     return found
 
 

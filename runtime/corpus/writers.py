@@ -52,14 +52,16 @@ class PartWriter:
                 self.staged[0].file.write(self._header())
             else:
                 table_schema = self.schema.append(pa.field("vector", self.vector_type))
-            compression = {
-                path: "none" if path.split(".")[0] in INCOMPRESSIBLE else "zstd" for path in _leaves(table_schema)
-            }
+            leaves = _leaves(table_schema)
+            compression = {path: "none" if path.split(".")[0] in INCOMPRESSIBLE else "zstd" for path in leaves}
+            dictionaries = [field.name for field in plan.columns if not pa.types.is_nested(field.type)]
+            if self.vector_type.value_type.bit_width == 8:  # Parquet stores such numbers in 32 bits; their index in 8
+                dictionaries += [path for path in leaves if path.split(".")[0] == "vector"]
             self.parquet = pq.ParquetWriter(
                 self.staged[-1].file,
                 table_schema,
                 compression=compression,
-                use_dictionary=[field.name for field in plan.columns if not pa.types.is_nested(field.type)],
+                use_dictionary=dictionaries,
                 write_statistics=[field.name for field in self.schema if field.name != "hash"],
             )
         except BaseException:

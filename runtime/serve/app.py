@@ -84,8 +84,14 @@ def create_app(
         batch_tokens: embedded in one round.
         instruction: written before each text, as in `Encoder.embed`.
         truncate: cut texts that are too long; otherwise they are refused.
+
+    Raises:
+        ValueError: an instruction that `Encoder.embed` refuses, or that leaves no room for a text.
     """
     bounds, metrics = limits or Limits(), Metrics()
+    longest = encoder.spec.max_length
+    if instruction is not None and int(_count(encoder, [""], instruction, longest)[0]) >= longest:
+        raise ValueError(f"the instruction alone fills max_length, {longest} tokens: nothing would be left of a text")
 
     def embed(texts: list[str], dimensions: int | None) -> np.ndarray:
         vectors: np.ndarray = encoder.embed(

@@ -46,6 +46,16 @@ def test_matches_torch(shape, form, transposed, dtype, run, device, request):
     assert backend.launches["_panel_product_kernel"] == (run == "kernels")
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9, 13])
+def test_no_row_is_summed_term_by_term(rows):
+    """50,000 terms of one sign would lose two digits."""
+    panel, x = torch.rand(rows, 49152), 1 + torch.rand(49152, 40)
+    out = torch.empty(rows, 40)
+    panel_product(panel, x, out)
+    truth = panel.double() @ x.double()
+    assert float(((out - truth) / truth).abs().max()) < 2e-6
+
+
 def test_width():
     assert panel_width(100, 5000, 256, 100 * 1024) == 1024
     assert panel_width(100, 300, 256, 1 << 25) == 512  # all columns, rounded up

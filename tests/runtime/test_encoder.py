@@ -216,11 +216,19 @@ def test_a_plain_decoder_says_so(folder, caplog):
         ({"compat": "hf"}, "compat is 'hf'"),
         ({"device": "all"}, "device='all'"),
         ({"layers": 0}, "layers is 0"),
+        ({"truncate_dim": 0}, "truncate_dim is 0; expected at least 1"),
+        ({"pooling": []}, "names none"),
     ],
 )
 def test_refuses_arguments_by_name(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         Encoder.load(folder, **arguments)
+
+
+@pytest.mark.parametrize("given", [{"max_length": "5"}, {"truncate_dim": 5.5}, {"layers": True}])
+def test_refuses_what_is_no_whole_number(folder, given):
+    with pytest.raises(TypeError, match="expected a whole number"):
+        Encoder.load(folder, **given)
 
 
 def test_a_hub_id_without_network_is_one_line():

@@ -151,3 +151,15 @@ def test_the_command_writes_an_encoder_for_a_collection(tmp_path):
     assert spoken.exit_code == 0 and "fitted to 20 texts" in spoken.output and "20 texts for 32 axes" in spoken.output
     missing = run("whiten", tmp_path / "nowhere.txt", "--model", tmp_path / "model", "--out", tmp_path / "x")
     assert missing.exit_code and "nowhere.txt" in str(missing.exception) and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("method", ["whiten", "calibrate"])
+@pytest.mark.parametrize("given", [{"precision": "binary"}, {"output": "torch"}, {"spans": []}])
+def test_what_would_spoil_the_vectors_is_refused(method, given, tmp_path):
+    tiny_checkpoint(tmp_path / "tiny", "llama")
+    enc = Encoder.load(tmp_path / "tiny")
+    with pytest.raises(TypeError, match=f"'{next(iter(given))}' is no argument here"):
+        getattr(enc, method)(DOCUMENTS, **given)
+    with pytest.raises(TypeError, match="'truncate_dim' is no argument here"):
+        enc.whiten(DOCUMENTS, truncate_dim=8)
+    assert enc.embed("as before").shape == (32,)

@@ -1,12 +1,19 @@
 """Files are there whole or not at all, and what could not be written is named, whoever met the full disk."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from full_disk import full_disk
 from training_runs import config_for
+from typer.testing import CliRunner
 
 from flashvec.runtime.checkpoint.placing import naming
+from flashvec.runtime.cli import app
+from flashvec.training.config import ConfigError
 from flashvec.training.files import whole
 from flashvec.training.model import load_model
+from flashvec.training.run import run_training
 from flashvec.training.sentences import write_lines
 
 
@@ -23,6 +30,36 @@ def test_a_file_or_folder_is_replaced_whole(tmp_path):
         raise KeyError
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["own"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_a_file_takes_no_folders_place(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "own").write_text("kept")
+    for path in (tmp_path / "runs", Path(".")):
+        with pytest.raises(OSError, match="name a file to write"):
+            write_lines(path, ["a line"])
+    assert (tmp_path / "runs" / "own").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("command", ["mine model {} {}", "sentences {} --out {}", "pairs {} --out {}"])
+def test_commands_write_over_no_folder_and_no_input(command, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    for out, error in ((tmp_path / "runs", IsADirectoryError), (tmp_path / "in.jsonl", ValueError)):
+        result = CliRunner().invoke(app, command.format(tmp_path / "in.jsonl", out).split())
+        assert isinstance(result.exception, error) and "to write" in str(result.exception)
+    assert (tmp_path / "in.jsonl").read_text() == "{}\n"
+
+
+def test_a_run_is_not_written_over_its_model(tmp_path):
+    config = config_for("mntp", tmp_path)
+    model = sorted(path.name for path in Path(config.model).iterdir())
+    with pytest.raises(ConfigError, match="which model names too"):
+        run_training(replace(config, output=config.model))
+    with pytest.raises(ConfigError, match="which adapters names too"):
+        run_training(replace(config, adapters=(config.output,)))
+    assert sorted(path.name for path in Path(config.model).iterdir()) == model
 
 
 def test_the_folder_of_a_file_is_made(tmp_path):

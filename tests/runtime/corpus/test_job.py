@@ -180,6 +180,9 @@ def test_ranges_are_those_of_finite_vectors(tmp_path):
     assert (result.rows, result.errors) == (3, 1)
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert np.isfinite(plan["int8_ranges"]).all()
+    group = pq.ParquetFile(tmp_path / "out" / "part-00000.parquet").metadata.row_group(0)
+    stored = {group.column(i).path_in_schema: group.column(i).encodings for i in range(group.num_columns)}
+    assert "RLE_DICTIONARY" in stored["vector.list.element"]  # a byte each: as they are Parquet gives them four
     (tmp_path / "bad.txt").write_text(f"one\n{NOT_FINITE}\n")
     with pytest.raises(Exception, match="fewer than two vectors are finite"):
         embed_with_stand_in(tmp_path / "bad.txt", tmp_path / "bad", precision="int8")

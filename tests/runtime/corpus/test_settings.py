@@ -13,6 +13,7 @@ from flashvec.runtime.corpus.settings import JobSettings, settings_from_dict
         ({"instruction": "a", "prompt_name": "b"}, "not both"),
         ({"chunks": "rows"}, "needs long='chunk'"),
         ({"text_template": "no column"}, "names no column"),
+        ({"text_template": "{title} {body"}, "a brace that belongs to no column"),
         ({"text_columns": ("a", "b")}, r"text_template='\{a\} \{b\}'"),
         ({"columns": ("vector",)}, "already has"),
         ({"columns": ("a", "a")}, "already has"),

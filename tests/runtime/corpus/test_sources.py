@@ -94,6 +94,10 @@ def test_refused(folder):
         find_sources([folder / "readme.md"])
     with pytest.raises(SourceError, match="named twice"):
         find_sources([folder, folder / "b.jsonl"])
+    (folder.parent / "link.jsonl").symlink_to(folder / "b.jsonl")
+    for other in (folder / ".." / folder.name / "b.jsonl", folder.parent / "link.jsonl"):
+        with pytest.raises(SourceError, match="named twice"):
+            find_sources([folder / "b.jsonl", other])
     (folder / "p.parquet.gz").touch()
     with pytest.raises(SourceError, match="compressed inside"):
         find_sources([folder / "p.parquet.gz"])

@@ -123,6 +123,14 @@ def test_an_instruction_counts_as_the_text_does(enc, words):
     assert "at most 64 fit" in refused(refused_body, 400)
 
 
+@pytest.mark.parametrize(
+    ("words", "why"), [("{text} {text}", "more than once"), ("word " * 70, "nothing would be left")]
+)
+def test_an_instruction_that_serves_no_text_is_refused_at_once(enc, words, why):
+    with pytest.raises(ValueError, match=why):
+        create_app(enc, name="tiny", instruction=words)
+
+
 # --- load ---------------------------------------------------------------------------------------------------
 
 
