@@ -1,14 +1,17 @@
 """Files of scored pairs of texts, to train on (CoSENT) and to evaluate by (STS).
 
-.csv   the STS benchmark's own columns, tab-separated: genre, file, year, number, score, text, text
+.csv   the STS benchmark's own columns, tab-separated: genre, file, year, number, score, text, text;
+       or parted by commas under a header as below
 .txt   SICK's: a header that names sentence_A, sentence_B and relatedness_score
 .tsv   a header that names score, sentence1 and sentence2
 .jsonl objects with sentence1, sentence2 and score
 """
 
+import csv
+import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +45,12 @@ def read_scored_pairs(path: Path) -> ScoredPairs:
     """A file to evaluate by.
 
     Raises:
-        DataError: as `scored_rows`; fewer than two pairs, or all of one score.
+        DataError: as `scored_rows`; an empty text, fewer than two pairs, or all of one score.
     """
     rows = list(scored_rows(path))
+    for row in rows:
+        if not row.left.strip() or not row.right.strip():
+            raise DataError(f"{path.name} line {row.line}: a text is empty")
     if len(rows) < 2:
         raise DataError(f"{path.name}: {len(rows)} pairs; a correlation needs two")
     if len({row.score for row in rows}) == 1:
@@ -58,30 +64,57 @@ def scored_rows(path: Path) -> Iterator[ScoredRow]:
     Raises:
         DataError: missing, empty, of an unknown form, or a line without two texts and a score; names file and line.
     """
+    text = _read(path)
+    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{path.name}: holds no line")
+    if path.suffix != ".jsonl" and (places := _places(numbered[0][1].replace('"', "").split(","))):
+        yield from _comma_rows(text, places, path.name)
+        return
+    read = _json_row if path.suffix == ".jsonl" else _table_row(numbered, path.name)
+    for number, line in numbered:
+        try:
+            yield _row(number, read(line))
+        except (ValueError, IndexError, KeyError, TypeError):
+            raise DataError(f"{path.name} line {number}: expected two texts and a score") from None
+
+
+def _read(path: Path) -> str:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than a set of pairs can have")
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # other line ends may stand in a text
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name}: not UTF-8 ({error.reason})") from None
-    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise DataError(f"{path.name}: holds no line")
-    read = _json_row if path.suffix == ".jsonl" else _table_row(numbered, path.name)
-    for number, line in numbered:
-        try:
-            left, right, score = read(line)
-            yield ScoredRow(number, str(left), str(right), _finite(score))
-        except (ValueError, IndexError, KeyError, TypeError):
-            raise DataError(f"{path.name} line {number}: expected two texts and a score") from None
 
 
-def _finite(score: str | float) -> float:
+def _row(line: int, values: Sequence[str | float]) -> ScoredRow:
+    left, right, score = values
     if not math.isfinite(number := float(score)):
         raise ValueError("not a number to rank by")
-    return number
+    return ScoredRow(line, str(left), str(right), number)
+
+
+def _places(header: list[str]) -> list[int] | None:
+    """Where two texts and their score stand under a header; None if it names none."""
+    for names in HEADERS:
+        if set(names) <= set(header):
+            return [header.index(name) for name in names]
+    return None
+
+
+def _comma_rows(text: str, places: list[int], name: str) -> Iterator[ScoredRow]:
+    """Rows parted by commas; a text in quotes may hold commas and line ends."""
+    rows, first = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    try:
+        for number, row in enumerate(rows):
+            if row and number:
+                yield _row(first, [row[place] for place in places])
+            first = rows.line_num + 1
+    except (csv.Error, ValueError, IndexError):
+        raise DataError(f"{name} line {first}: expected two texts and a score, parted by commas") from None
 
 
 def _json_row(line: str) -> tuple[str, str, float]:
@@ -95,13 +128,12 @@ def _json_row(line: str) -> tuple[str, str, float]:
 def _table_row(numbered: list[tuple[int, str]], name: str) -> Callable[[str], tuple[str, str, str]]:
     """How a row is read; takes the header, where there is one, off the lines."""
     header = numbered[0][1].split("\t")
-    for left, right, score in HEADERS:
-        if {left, right, score} <= set(header):
-            del numbered[0]
-            places = header.index(left), header.index(right), header.index(score)
-            return lambda line: tuple(line.split("\t")[place] for place in places)  # type: ignore[return-value]
+    if places := _places(header):
+        del numbered[0]
+        return lambda line: tuple(line.split("\t")[place] for place in places)  # type: ignore[return-value]
     if len(header) < STSB_COLUMNS:
         raise DataError(
-            f"{name} line 1: {len(header)} columns parted by tabs, and no header with {', '.join(HEADERS[1])}"
+            f"{name} line 1: {len(header)} columns parted by tabs, and no header with {', '.join(HEADERS[1])}, "
+            "by tabs or commas"
         )
     return lambda line: (line.split("\t")[5], line.split("\t")[6], line.split("\t")[4])

@@ -11,6 +11,7 @@ FILES = {
     "sick.txt": "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tjudgment\n"
     + "".join(f"{i}\t{a}\t{b}\t{s}\tNEUTRAL\n" for i, (a, b, s) in enumerate(ROWS)),
     "own.tsv": "score\tsentence1\tsentence2\n" + "".join(f"{s}\t{a}\t{b}\n" for a, b, s in ROWS),
+    "own.csv": "sentence1,sentence2,score\r\n" + "".join(f'"{a}",{b},{s}\r\n' for a, b, s in ROWS),
     "own.jsonl": "".join(json.dumps({"sentence1": a, "sentence2": b, "score": s}) + "\n" for a, b, s in ROWS),
 }
 
@@ -20,6 +21,13 @@ def test_reads_every_form(name, tmp_path):
     (tmp_path / name).write_text(FILES[name])
     pairs = read_scored_pairs(tmp_path / name)
     assert list(zip(*pairs, strict=True)) == ROWS
+
+
+def test_quoted_texts_hold_commas_and_line_ends(tmp_path):
+    rows = 'id,sentence1,sentence2,score\n1,"a, b\nc",d,1\n\n2,"say ""so""",e,2\n'
+    (tmp_path / "own.csv").write_text(rows)
+    assert read_scored_pairs(tmp_path / "own.csv")[:2] == (["a, b\nc", 'say "so"'], ["d", "e"])
+    assert [pair.where for pair in read_pairs([str(tmp_path / "own.csv")])] == ["own.csv line 2", "own.csv line 5"]
 
 
 def test_lines_end_at_line_feeds_alone(tmp_path):
@@ -34,7 +42,7 @@ def test_every_form_is_trained_on_as_it_is(name, tmp_path):
     (tmp_path / name).write_text(FILES[name])
     pairs = read_pairs([str(tmp_path / name)])
     assert [(pair.query, pair.positive, pair.score) for pair in pairs] == ROWS
-    first = 1 + name.endswith((".txt", ".tsv"))  # after a header
+    first = 1 + name.endswith((".txt", ".tsv", "own.csv"))  # after a header
     assert pairs[0].where == f"{name} line {first}" and not pairs[0].negatives
 
 
@@ -64,6 +72,8 @@ def test_files_to_train_on_that_are_none_are_named(tmp_path):
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\tnan\ta\tb\n", "a.csv line 2: expected two texts and a score"),
         ("a.tsv", "score\tsentence1\tsentence2\n1\ta\tb\n", "1 pairs; a correlation needs two"),
         ("a.tsv", "", "holds no line"),
+        ("a.csv", "sentence1,sentence2,score\na,b,1\nc,d\n", "a.csv line 3: expected two texts and a score, parted"),
+        ("a.tsv", "score\tsentence1\tsentence2\n1\t \tb\n3\tc\td\n", "a.tsv line 2: a text is empty"),
         ("a.tsv", "score\tsentence1\tsentence2\n3\ta\tb\n3\tc\td\n", "a.tsv: all scores are 3: nothing correlates"),
     ],
     ids=str,
