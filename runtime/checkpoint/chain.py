@@ -70,8 +70,11 @@ def _below(folder: Path, local_files_only: bool) -> Path:
     local = _local(str(stated), folder) if stated else None
     if local is not None and is_llm2vec(local, model_name(local)):
         return local
-    missing = f"the MNTP adapter {mntp}, expected beside it" if mntp else "an MNTP adapter, whose name it does not tell"
-    raise CheckpointError(f"{name}: was trained on top of {missing}, and is wrong without it; {cure}")
+    if mntp is None:  # LLM2Vec's second adapters look so, and ours without the rest of their folder
+        raise CheckpointError(f"{name}: does not tell whether an MNTP adapter goes between it and its base; {cure}")
+    raise CheckpointError(
+        f"{name}: was trained on top of the MNTP adapter {mntp}, expected beside it, and is wrong without it; {cure}"
+    )
 
 
 def _local(stated: str, folder: Path) -> Path | None:

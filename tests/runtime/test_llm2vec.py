@@ -338,7 +338,7 @@ def test_missing_mntp_adapter(chain):
     ):
         Encoder.load(folder / "base-mntp-supervised")
     (folder / "base-mntp-supervised").rename(folder / "renamed")
-    with pytest.raises(CheckpointError, match=r"renamed: .*name it does not tell.*load\(base_or_mntp"):
+    with pytest.raises(CheckpointError, match=r"renamed: does not tell whether an MNTP adapter.*load\(base_or_mntp"):
         Encoder.load(folder / "renamed")
 
 
