@@ -21,7 +21,7 @@ from flashvec.runtime.placement import choose_devices, choose_dtype
 from flashvec.runtime.pooling import DenseHead, number_format, vector_length
 from flashvec.runtime.spec import DenseSpec, ModelSpec
 from flashvec.runtime.text_runner import Instruction
-from flashvec.runtime.texts import as_texts, check_ordered, elements
+from flashvec.runtime.texts import as_texts, check_ordered, check_whole, elements
 from flashvec.runtime.whitening import POWER, check_power, fit_whitening
 from flashvec.runtime.windows import RUN_SETTINGS, WINDOW, RunSettings, check_settings, run_settings
 
@@ -81,8 +81,8 @@ class Encoder(PartVectors, SentenceTransformerNames):
         if compat not in (None, "llm2vec"):
             raise ValueError(f"compat is {compat!r}; the only one is 'llm2vec'")
         for name, value in (("max_length", max_length), ("truncate_dim", truncate_dim), ("layers", layers)):
-            if value is not None and type(value) is not int:
-                raise TypeError(f"{name} is {value!r}; expected a whole number")
+            if value is not None:
+                check_whole(name, value)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         if pooling is not None and not pooling:
@@ -273,6 +273,7 @@ class Encoder(PartVectors, SentenceTransformerNames):
         check_ordered(texts)
         if not isinstance(instruction, str | None):
             raise ValueError("embed_iter takes one instruction for all texts: a stream's length is not known")
+        check_whole("window", window)
         if window < 1:
             raise ValueError(f"window is {window}; expected at least 1 text")
         settings = run_settings(run)

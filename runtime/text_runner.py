@@ -18,7 +18,7 @@ from flashvec.runtime.pooling import DenseHead
 from flashvec.runtime.program import Program, embedding_program
 from flashvec.runtime.progress import Progress
 from flashvec.runtime.spec import ModelSpec
-from flashvec.runtime.texts import TruncationWarning, as_instructions
+from flashvec.runtime.texts import TruncationWarning, as_instructions, check_whole
 from flashvec.runtime.wide import widened
 from flashvec.runtime.windows import Call, Done, RunSettings, run_call
 
@@ -69,6 +69,8 @@ class TextRunner:
         return None if found is None or not any(found) else found
 
     def _check_dim(self, truncate_dim: int | None) -> int:
+        if truncate_dim is not None:
+            check_whole("truncate_dim", truncate_dim)
         if truncate_dim is not None and not 1 <= truncate_dim <= self.spec.embedding_size:
             raise ValueError(f"truncate_dim is {truncate_dim}, the vectors have {self.spec.embedding_size} dimensions")
         return truncate_dim or self.spec.embedding_size
@@ -106,6 +108,7 @@ class TextRunner:
             Packs as they are done. A text that comes again was not finite the first time: the last one counts.
         """
         limit = self.spec.max_length if settings.max_length is None else settings.max_length
+        check_whole("max_length", limit)
         if not 1 <= limit <= self.spec.decoder.max_positions:
             raise ValueError(f"max_length is {limit}, the model has {self.spec.decoder.max_positions} positions")
         call = Call(texts, instructions, limit, settings.split_special, program, offsets, on_device)
@@ -158,6 +161,8 @@ class TextRunner:
         return torch.from_numpy(rows) if accelerator is None or vectors.device.type == "cpu" else accelerator.send(rows)
 
     def _budget(self, batch_tokens: int | None) -> int:
+        if batch_tokens is not None:
+            check_whole("batch_tokens", batch_tokens)
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
         return batch_tokens or engine.default_budget(self.device)

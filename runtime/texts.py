@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -76,6 +77,16 @@ def as_instructions(instruction: Any, n: int) -> list[str] | None:
         texts = "1 text" if n == 1 else f"{n} texts"
         raise ValueError(f"instruction has {entries} for {texts}: give one string for all, or one per text")
     return found
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Refuse what counts nothing.
+
+    Raises:
+        TypeError: no whole number; names the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r}; expected a whole number")
 
 
 def check_ordered(texts: Any, argument: str = "texts") -> None:

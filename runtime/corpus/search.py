@@ -58,9 +58,7 @@ def search_job(
     if queries.shape[1] != plan.dim:
         raise ValueError(f"the query has {queries.shape[1]} dimensions, the job's vectors have {plan.dim}")
     unit = _unit(queries)
-    done = [shard for shard in range(len(plan.shards)) if is_done(storage, shard) is not None]
-    if missing := len(plan.shards) - len(done):
-        logger.warning("%d of %d shards are not finished: their rows are not looked at", missing, len(plan.shards))
+    done = list(finished_shards(storage, plan))
     head = None if whitening is None else fit_whitening(_sample(storage, plan, done), whitening)
     unit = _through(head, unit)
     scores = np.full((len(queries), 0), 0.0, np.float32)
@@ -134,6 +132,15 @@ def embed_query(storage: Storage, query: str, instruction: str | None = None, pr
         instruction = "" if prompt_name is None else None  # not the model's default, as sentence-transformers has it
     settings = {**embed_settings(plan.settings), "instruction": instruction, "prompt_name": prompt_name}
     return encoder.embed([query], **settings)
+
+
+def finished_shards(storage: Storage, plan: Plan) -> dict[int, int]:
+    """Rows of each shard that is done; notes if some are not."""
+    entries = {shard: is_done(storage, shard) for shard in range(len(plan.shards))}
+    done = {shard: entry.rows for shard, entry in entries.items() if entry is not None}
+    if missing := len(entries) - len(done):
+        logger.warning("%d of %d shards are not finished: their rows are not looked at", missing, len(entries))
+    return done
 
 
 def job_plan(storage: Storage) -> Plan:

@@ -11,8 +11,7 @@ try:
 except ImportError as error:
     raise ImportError(f"this integration needs {error.name}: pip install 'flashvec[duckdb]'") from None
 
-from flashvec.runtime.corpus.manifest import is_done
-from flashvec.runtime.corpus.search import job_plan
+from flashvec.runtime.corpus.search import finished_shards, job_plan
 from flashvec.runtime.corpus.storage import Storage
 from flashvec.runtime.corpus.writers import part_names
 
@@ -43,7 +42,7 @@ def view_job(connection: "duckdb.DuckDBPyConnection", folder: str | Path, name: 
         )
     if storage.root is None:
         raise ValueError(f"{storage.location}: the view takes a folder on this machine")
-    done = [shard for shard in range(len(plan.shards)) if is_done(storage, shard) is not None]
+    done = finished_shards(storage, plan)
     if not done:
         raise ValueError(f"{storage.location}: no part of this job is finished")
     parts = ", ".join(_text(str(storage.root / part_names(plan, shard)[0])) for shard in done)

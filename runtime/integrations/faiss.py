@@ -17,9 +17,8 @@ try:
 except ImportError as error:
     raise ImportError(f"this integration needs {error.name}: pip install 'flashvec[faiss]'") from None
 
-from flashvec.runtime.corpus.manifest import is_done
 from flashvec.runtime.corpus.plan import Plan
-from flashvec.runtime.corpus.search import Hit, comparable, describe_hits, job_plan, vector_blocks
+from flashvec.runtime.corpus.search import Hit, comparable, describe_hits, finished_shards, job_plan, vector_blocks
 from flashvec.runtime.corpus.storage import Storage
 
 TRAIN_ROWS = 100_000  # what FAISS asks for at most for some thousand cells (39 to 256 a cell)
@@ -88,8 +87,7 @@ def index_job(folder: str | Path, *, factory: str | None = None, train_rows: int
         raise ValueError(f"train_rows is {train_rows}; expected at least 1")
     storage = Storage(folder)
     plan = job_plan(storage)
-    entries = {shard: is_done(storage, shard) for shard in range(len(plan.shards))}
-    shards = {shard: entry.rows for shard, entry in entries.items() if entry is not None}
+    shards = finished_shards(storage, plan)
     num_rows = sum(shards.values())
     if not num_rows:
         raise ValueError(f"{storage.location}: no shard of this job is finished, or none has a row")

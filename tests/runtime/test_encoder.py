@@ -231,6 +231,14 @@ def test_refuses_what_is_no_whole_number(folder, given):
         Encoder.load(folder, **given)
 
 
+@pytest.mark.parametrize("given", [{"max_length": 4.5}, {"truncate_dim": "8"}, {"batch_tokens": True}])
+def test_a_call_refuses_what_is_no_whole_number(folder, given):
+    encoder = Encoder.load(folder)
+    with pytest.raises(TypeError, match=f"{next(iter(given))} is .*; expected a whole number"):
+        encoder.embed(["a"], **given)
+    assert encoder.embed(["a"], truncate_dim=np.int64(8)).shape == (1, 8)
+
+
 def test_a_hub_id_without_network_is_one_line():
     with pytest.raises(CheckpointError, match="nobody/nothing: no such folder here, and the hub could not") as error:
         Encoder.load("nobody/nothing", local_files_only=True)

@@ -43,12 +43,13 @@ def test_approximate_and_trained(texts_file, tmp_path, factory):
     assert faiss.read_index(str(tmp_path / "index")).ntotal == 300
 
 
-def test_finished_shards_only(texts_file, tmp_path):
+def test_finished_shards_only(texts_file, tmp_path, caplog):
     embed_with_stand_in(texts_file, tmp_path / "out", shard_size=70)
     for name in ("_SUCCESS", "_manifest/00001.json", "part-00001.parquet"):
         (tmp_path / "out" / name).unlink()
     index = index_job(tmp_path / "out")
     assert index.index.ntotal == 230
+    assert "1 of 5 shards are not finished" in caplog.text
     for row in (0, 77, 148, 299):  # shards of a text file are ranges of bytes: 78 rows, 70, ...
         assert index.search(StandIn().embed([TEXTS[row]]), 1)[0][0].text == TEXTS[row]
     assert len(index.search(StandIn().embed(["x"]), 1000)[0]) == 230
