@@ -162,4 +162,7 @@ def _file_problems(storage: Storage, plan: Plan, entry: Entry) -> Iterator[str]:
         else:
             with storage.open(facts.name) as file:
                 if digest(file) != facts.xxh3:
-                    yield f"{facts.name} is not what was written: its xxh3 differs from its manifest"
+                    yield (
+                        f"{facts.name} is not what was written: its xxh3 differs from its manifest; "
+                        "delete it and run the job again"
+                    )
