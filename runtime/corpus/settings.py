@@ -56,6 +56,9 @@ class JobSettings:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("long", self.long, LONG)
         _one_of("chunks", self.chunks, CHUNKS)
+        for name in ("text_columns", "columns"):
+            if isinstance(given := getattr(self, name), str):
+                raise ValueError(f"{name} is {given!r}; give a tuple of names: ({given!r},)")
         for name in ("shard_size", "max_length", "dims"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

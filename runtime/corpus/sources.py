@@ -69,6 +69,8 @@ def find_sources(inputs: Sequence[str | Path], note: Callable[[str], None] | Non
     Raises:
         SourceError: nothing there, an unknown format, or a file that is named twice.
     """
+    if not inputs:
+        raise SourceError("inputs names no file")
     found: list[Source] = []
     for given in map(str, inputs):
         others: Counter[str] = Counter()

@@ -16,6 +16,8 @@ from flashvec.runtime.corpus.settings import JobSettings, settings_from_dict
         ({"text_template": "{title} {body"}, "a brace that belongs to no column"),
         ({"text_columns": ("a", "b")}, r"text_template='\{a\} \{b\}'"),
         ({"columns": ("vector",)}, "already has"),
+        ({"columns": "id"}, r"give a tuple of names: \('id',\)"),
+        ({"text_columns": "text"}, r"give a tuple of names: \('text',\)"),
         ({"columns": ("a", "a")}, "already has"),
     ],
 )

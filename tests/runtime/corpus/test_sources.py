@@ -88,6 +88,8 @@ def test_a_question_mark_is_part_of_a_local_name(tmp_path):
 
 
 def test_refused(folder):
+    with pytest.raises(SourceError, match="names no file"):
+        find_sources([])
     with pytest.raises(SourceError, match="no input file there"):
         find_sources([folder / "missing"])
     with pytest.raises(SourceError, match=r"unknown ending '.md'"):
