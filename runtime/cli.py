@@ -5,7 +5,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage. `--json` prints one object for mac
 
 import json
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -18,6 +20,8 @@ from flashvec.bench.cli import bench
 from flashvec.runtime import cli_corpus
 from flashvec.runtime.cli_serve import serve
 from flashvec.training.cli import evaluate_app, mine, pairs, sentences, train_app
+
+SPEAKS_FIRST_S = 3.0
 
 app = typer.Typer(
     name="flashvec",
@@ -190,6 +194,8 @@ cli_corpus.register(app)
 
 
 def _fail(message: str, status: int) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, which mostly fail alike, the first one speaks:
+        time.sleep(SPEAKS_FIRST_S)  # when it has failed the others are stopped here
     stderr.print(f"flashvec: {message}", highlight=False)
     sys.exit(status)
 

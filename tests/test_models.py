@@ -14,10 +14,11 @@ from tiny_models import tiny_checkpoint
 
 from flashvec import Encoder
 from flashvec.training.adapter import read_adapter
-from flashvec.training.config import ContrastiveConfig, DistillConfig, LoraConfig, build, read_config, read_values
+from flashvec.training.config import ContrastiveConfig, DistillConfig, LoraConfig, build, read_config
 from flashvec.training.data import text_hash
 from flashvec.training.lora import Lora
 from flashvec.training.recipe import MeanConfig
+from flashvec.training.settings import read_values
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "models" / "smollm2-135m"

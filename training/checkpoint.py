@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,16 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    output: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
+    output: Path,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
+    difference: Callable[[], str] = lambda: "settings",
 ) -> int:
     """Go on from the newest whole checkpoint: fills parameters and optimiser.
+
+    Args:
+        difference: says what is another where the fingerprint is.
 
     Returns:
         Steps already done; 0 where there is no checkpoint.
@@ -84,16 +91,20 @@ def load_checkpoint(
         ResumeError: it belongs to a run with other settings, or all are damaged.
     """
     found = checkpoints(output)
-    for folder in reversed(found):
+    for place, folder in reversed(list(enumerate(found))):
         try:
             state, tensors, moments = _read(folder)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
+            if not place:
+                which = f"all {len(found)} checkpoints are" if len(found) > 1 else "the only checkpoint is"
+                raise ResumeError(
+                    f"{which} damaged ({folder.name}: {error}): remove the folders {output}/{PREFIX}* to start again"
+                ) from None
             logger.warning("%s is damaged (%s); going back to the one before it", folder.name, error)
             continue
         if state["fingerprint"] != fingerprint:
             raise ResumeError(
-                f"{folder.name} was written with other settings (or other files): give the run another output, or the "
-                "settings it had"
+                f"{folder.name} was written with other {difference()}: give the run another output, or what it had"
             )
         if tensors.keys() != parameters.keys():
             raise ResumeError(f"{folder.name} holds other parameters: give the run another output")
@@ -102,8 +113,6 @@ def load_checkpoint(
                 x.copy_(tensors[name])
         _give_optimizer(parameters, optimizer, moments)
         return int(state["step"])
-    if found:
-        raise ResumeError(f"all {len(found)} checkpoints are damaged: remove them to start again")
     return 0
 
 

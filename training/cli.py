@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,14 @@ PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show all sett
 Processes = Annotated[
     int, typer.Option(min=1, help="That share each batch, as torchrun starts them: one for each GPU, or for each core.")
 ]
+Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")]
+Attention = Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")]
+Pooling = Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")]
+Layers = Annotated[int | None, typer.Option(help="Run the first layers only.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default bfloat16 where the processor has it.")
+]
 Backend = Annotated[str, typer.Option(help="flashvec, or hf: Hugging Face's own model, for any encoder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -32,17 +41,18 @@ def _train(
     from flashvec.training import config as configs
     from flashvec.training.loop import TrainingStopped
     from flashvec.training.run import run_training
+    from flashvec.training.settings import to_yaml
 
     cls: Any = getattr(configs, OBJECTIVES[objective])
     read = configs.read_config(cls, config, settings or ())
     if print_config:
-        print(configs.to_yaml(read), end="")
+        print(json.dumps(asdict(read)) if as_json else to_yaml(read).rstrip())
         return
     if processes > 1:
         from flashvec.training.launch import launch
 
         given = ["train", objective, *(["--json"] if as_json else []), "--", str(config), *(settings or ())]
-        raise typer.Exit(launch(processes, "flashvec.runtime.cli", given))
+        raise typer.Exit(launch(processes, "flashvec", given))
     try:
         last = run_training(read, show=False if as_json else None)
     except TrainingStopped as error:
@@ -137,14 +147,20 @@ def _open(model: str, backend: str, choices: dict[str, Any]) -> Any:
     return HfEncoder(model)
 
 
+def _dtype(encoder: Any) -> str:
+    """What the model ran in: scores move by some hundredths with it."""
+    return str(encoder.dtype).removeprefix("torch.")
+
+
 @evaluate_app.command()
 def sts(
-    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
+    model: Model,
     pairs: Annotated[Path, typer.Argument(help="Scored pairs: .csv, .tsv, .txt or .jsonl.", show_default=False)],
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
-    attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")] = None,
-    layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
+    adapter: Adapters = None,
+    attention: Attention = None,
+    pooling: Pooling = None,
+    layers: Layers = None,
+    dtype: Dtype = None,
     instruction: Annotated[str | None, typer.Option(help="Before each text, or around its {text}.")] = None,
     backend: Backend = "flashvec",
     as_json: Json = False,
@@ -157,26 +173,27 @@ def sts(
     from flashvec.training.scored_pairs import read_scored_pairs
 
     read = read_scored_pairs(pairs)
-    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
+    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers, "dtype": dtype}
     encoder = _open(model, backend, choices)
     found = sts_score(lambda texts: encoder.embed(list(texts), instruction=instruction), read)
     if as_json:
-        print(json.dumps({"model": model, "file": pairs.name, **found}))
+        print(json.dumps({"model": model, "file": pairs.name, "dtype": _dtype(encoder), **found}))
         return
     facts = f"Spearman {found['spearman']:.2f}, Pearson {found['pearson']:.2f}"
-    stdout.print(f"{pairs.name}: {facts} over {found['pairs']} pairs", highlight=False)
+    stdout.print(f"{pairs.name}: {facts} over {found['pairs']} pairs, in {_dtype(encoder)}", highlight=False)
 
 
 @evaluate_app.command()
 def retrieval(
-    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
+    model: Model,
     collection: Annotated[
         Path, typer.Argument(help="BEIR folder, or a SMART collection's folder or .ALL file.", show_default=False)
     ],
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
-    attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")] = None,
-    layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
+    adapter: Adapters = None,
+    attention: Attention = None,
+    pooling: Pooling = None,
+    layers: Layers = None,
+    dtype: Dtype = None,
     instruction: Annotated[
         str | None, typer.Option(help="Before each query; default the model's prompt for queries, as for documents.")
     ] = None,
@@ -195,7 +212,7 @@ def retrieval(
     from flashvec.training.retrieval import retrieval_score, search_prompts
 
     read = read_collection(collection)
-    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
+    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers, "dtype": dtype}
     encoder = _open(model, backend, choices)
 
     def embedder(**settings: Any) -> Any:
@@ -208,10 +225,10 @@ def retrieval(
         queries, documents = (embedder(normalize=False, **settings) for settings in own)
     found = retrieval_score(queries, documents, read, whitening=whiten)
     if as_json:
-        print(json.dumps({"model": model, "collection": collection.name, **found}))
+        print(json.dumps({"model": model, "collection": collection.name, "dtype": _dtype(encoder), **found}))
         return
     facts = f"nDCG@10 {found['ndcg@10']:.2f}, recall@100 {found['recall@100']:.2f}"
-    stdout.print(f"{collection.name}: {facts} over {found['queries']} queries", highlight=False)
+    stdout.print(f"{collection.name}: {facts} over {found['queries']} queries, in {_dtype(encoder)}", highlight=False)
 
 
 @evaluate_app.command()
@@ -226,9 +243,10 @@ def words(
     shift: Annotated[
         bool, typer.Option("--shift", help="Read a token's state one place to the left, for MNTP models.")
     ] = False,
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
-    attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
+    adapter: Adapters = None,
+    attention: Attention = None,
+    layers: Layers = None,
+    dtype: Dtype = None,
     seeds: Annotated[int, typer.Option(help="Probes to train; mean and deviation are shown.", min=1)] = 3,
     max_sentences: Annotated[int | None, typer.Option(help="Of each file, from its start.", min=2)] = None,
     backend: Backend = "flashvec",
@@ -242,13 +260,14 @@ def words(
     from flashvec.training.words import probe_words
 
     read = [read_tagged(path, task, column=column, max_sentences=max_sentences) for path in (train, dev)]
-    choices = {"adapters": adapter or (), "attention": attention, "layers": layers}
+    choices = {"adapters": adapter or (), "attention": attention, "layers": layers, "dtype": dtype}
     encoder = _open(model, backend, choices)
     found = probe_words(
         lambda lists: encoder.embed_words(lists, shift=int(shift)), *read, has_entities=task != "pos", seeds=seeds
     )
     if as_json:
-        print(json.dumps({"model": model, "task": task, "train": train.name, "dev": dev.name, **found}))
+        names = {"model": model, "task": task, "train": train.name, "dev": dev.name, "dtype": _dtype(encoder)}
+        print(json.dumps({**names, **found}))
         return
     spread = {
         name: f" ± {found[f'{name}_std']:.2f}" if seeds > 1 else "" for name in ("accuracy", "f1") if name in found
@@ -257,8 +276,8 @@ def words(
     if "f1" in found:
         kind = "chunks" if task == "chunk" else "entities"
         facts += f", F1 {found['f1']:.2f}{spread['f1']} of {found['entities']} {kind}"
-    plural = "seeds" if seeds > 1 else "seed"
-    stdout.print(f"{dev.name}, {task}: {facts} over {found['words']} words, {seeds} {plural}", highlight=False)
+    facts += f" over {found['words']} words, {seeds} {'seeds' if seeds > 1 else 'seed'}, in {_dtype(encoder)}"
+    stdout.print(f"{dev.name}, {task}: {facts}", highlight=False)
 
 
 @evaluate_app.command()
@@ -268,10 +287,11 @@ def mteb(
         list[str], typer.Option(help="Names of mteb's tasks, with commas or repeated.", show_default=False)
     ],
     instructions: Annotated[Path | None, typer.Option(help="JSON: a task's name and what stands before texts.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")] = None,
-    attention: Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")] = None,
-    layers: Annotated[int | None, typer.Option(help="Run the first layers only.")] = None,
+    adapter: Adapters = None,
+    attention: Attention = None,
+    pooling: Pooling = None,
+    layers: Layers = None,
+    dtype: Dtype = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for all that mteb measured.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -283,21 +303,21 @@ def mteb(
 
     found_tasks = find_tasks([name.strip() for part in tasks for name in part.split(",") if name.strip()])
     read = None if instructions is None else read_instructions(instructions)
-    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers}
+    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers, "dtype": dtype}
     encoder = _open(model, "flashvec", choices)
     result = evaluate_mteb(MtebEncoder(encoder, model, instructions=read), found_tasks, show_progress=not as_json)
     if out is not None:
         result.to_disk(out)
     scores = {task.task_name: round(100 * float(task.get_score()), 4) for task in result.task_results}
     if as_json:
-        print(json.dumps({"model": model, "scores": scores}))
+        print(json.dumps({"model": model, "dtype": _dtype(encoder), "scores": scores}))
         return
     for name, score in scores.items():
-        stdout.print(f"{name}: {score:.2f}", highlight=False)
+        stdout.print(f"{name}: {score:.2f}, in {_dtype(encoder)}", highlight=False)
 
 
 def mine(
-    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
+    model: Model,
     pairs: Annotated[Path, typer.Argument(help=".jsonl file of queries and positives.", show_default=False)],
     out: Annotated[Path, typer.Argument(help=".jsonl file to write.", show_default=False)],
     corpus: Annotated[Path | None, typer.Option(help="Texts to choose from; default the positives.")] = None,

@@ -10,23 +10,17 @@ A key on the command line overrides the file's: `lora.r=8`. Unknown keys, values
 are errors that name the key. The reference's own train_configs are recognised and translated (`reference_config.py`).
 """
 
-import json
-import math
-import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
-MAX_CONFIG_BYTES = 1 << 20
+from flashvec.training.settings import ConfigError, Places, build_tree, parse, read_values, set_value
+
 RATES = "0, or a rate from 1/256 to 255/256: dropout is drawn in steps of 1/256"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A training configuration that cannot be followed; names the key and the cure."""
 
 
 @dataclass(frozen=True)
@@ -169,147 +163,41 @@ def read_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     values = read_values(path)
     if is_reference(values):
         values = translate(values, cls.__name__, path.name)
+    given = {}
     for override in overrides:
-        key, found, text = override.partition("=")
-        if not found:
+        key, found, text = (part.strip() for part in override.partition("="))
+        if not found or not key:
             raise ConfigError(f"{override!r} is no override: write key=value, such as lora.r=8")
-        _set(values, key.strip(), _parse(text, f"override {key}"), override)
-    return build(cls, values, path.name)
+        set_value(values, key, parse(text, f"override {key}"), override)
+        given[key] = f"override {override}"
+    return build(cls, values, path.name, given)
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def build(
+    cls: type[T], values: Mapping[str, Any], where: str = "config", overrides: Mapping[str, str] | None = None
+) -> T:
     """Settings from plain values, checked.
+
+    Args:
+        where: what errors name, such as a file.
+        overrides: what they name instead for a key, and for all keys below it.
 
     Raises:
         ConfigError: an unknown or missing key, a wrong type, or a value out of range; all name the key.
     """
-    config: Any = _build(cls, values, where, "")
+    places = Places(where, overrides or {})
+    config: Any = build_tree(cls, values, places, "")
     if isinstance(config, TrainConfig):
-        _check(config, where)
+        _check(config, places)
         sts = None if config.sts is None else str(Path(config.sts).expanduser())
         config = replace(config, output=str(Path(config.output).expanduser()), sts=sts)
     return config
 
 
-def to_yaml(config: Any) -> str:
-    """The whole tree, as `--print-config` shows it and `read_config` takes it back."""
-    return _yaml().safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise ConfigError("YAML needs the package pyyaml: pip install 'flashvec[train]', or write JSON") from None
-    return yaml
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    """The keys and values of a .yaml, .yml or .json file, unchecked.
-
-    Raises:
-        ConfigError: names the file.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path.name}: {path.stat().st_size} bytes, more than a configuration can have")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path.name}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    if path.suffix == ".json":
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path.name}: not valid JSON ({error})") from None
-    elif path.suffix in (".yaml", ".yml"):
-        values = _parse(text, path.name)
-    else:
-        raise ConfigError(f"{path.name}: give a .yaml or .json file")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path.name}: expected keys and values")
-    return values
-
-
-def _parse(text: str, where: str) -> Any:
-    yaml = _yaml()
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
-
-
-def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{override!r}: {parent} holds {inner!r}, no keys")
-        values = inner
-    values[last] = value
-
-
-def _build(cls: type[Any], values: Any, where: str, prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} is {values!r}; expected keys and values")
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ConfigError(f"{where}: {prefix}{unknown[0]} is unknown; known are {', '.join(prefix + k for k in known)}")
-    made = {}
-    for name in known:
-        if name in values:
-            made[name] = _convert(hints[name], values[name], where, prefix + name)
-    try:
-        return cls(**made)
-    except TypeError as error:  # only a missing key is left
-        missing = ", ".join(part for part in str(error).split("'")[1::2])
-        raise ConfigError(f"{where}: {prefix}{missing} is missing") from None
-
-
-def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
-    """`value` as the hint wants it: whole numbers pass for floats, "1e-4" (no float in YAML) too, a str for a list."""
-    if is_dataclass(hint):
-        return _build(hint, value, where, key + ".")  # type: ignore[arg-type]
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = (h for h in get_args(hint) if h is not type(None))
-        return _convert(inner, value, where, key)
-    if origin is Literal:
-        if value in get_args(hint):
-            return value
-        raise ConfigError(f"{where}: {key} is {value!r}; one of {', '.join(map(str, get_args(hint)))}")
-    if origin is tuple:
-        items = [value] if isinstance(value, str | int | float) and not isinstance(value, bool) else value
-        if isinstance(items, list | tuple):
-            return tuple(_convert(get_args(hint)[0], item, where, f"{key}[{i}]") for i, item in enumerate(items))
-        raise ConfigError(f"{where}: {key} is {value!r}; expected a list")
-    if hint is float and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif type(value) is hint:
-        return value
-    raise ConfigError(f"{where}: {key} is {value!r}; expected {hint.__name__}")
-
-
 # --- ranges ---------------------------------------------------------------------------------------------------
 
 
-def _check(config: TrainConfig, where: str) -> None:
+def _check(config: TrainConfig, places: Places) -> None:
     lora, optimizer, loop = config.lora, config.optimizer, config.loop
     rules: list[tuple[str, Any, bool, str]] = [
         ("lora.r", lora.r, 1 <= lora.r <= 128, "1 to 128"),
@@ -381,7 +269,7 @@ def _check(config: TrainConfig, where: str) -> None:
         rules += _distill_rules(config)
     for key, value, holds, expected in rules:
         if not holds:
-            raise ConfigError(f"{where}: {key} is {value!r}; expected {expected}")
+            raise ConfigError(f"{places.of(key)}: {key} is {value!r}; expected {expected}")
 
 
 def _can_be_drawn(rate: float) -> bool:

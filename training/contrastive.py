@@ -5,6 +5,7 @@ packed stream. Two views of a text differ by what is dropped (attention probabil
 SimCSE), because their identities differ; or by which part of the text they see.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from flashvec.kernels.info_nce import info_nce
 from flashvec.runtime.batches import TokenRows
-from flashvec.training.config import ConfigError, ContrastiveConfig
+from flashvec.training.config import ContrastiveConfig
 from flashvec.training.data import (
     DataError,
     Pair,
@@ -31,7 +32,10 @@ from flashvec.training.encode import Rates, check_instructions, encode, own_pack
 from flashvec.training.model import Model
 from flashvec.training.overlap import WordOverlap, overlap_loss
 from flashvec.training.reference_config import E5_INSTRUCTIONS
+from flashvec.training.settings import ConfigError
 from flashvec.training.step import Retention, backward_through
+
+logger = logging.getLogger("flashvec")
 
 LEAST_CROP = 0.5  # share of a text that a crop keeps at least
 
@@ -224,8 +228,21 @@ def crop(rows: TokenRows, texts: np.ndarray, rng: np.random.Generator) -> TokenR
 
 def _as_pairs(config: ContrastiveConfig) -> list[Pair]:
     if config.pairs:
+        if config.e5_instructions:
+            _check_known(config)
         return read_pairs(config.pairs, E5_INSTRUCTIONS if config.e5_instructions else None)
     return [Pair(text, text) for text in read_texts(config.texts)]  # one source: files may be a folder's small parts
+
+
+def _check_known(config: ContrastiveConfig) -> None:
+    """Files under other names would be left without an instruction."""
+    files = text_files(config.pairs)
+    unknown = [path.name for path in files if path.stem not in E5_INSTRUCTIONS]
+    known = f"known by their names are {', '.join(E5_INSTRUCTIONS)}"
+    if len(unknown) == len(files):
+        raise ConfigError(f"e5_instructions has none for {', '.join(unknown)}: {known}")
+    if unknown:
+        logger.warning("e5_instructions has none for %s: %s", ", ".join(unknown), known)
 
 
 def _check_columns(gradient: Tensor, columns: Columns) -> None:

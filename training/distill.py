@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvec.training.config import ConfigError, DistillConfig
+from flashvec.training.config import DistillConfig
 from flashvec.training.data import SourceBatches, existing_files, read_texts, run_starts, text_files, text_hash
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, encode, own_packs, token_rows
 from flashvec.training.model import Model
+from flashvec.training.settings import ConfigError
 from flashvec.training.step import Retention, backward_through
 from flashvec.training.teacher import READ_TOGETHER, Teacher
 

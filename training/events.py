@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashvec.training.config import ConfigError
+from flashvec.training.settings import ConfigError
 
 FOLDER = "tensorboard"
 NO_CURVES = ("step", "seconds")

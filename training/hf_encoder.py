@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from flashvec.runtime.checkpoint.hf import read_json, read_object
+from flashvec.runtime.checkpoint.peft import CONFIG_FILE as ADAPTER_FILE
 from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, OLD_POOLING_KEYS, TRANSFORMER_FILE
 from flashvec.runtime.prepare import PLACEHOLDER, char_span_to_tokens
 
@@ -27,13 +28,16 @@ class HfEncoder:
         model: a local folder or a hub id; safetensors only, none of a repository's code is run.
 
     Raises:
-        ValueError: a sentence-transformers folder with more than a model and mean or cls pooling; names file and key.
+        ValueError: an adapter's folder, or a sentence-transformers folder with more than a model and mean or cls
+            pooling; names file and key.
     """
 
     def __init__(self, model: str) -> None:
         import transformers
 
         local: dict[str, Any] = {"local_files_only": True} if Path(model).exists() else {}
+        if (Path(model) / ADAPTER_FILE).is_file():
+            raise ValueError(f"{model} is an adapter, which backend hf does not merge: leave --backend out")
         folder, self.pooling, stated = _settings(model)
         local["subfolder"] = folder
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False, **local)
@@ -42,6 +46,11 @@ class HfEncoder:
         )
         self.model = loaded.eval()
         self.max_length = stated or min(self.tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and states."""
+        return torch.float32
 
     def embed(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
         """fp32 [n, d], not normalised, in input order.

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from flashvec.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from flashvec.training.config import ContrastiveConfig, OptimizerConfig, TrainConfig, read_config, to_yaml
+from flashvec.training.config import ContrastiveConfig, OptimizerConfig, TrainConfig, read_config
 from flashvec.training.distributed import World
 from flashvec.training.encode import run_rows
 from flashvec.training.evaluate import embed_with, sts_score
@@ -34,13 +35,14 @@ from flashvec.training.events import Events
 from flashvec.training.files import whole
 from flashvec.training.memory import used_bytes
 from flashvec.training.model import ENCODER_FOLDER, Model
-from flashvec.training.origin import SEEN_FILE, earlier_seen, fingerprint, write_seen
+from flashvec.training.origin import CONFIG_FILE, SEEN_FILE, difference, earlier_seen, fingerprint, write_seen
 from flashvec.training.progress import TrainingBar
 from flashvec.training.scored_pairs import read_scored_pairs
 from flashvec.training.sentences import text_hashes
+from flashvec.training.settings import to_yaml
 
 CHECK_EVERY = 100  # steps between two looks at whether all processes hold the same parameters
-LOG_FILE, CONFIG_FILE = "log.jsonl", "train.yaml"
+LOG_FILE = "log.jsonl"
 MASTERS_KEY = "model/"
 
 
@@ -135,7 +137,8 @@ class _Run:
         check_bidirectional(self.model)
         self.output.mkdir(parents=True, exist_ok=True)
         loop = self.config.loop
-        start = load_checkpoint(self.output, self.parameters, self.optimizer, self.fingerprint)
+        differs = partial(difference, self.config)
+        start = load_checkpoint(self.output, self.parameters, self.optimizer, self.fingerprint, differs)
         self.world.check_same(str(start), "go on from different checkpoints: their output must be one folder")
         self.model.trainable.give_values()
         if self.world.is_first:

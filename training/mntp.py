@@ -21,11 +21,12 @@ from flashvec.kernels.rms_norm import rms_norm
 from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.decoder import Stream
 from flashvec.runtime.tokenize import Tokenizer
-from flashvec.training.config import ConfigError, MntpConfig
+from flashvec.training.config import MntpConfig
 from flashvec.training.data import DataError, read_texts, rows_of_step
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, own_packs, run_rows
 from flashvec.training.model import Model
+from flashvec.training.settings import ConfigError
 
 UNCUT = 1 << 30  # tokens of a text before it is cut into blocks
 COMPAT_TEXTS = 1000  # the reference joins the tokens of so many texts and drops what fills no block

@@ -31,9 +31,10 @@ from flashvec.runtime.placement import choose_dtype
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.tokenize import Tokenizer
 from flashvec.training.adapter import POOLING_NAMES, base_part, read_adapter, write_adapter, write_surroundings
-from flashvec.training.config import ConfigError, TrainConfig
+from flashvec.training.config import TrainConfig
 from flashvec.training.distributed import World, own_device
 from flashvec.training.lora import Lora
+from flashvec.training.settings import ConfigError
 from flashvec.training.shards import Shards
 
 logger = logging.getLogger("flashvec")

@@ -9,18 +9,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flashvec.runtime.checkpoint.chain import adapter_chain
 from flashvec.runtime.checkpoint.open import resolve
 from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
-from flashvec.training.config import MntpConfig, TrainConfig
+from flashvec.training.config import MntpConfig, TrainConfig, read_config
 from flashvec.training.data import text_files
 from flashvec.training.files import whole
 from flashvec.training.model import ENCODER_FOLDER, states_rules, training_dtype
 
-SEEN_FILE = "seen.npy"
+SEEN_FILE, CONFIG_FILE = "seen.npy", "train.yaml"
 MODEL_FILES = (".json", ".safetensors", ".gguf", ".model")  # what is read of a model: weights, settings, tokenizer
 WHOLE_BYTES = 1 << 26
 HEAD_BYTES, BLOCKS, BLOCK_BYTES = 1 << 20, 256, 4096
@@ -38,6 +39,27 @@ def fingerprint(config: TrainConfig) -> str:
     Raises:
         CheckpointError, OSError: a model, an adapter or a file that is not there.
     """
+    digest = hashlib.sha256(json.dumps(_fixed(config), sort_keys=True).encode())
+    texts = text_files((*getattr(config, "texts", ()), *getattr(config, "pairs", ())))
+    for path in (*texts, *(file for place in _places(config) for file in _model_files(place))):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        digest.update(_content(path, is_text=path in texts))
+    return digest.hexdigest()
+
+
+def difference(config: TrainConfig) -> str:
+    """What is another than in the run whose settings lie in `config.output`, in words, for an error."""
+    try:
+        before = _flat(_fixed(read_config(type(config), Path(config.output) / CONFIG_FILE)))
+    except (OSError, ValueError):
+        return "settings (or files)"
+    now = _flat(_fixed(config))
+    changed = [f"{key} ({before.get(key)!r}, now {value!r})" for key, value in now.items() if before.get(key) != value]
+    return ", ".join(changed) or "contents of the files that it reads"
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    """The settings that must not change."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
     for key in FREE_LOOP:
         settings["loop"].pop(key)
@@ -45,12 +67,15 @@ def fingerprint(config: TrainConfig) -> str:
     if isinstance(config, MntpConfig) and not config.depths:
         settings.pop("depths")  # it came later: runs from before go on
     settings["dtype"] = str(training_dtype(config))  # one that is not set goes by the device
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    texts = text_files((*getattr(config, "texts", ()), *getattr(config, "pairs", ())))
-    for path in (*texts, *(file for place in _places(config) for file in _model_files(place))):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-        digest.update(_content(path, is_text=path in texts))
-    return digest.hexdigest()
+    return settings
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys with dots."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def _content(path: Path, is_text: bool) -> bytes:

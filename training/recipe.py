@@ -29,12 +29,13 @@ import numpy as np
 
 from flashvec.training.average import average_adapters
 from flashvec.training.cloze import cloze_pairs, paragraph_pairs
-from flashvec.training.config import ContrastiveConfig, DistillConfig, LoraConfig, build, read_config, read_values
+from flashvec.training.config import ContrastiveConfig, DistillConfig, LoraConfig, build, read_config
 from flashvec.training.data import DataError
 from flashvec.training.files import whole
 from flashvec.training.mine import write_pairs
 from flashvec.training.run import run_training
 from flashvec.training.sentences import training_lines, write_lines
+from flashvec.training.settings import read_values
 from flashvec.training.topics import pairs_by_topic
 
 TEXTS = "texts"  # the folder of what is trained on

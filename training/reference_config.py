@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from flashvec.training.config import ConfigError
+from flashvec.training.settings import ConfigError
 
 MARKS = ("model_name_or_path",)
 PASSED_OVER = {

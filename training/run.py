@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flashvec.training.config import ConfigError, ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig, to_yaml
+from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distill import Distill
 from flashvec.training.distributed import World, own_device
@@ -13,6 +13,7 @@ from flashvec.training.loop import Objective, finished, train
 from flashvec.training.mntp import Mntp
 from flashvec.training.model import Model, load_model
 from flashvec.training.origin import fingerprint
+from flashvec.training.settings import ConfigError, to_yaml
 
 OBJECTIVES: dict[type[TrainConfig], Callable[[Model, Any, World], Objective]] = {
     MntpConfig: Mntp,

@@ -43,10 +43,11 @@ from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.texts import TruncationWarning
 from flashvec.training.adapter import base_part
-from flashvec.training.config import ConfigError, DistillConfig
+from flashvec.training.config import DistillConfig
 from flashvec.training.data import DataError
 from flashvec.training.distributed import World
 from flashvec.training.model import Model
+from flashvec.training.settings import ConfigError
 
 FALLBACK_LAYERS = 2  # before the end, for a teacher that is told no layer
 SMOOTHING = 0.05  # of the mean variance: axes without any are not blown up

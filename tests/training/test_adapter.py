@@ -19,12 +19,13 @@ from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.decoder import Training
 from flashvec.runtime.encoder import Encoder
 from flashvec.training.adapter import read_adapter, write_adapter
-from flashvec.training.config import ConfigError, LoraConfig, MntpConfig, build
+from flashvec.training.config import LoraConfig, MntpConfig, build
 from flashvec.training.encode import run_rows, token_rows
 from flashvec.training.evaluate import embed_with
 from flashvec.training.lora import PRODUCTS, Lora
 from flashvec.training.model import load_model
 from flashvec.training.run import run_training
+from flashvec.training.settings import ConfigError
 
 CASES = {
     "all": {"r": 4, "alpha": 8.0},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from training_runs import config_for
 
 from flashvec.training import loop, run
 from flashvec.training.checkpoint import ResumeError, average_parameters, checkpoints, load_checkpoint, save_checkpoint
-from flashvec.training.config import to_yaml
 from flashvec.training.run import run_training
+from flashvec.training.settings import to_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +88,9 @@ def test_all_damaged_is_an_error_and_no_checkpoint_is_a_start(tmp_path):
         (folder / "state.json").write_text("half")
     with pytest.raises(ResumeError, match="all 2 checkpoints are damaged"):
         load_checkpoint(tmp_path, parameters, optimizer, "own")
+    shutil.rmtree(checkpoints(tmp_path)[0])
+    with pytest.raises(ResumeError, match=r"the only checkpoint is damaged \(checkpoint-00000002: "):
+        load_checkpoint(tmp_path, parameters, optimizer, "own")
 
 
 def test_other_settings_are_refused(tmp_path):
@@ -95,10 +99,10 @@ def test_other_settings_are_refused(tmp_path):
     with pytest.raises(ResumeError, match="other settings"):
         load_checkpoint(tmp_path, parameters, optimizer, "another")
     run_training(config_for("mntp", tmp_path, loop={"steps": 2}))
-    with pytest.raises(ResumeError, match="other settings"):
-        run_training(config_for("mntp", tmp_path, loop={"steps": 2}, mask_probability=0.5))
+    with pytest.raises(ResumeError, match=r"other loop\.steps \(2, now 3\), mask_probability \(0\.2, now 0\.5\): give"):
+        run_training(config_for("mntp", tmp_path, loop={"steps": 3}, mask_probability=0.5))
     (tmp_path / "texts.txt").write_text("another text of this run\n" * 9)
-    with pytest.raises(ResumeError, match="or other files"):
+    with pytest.raises(ResumeError, match="other contents of the files that it reads"):
         run_training(config_for("mntp", tmp_path, loop={"steps": 2}))
 
 
@@ -147,5 +151,5 @@ def test_a_run_that_has_ended_is_not_begun_again(tmp_path, monkeypatch):
     run_training(config_for("mntp", tmp_path, loop={"steps": 2}, lora={"saved_as": "bfloat16"}))
     assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 0.7 * whole
     (tmp_path / "texts.txt").write_text("another text\nand one more\n")
-    with pytest.raises(ResumeError, match="other files"):
+    with pytest.raises(ResumeError, match="other contents of the files"):
         run_training(config_for("mntp", tmp_path, loop={"steps": 2}, lora={"saved_as": "bfloat16"}))

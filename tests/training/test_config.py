@@ -3,8 +3,9 @@ import json
 import pytest
 import yaml
 
-from flashvec.training.config import ConfigError, ContrastiveConfig, MntpConfig, build, read_config, to_yaml
+from flashvec.training.config import ContrastiveConfig, MntpConfig, build, read_config
 from flashvec.training.reference_config import is_reference, translate
+from flashvec.training.settings import ConfigError, to_yaml
 
 LEAST = {"model": "base", "output": "out"}
 
@@ -74,9 +75,34 @@ def test_refuses_by_key(values, named):
 
 
 @pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("lora.r=500", r"^override lora\.r=500: lora\.r is 500; expected 1 to 128"),
+        ("lora={r: 500}", r"^override lora=\{r: 500\}: lora\.r is 500"),
+        ("lora.rank=4", r"^override lora\.rank=4: lora\.rank is unknown"),
+        ("texts=[1]", r"^override texts=\[1\]: texts\[0\] is 1; expected str"),
+        ("optimizer=adam", "^override optimizer=adam: optimizer is 'adam'; expected keys"),
+        ("texts=a.txt", r"^run\.yaml: max_length is 1; expected 2 or more"),
+        ("lora={r: 1, r: 2}", "^override lora: r is there twice"),
+        ("=5", "'=5' is no override"),
+        (" =5", "is no override"),
+    ],
+    ids=str,
+)
+def test_an_override_is_named_for_what_it_says(override, named, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: base\noutput: out\nmax_length: 1\n")
+    with pytest.raises(ConfigError, match=named):
+        read_config(MntpConfig, path, [override])
+
+
+@pytest.mark.parametrize(
     ("name", "text", "named"),
     [
         ("run.toml", "", "give a .yaml or .json file"),
+        ("run.yaml", "model: a\nlora:\n  r: 1\n  alpha: 2\n  r: 3\n", r"run\.yaml: r is there twice: keep one"),
+        ("run.yaml", "texts: [{a: 1, a: 2}]", "a is there twice"),
+        ("run.json", '{"model": "a", "model": "b"}', r"run\.json: model is there twice"),
         ("run.yaml", "a: [", "not valid YAML"),
         ("run.yaml", "- 1", "expected keys and values"),
         ("run.json", "{", "not valid JSON"),

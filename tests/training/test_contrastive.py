@@ -7,7 +7,6 @@ import torch
 from training_runs import config_for, write_pairs, write_texts
 
 from flashvec.runtime.batches import TokenRows
-from flashvec.training.config import ConfigError
 from flashvec.training.contrastive import Contrastive, cosent, crop, joined
 from flashvec.training.data import DataError
 from flashvec.training.distributed import World
@@ -15,6 +14,7 @@ from flashvec.training.encode import text_rows, token_rows
 from flashvec.training.model import load_model
 from flashvec.training.overlap import overlap_loss
 from flashvec.training.run import run_training
+from flashvec.training.settings import ConfigError
 
 
 def objective_for(tmp_path, **values):
@@ -150,7 +150,7 @@ def test_a_batch_of_one_score_has_nothing_to_rank_and_the_run_goes_on(tmp_path):
         Contrastive(objective.model, config, World())
 
 
-def test_instructions_of_the_references_data_sets_go_by_their_files(tmp_path):
+def test_instructions_of_the_references_data_sets_go_by_their_files(tmp_path, caplog):
     (tmp_path / "echo").mkdir()
     for name in ("quora_duplicates", "own"):
         write_pairs(tmp_path / "echo" / f"{name}.jsonl", count=8)
@@ -159,6 +159,9 @@ def test_instructions_of_the_references_data_sets_go_by_their_files(tmp_path):
     heads = {(pair.source, pair.instruction) for pair in known.pairs}
     assert (1, "Find questions that have the same meaning as the input question; ") in heads and (0, None) in heads
     assert len(heads) == 3 and {pair.instruction for pair in objective_for(tmp_path, **values).pairs} == {None}
+    assert "e5_instructions has none for own.jsonl: known by their names are allnli" in caplog.text
+    with pytest.raises(ConfigError, match=r"e5_instructions has none for own\.jsonl"):
+        objective_for(tmp_path, e5_instructions=True, pairs=[str(tmp_path / "echo" / "own.jsonl")])
 
 
 def test_crops_are_runs_of_the_text_and_keep_what_stands_around():

@@ -10,7 +10,6 @@ from training_runs import config_for
 from flashvec.runtime.encoder import Encoder
 from flashvec.training import teacher as teacher_module
 from flashvec.training.checkpoint import ResumeError
-from flashvec.training.config import ConfigError
 from flashvec.training.data import DataError
 from flashvec.training.distill import Distill, with_crops
 from flashvec.training.distributed import World
@@ -18,6 +17,7 @@ from flashvec.training.encode import encode, token_rows
 from flashvec.training.loop import TrainingStopped, train
 from flashvec.training.model import load_model
 from flashvec.training.run import run_training
+from flashvec.training.settings import ConfigError
 from flashvec.training.teacher import frozen_encoder
 
 TEXTS = ["a river", "two grey stones", "winter", "the lantern and the falcon"]

@@ -14,9 +14,9 @@ from gloo_worker import step_gradient
 from safetensors.torch import load_file
 from training_runs import config_for, write_pairs
 
-from flashvec.training.config import ConfigError
 from flashvec.training.distributed import World, own_device
 from flashvec.training.run import run_training
+from flashvec.training.settings import ConfigError
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

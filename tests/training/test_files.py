@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from flashvec.runtime.checkpoint.placing import naming
 from flashvec.runtime.cli import app
-from flashvec.training.config import ConfigError
 from flashvec.training.files import whole
 from flashvec.training.model import load_model
 from flashvec.training.run import run_training
 from flashvec.training.sentences import write_lines
+from flashvec.training.settings import ConfigError
 
 
 def test_a_file_or_folder_is_replaced_whole(tmp_path):

@@ -11,7 +11,7 @@ from training_runs import config_for, write_pairs
 from flashvec.runtime.encoder import Encoder
 from flashvec.training.adapter import read_adapter
 from flashvec.training.checkpoint import checkpoints
-from flashvec.training.config import ConfigError, OptimizerConfig
+from flashvec.training.config import OptimizerConfig
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distributed import World
 from flashvec.training.evaluate import embed_with, sts_score
@@ -23,6 +23,7 @@ from flashvec.training.model import load_model
 from flashvec.training.progress import TrainingBar
 from flashvec.training.run import run_training
 from flashvec.training.scored_pairs import read_scored_pairs
+from flashvec.training.settings import ConfigError
 
 OBJECTIVES = ["mntp", "contrastive", "distill"]
 

@@ -10,11 +10,11 @@ from training_runs import config_for, sentences
 from flashvec.runtime.checkpoint.export import convert
 from flashvec.runtime.checkpoint.open import Overrides
 from flashvec.runtime.tokenize import Tokenizer
-from flashvec.training.config import ConfigError
 from flashvec.training.data import DataError, rows_of_step
 from flashvec.training.distributed import World
 from flashvec.training.mntp import Blocks, Mntp, cut_blocks, mask_blocks, mask_token_id, maskable
 from flashvec.training.model import load_model
+from flashvec.training.settings import ConfigError
 
 SETTINGS = {"probability": 0.3, "mask_id": 7, "vocab_size": 420, "special_ids": (1,), "all_mask": False}
 

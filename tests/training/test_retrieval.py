@@ -114,6 +114,7 @@ def test_a_sentence_transformers_folder_is_run_as_it_says(mode, tmp_path):
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "cls.mean"),
         ("modules.json", [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}], "Dense in '2_Dense'"),
         ("modules.json", [{"type": "a.Transformer", "path": "../up"}], "Transformer in '../up'"),
+        ("adapter_config.json", {"peft_type": "LORA"}, "is an adapter, which backend hf does not merge: leave --back"),
         ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length is 0; expected a positive"),
     ],
 )

@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from flashvec.runtime.cli import app
 from flashvec.training.cli import evaluate_app, train_app
-from flashvec.training.config import MntpConfig, read_config, to_yaml
+from flashvec.training.config import MntpConfig, read_config
 from flashvec.training.progress import TrainingBar
+from flashvec.training.settings import to_yaml
 
 runner = CliRunner()
 
@@ -30,8 +31,11 @@ def test_trains_and_evaluates(objective, tmp_path):
     (tmp_path / "dev.tsv").write_text("score\tsentence1\tsentence2\n1\ta\tb\n3\tb\tc\n2\ta\ta\n")
     result = runner.invoke(app, ["evaluate", "sts", str(tmp_path / "out"), str(tmp_path / "dev.tsv"), "--json"])
     assert result.exit_code == 0 and json.loads(result.stdout)["pairs"] == 3
-    result = runner.invoke(app, ["evaluate", "sts", str(tmp_path / "out"), str(tmp_path / "dev.tsv")])
-    assert "Spearman" in result.stdout
+    scored = ["evaluate", "sts", str(tmp_path / "out"), str(tmp_path / "dev.tsv")]
+    result = runner.invoke(app, [*scored, "--dtype", "float32"])
+    assert "Spearman" in result.stdout and "over 3 pairs, in float32" in result.stdout
+    refused = runner.invoke(app, [*scored, "--dtype", "float16", "--backend", "hf"])
+    assert "backend hf runs a model as it is, without dtype" in str(refused.exception)
 
 
 def test_one_process_of_several_prints(tmp_path, monkeypatch):
@@ -41,7 +45,7 @@ def test_one_process_of_several_prints(tmp_path, monkeypatch):
     assert runner.invoke(app, ["train", "mntp", run, "--json"]).stdout == ""  # the run has ended, nothing is trained
 
 
-def test_processes_share_a_run(tmp_path, monkeypatch):
+def test_processes_share_a_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = written("mntp", tmp_path, loop={"steps": 1})
     assert runner.invoke(app, ["train", "mntp", run, "loop.steps=2", "--processes", "2"]).exit_code == 0
@@ -49,6 +53,7 @@ def test_processes_share_a_run(tmp_path, monkeypatch):
     assert json.loads(last)["step"] == 2
     failed = runner.invoke(app, ["train", "mntp", run, "texts=absent.txt", "output=x", "--processes", "2"])
     assert failed.exit_code == 1
+    assert capfd.readouterr().err.count("absent.txt") == 1  # both fail alike, the first one says it
 
 
 def test_prints_its_settings_and_does_nothing_else(tmp_path):
@@ -57,11 +62,16 @@ def test_prints_its_settings_and_does_nothing_else(tmp_path):
     assert read_config(MntpConfig, tmp_path / "printed.yaml").lora.r == 2
     assert yaml.safe_load(result.stdout)["optimizer"]["clip"] == 1.0
     assert not (tmp_path / "out").exists()
+    result = runner.invoke(train_app, ["mntp", written("mntp", tmp_path), "--print-config", "--json"])
+    (tmp_path / "printed.json").write_text(result.stdout)
+    assert json.loads(result.stdout)["lora"]["r"] == read_config(MntpConfig, tmp_path / "printed.json").lora.r
 
 
 def test_a_users_mistake_is_an_error_that_names_the_key(tmp_path):
     result = runner.invoke(app, ["train", "mntp", written("mntp", tmp_path), "lora.q=2"])
     assert result.exit_code == 1 and "lora.q is unknown" in str(result.exception)
+    result = runner.invoke(app, ["train", "mntp", str(tmp_path)])
+    assert "a folder; name a .yaml or .json file of settings" in str(result.exception)
     assert runner.invoke(evaluate_app, ["sts"]).exit_code == 2
 
 
