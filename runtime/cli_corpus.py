@@ -147,6 +147,8 @@ def embed(
         line = f"{counted(result.rows, 'vector')} in {counted(result.shards, 'shard')}, {result.bytes:,} bytes"
         line += f", {counted(result.errors, 'error')}, {counted(result.duplicates, 'duplicate')}"
         stdout.print(line, highlight=False)
+        if result.errors:
+            stderr.print(f"note: {counted(result.errors, 'row')} without a vector: _errors/ says which and why")
         if result.truncated:
             stderr.print(f"note: {result.truncated:,} texts were cut to max_length (--long chunk keeps all of them)")
         if result.changes is not None:
@@ -222,6 +224,10 @@ def search(
     if as_json:
         print(json.dumps([hit._asdict() for hit in hits]))
         return
+    if not hits:
+        stderr.print("note: the job has no vector, so nothing is near")
+    if any(hit.text is None for hit in hits):
+        stderr.print("note: texts are not shown where the input is gone or has changed since it was embedded")
     for hit in hits:
         place = f"{Path(hit.file).name}:{hit.row}" + ("" if hit.id is None else f" id {hit.id}")
         stdout.print(f"{hit.score:.4f}  {place}", highlight=False)

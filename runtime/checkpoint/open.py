@@ -49,10 +49,15 @@ def resolve(model: str | Path, revision: str | None = None, local_files_only: bo
     Raises:
         CheckpointError: neither exists; one line.
     """
-    path = Path(model).expanduser()
+    path, name = Path(model).expanduser(), str(model)
+    if not name:
+        raise CheckpointError("the model's name is empty: give a folder, a .gguf file or a hub id")
     if path.exists():
+        if revision is not None:
+            raise CheckpointError(
+                f"{name}: revision is {revision!r}, but this is a place on this machine, with no revisions"
+            )
         return path
-    name = str(model)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == ".gguf":
         raise CheckpointError(f"{name}: no such file or folder (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download

@@ -45,7 +45,9 @@ def target_folder(folder: str | Path, overwrite: bool, source: Path | None = Non
         raise ValueError(f"{folder}: is the model's own folder; write to another")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not overwrite:
-            raise ValueError(f"{folder}: exists and is not empty; choose another folder, or overwrite=True")
+            raise ValueError(
+                f"{folder}: exists and is not empty; choose another folder, or overwrite=True (--overwrite)"
+            )
         if not any((target / name).is_file() for name in ("config.json", SPEC_FILE)):
             raise ValueError(f"{folder}: is not a model folder, so it is not replaced; choose another")
     return target

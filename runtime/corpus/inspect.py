@@ -94,7 +94,7 @@ def check_unique_ids(settings: JobSettings, sources: Sequence[Source], spans: It
     import xxhash
 
     if settings.id_column is None:
-        raise ValueError("unique_ids needs id_column")
+        raise ValueError("unique_ids (--unique-ids) needs id_column (--id-column)")
     only_ids = replace(settings, columns=())
     hashes: list[np.ndarray] = []
     for file, start, stop in spans:

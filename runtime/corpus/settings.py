@@ -76,9 +76,11 @@ class JobSettings:
         if len(self.text_columns) > 1:
             names = " ".join("{" + name + "}" for name in self.text_columns)
             raise ValueError(f"text_columns names several: say how they are joined, as in text_template={names!r}")
-        taken = [name for name in self.columns if name in RESERVED or name == "id" or self.columns.count(name) > 1]
-        if taken:
-            raise ValueError(f"columns has {taken[0]!r}, which a part already has: rename it in the input, or leave it")
+        if twice := [name for name in self.columns if self.columns.count(name) > 1]:
+            raise ValueError(f"columns names {twice[0]!r} twice")
+        if taken := [name for name in self.columns if name in RESERVED or name == "id"]:
+            cure = "name it as id_column (--id-column)" if taken[0] == "id" else "rename it in the input, or leave it"
+            raise ValueError(f"columns has {taken[0]!r}, which a part has of its own: {cure}")
 
     def text_fields(self) -> tuple[str, ...]:
         """Columns that make a text; empty where the input decides."""

@@ -204,8 +204,8 @@ def too_many(found: Mapping[str, int], limit: int) -> str:
     """The message of `TooManyErrors`, with the reasons and how often each came."""
     listed = ", ".join(f"{code} {count}" for code, count in sorted(found.items()))
     return (
-        f"more than {limit} rows without a vector ({listed}), which is all that max_errors allows: mend the input, or "
-        "go on with a higher limit; finished shards are kept"
+        f"more than {limit} rows without a vector ({listed}), which is all that max_errors (--max-errors) "
+        f"allows: mend the input, or go on with a higher limit; finished shards are kept"
     )
 
 

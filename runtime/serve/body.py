@@ -112,10 +112,9 @@ def _refused(error: ValidationError, found: Any) -> Refused:
     param = str(first["loc"][0]) if first["loc"] else None
     if param == "input" and isinstance(found, dict):
         given = found.get("input")
-        items = given if isinstance(given, list) else [given]
         if given == []:
             message = "input is empty: send a text or a list of texts"
-        elif items and isinstance(items[0], int | list):
+        elif isinstance(given, list) and isinstance(given[0], int | list):
             message = "input holds token numbers: send texts (for LangChain: check_embedding_ctx_length=False)"
         else:
             message = "input must be a text or a list of texts"

@@ -239,6 +239,13 @@ def test_a_call_refuses_what_is_no_whole_number(folder, given):
     assert encoder.embed(["a"], truncate_dim=np.int64(8)).shape == (1, 8)
 
 
+def test_a_folder_has_no_revision_and_a_model_has_a_name(folder):
+    with pytest.raises(CheckpointError, match="revision is 'main', but this is a place on this machine"):
+        Encoder.load(folder, revision="main")
+    with pytest.raises(CheckpointError, match="the model's name is empty"):
+        Encoder.load("")
+
+
 def test_a_hub_id_without_network_is_one_line():
     with pytest.raises(CheckpointError, match="nobody/nothing: no such folder here, and the hub could not") as error:
         Encoder.load("nobody/nothing", local_files_only=True)

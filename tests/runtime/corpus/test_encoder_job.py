@@ -95,6 +95,18 @@ def test_command_line(texts_file, model, encoder, tmp_path):
     assert "'body' is missing; columns are id, text" in str(missing.exception)
 
 
+def test_what_is_not_there_is_said(texts_file, model, tmp_path):
+    texts_file.write_text('{"id": "a", "text": "A river."}\n{"id": "b", "text": ""}\n')
+    job = ["embed", texts_file, "--model", model, "--id-column", "id", "--out"]
+    done = run(*job, tmp_path / "out")
+    assert done.exit_code == 0 and "note: 1 row without a vector: _errors/ says which and why" in done.stderr
+    assert "texts are not shown" not in run("search", tmp_path / "out", "river").stderr
+    texts_file.write_text('{"id": "b", "text": ""}\n')
+    assert "note: texts are not shown where the input is gone" in run("search", tmp_path / "out", "river").stderr
+    assert run(*job, tmp_path / "none").exit_code == 0
+    assert "the job has no vector" in run("search", tmp_path / "none", "river").stderr
+
+
 def test_a_worker_for_each_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert cli_corpus.devices_of("cpu") == ["cpu"] and cli_corpus.devices_of("cuda:1") == ["cuda:1"]

@@ -69,7 +69,7 @@ def test_no_space(texts_file, tmp_path, monkeypatch):
     [
         ({"dims": 17}, "dims is 17, the model's vectors have 16"),
         ({"precision": "binary", "dims": 9}, "9 is no multiple of 8"),
-        ({"unique_ids": True}, "unique_ids needs id_column"),
+        ({"unique_ids": True}, r"unique_ids \(--unique-ids\) needs id_column"),
         ({"max_errors": -2}, "max_errors is -2"),
     ],
 )

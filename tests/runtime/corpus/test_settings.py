@@ -15,10 +15,11 @@ from flashvec.runtime.corpus.settings import JobSettings, settings_from_dict
         ({"text_template": "no column"}, "names no column"),
         ({"text_template": "{title} {body"}, "a brace that belongs to no column"),
         ({"text_columns": ("a", "b")}, r"text_template='\{a\} \{b\}'"),
-        ({"columns": ("vector",)}, "already has"),
+        ({"columns": ("vector",)}, "has of its own"),
         ({"columns": "id"}, r"give a tuple of names: \('id',\)"),
         ({"text_columns": "text"}, r"give a tuple of names: \('text',\)"),
-        ({"columns": ("a", "a")}, "already has"),
+        ({"columns": ("a", "a")}, "names 'a' twice"),
+        ({"columns": ("id",)}, "name it as id_column"),
     ],
 )
 def test_refused(values, named):

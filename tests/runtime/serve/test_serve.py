@@ -250,6 +250,7 @@ BODIES = {
     "no model": (b'{"input": "x"}', 400, "model"),
     "no input": (b'{"model": "tiny"}', 400, "input"),
     "no texts": (b'{"model": "tiny", "input": []}', 400, "input is empty"),
+    "a number": (b'{"model": "tiny", "input": 5}', 400, "input must be a text or a list of texts"),
     "token numbers": (b'{"model": "tiny", "input": [1, 2]}', 400, "token numbers"),
     "mixed": (b'{"model": "tiny", "input": ["x", null]}', 400, "a text or a list of texts"),
     "too many texts": (json.dumps({"model": "tiny", "input": ["x"] * 51}).encode(), 400, "51 texts, at most 50"),
