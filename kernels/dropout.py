@@ -192,6 +192,22 @@ def drop_cpu(x: Tensor, draws: Tensor, threshold: int, out: Tensor | None = None
     return out
 
 
+def dropped_copy_cpu(x: Tensor, draws: Tensor, threshold: int) -> Tensor:
+    """`drop_cpu` into a copy that says itself what was dropped: +0 is there alone, a zero that stays is -0."""
+    words = x.view(draws.dtype)
+    sign = torch.iinfo(words.dtype).min
+    own = torch.sub(words, 1).bitwise_and_(sign).bitwise_or_(words)  # of all words without a sign 0 alone takes one
+    return drop_cpu(own, draws, threshold, out=own).view(x.dtype)
+
+
+def drop_as_cpu(x: Tensor, copy: Tensor) -> Tensor:
+    """`x`, in place, with zeros where those of a `dropped_copy_cpu` of the same shape and dtype are."""
+    words = copy.view(_WORD_OF_SIZE[copy.dtype.itemsize])
+    kept = (words >> 8 * words.itemsize - 1).bitwise_xor_(words)  # positive, but for 0 (and a NaN of all ones)
+    torch.ops.aten.threshold_backward.grad_input(x.view(words.dtype), kept, 0, grad_input=x.view(words.dtype))
+    return x
+
+
 def _draw_cpu(a: Tensor, b: Tensor, golden: Tensor, x: Tensor, work: Tensor) -> None:
     """`_mix_reference` of every draw of a row, in place."""
     torch.add(a, golden, out=x)

@@ -15,18 +15,25 @@ altogether, for a second copy of every weight or weights stored with room behind
 
 Source: Hu et al. 2021. PEFT draws a mask for each projection; one for their common input keeps each projection's
 distribution, and costs a draw instead of three. Masks are `dropout.py`'s, keyed by sequence identity and position:
-packing does not change them and backward draws them again.
+packing does not change them. Backward draws them again on a GPU; on a CPU, where drawing costs more than all else that
+a dropout does, the graph keeps the dropped input instead of the input, and reads the mask from it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation
-from flashvec.kernels.dropout import Dropout, draws_cpu, drop_cpu, fold_reference, keep_reference
+from flashvec.kernels.dropout import (
+    Dropout,
+    draws_cpu,
+    drop_as_cpu,
+    dropped_copy_cpu,
+    fold_reference,
+    keep_reference,
+)
 from flashvec.kernels.low_rank import MAX_PROJECTIONS, expand, reduce, row_keys, shrink
 from flashvec.kernels.precision import widen
 
@@ -77,47 +84,18 @@ _lora_keys = define_op(
 # --- the processor -----------------------------------------------------------------------------------
 
 
-def _shrink_cpu(x: Tensor, a: Tensor, factors: Sequence[float], keys: Tensor | None, threshold: int) -> Tensor:
-    T, (P, R, _) = x.shape[0], a.shape
-    h = x.new_empty(T, P * R)
-    for rows in _chunks(T):
-        dropped = x[rows]
-        if keys is not None:
-            dropped = _dropping(keys[:, rows], dropped, threshold)(dropped)
-        torch.mm(dropped, a.flatten(0, 1).T, out=h[rows])
-    h = h.view(T, P, R)
-    for p, factor in enumerate(factors):
-        h[:, p] *= factor
-    return h
+def _dropped(x: Tensor, keys: Tensor, threshold: int) -> Tensor:
+    """A copy of x with zeros where it is dropped; on a CPU `_drop_as` sees in it what was."""
+    if x.device.type == "cpu":
+        return dropped_copy_cpu(x, draws_cpu((keys[0], keys[1]), x.shape[1], x.dtype), threshold)
+    return x * keep_reference((keys[0], keys[1]), x.shape[1], threshold)  # a GPU without Triton
 
 
-def _dropping(keys: Tensor, like: Tensor, threshold: int) -> Callable[..., Tensor]:
-    """A function that zeroes what is dropped in rows like these; a GPU without Triton takes this path too."""
-    if like.device.type == "cpu":
-        draws = draws_cpu((keys[0], keys[1]), like.shape[1], like.dtype)
-        return partial(drop_cpu, draws=draws, threshold=threshold)
-    kept = keep_reference((keys[0], keys[1]), like.shape[1], threshold)
-    return partial(torch.mul, kept)
-
-
-def _input_gradients_cpu(
-    x: Tensor, a: Tensor, g: Tensor, keys: Tensor | None, threshold: int, wants_dx: bool
-) -> tuple[Tensor, Tensor]:
-    """The update's share of x's gradient, and A's gradient in fp32: one draw of the mask serves both."""
-    (_, P, R), C = g.shape, x.shape[1]
-    a, g = a.flatten(0, 1), g.flatten(1)
-    dx = x.new_empty(x.shape if wants_dx else 0)
-    if keys is None:
-        if wants_dx:
-            torch.mm(g, a, out=dx)
-        return dx, _sum_cpu(g, x).view(P, R, C)
-    da = x.new_zeros(P * R, C, dtype=torch.float32)
-    for rows in _chunks(len(x)):
-        drop = _dropping(keys[:, rows], x[rows], threshold)
-        if wants_dx:
-            drop(torch.mm(g[rows], a, out=dx[rows]), out=dx[rows])
-        da += g[rows].T @ drop(x[rows])
-    return dx, da.view(P, R, C)
+def _drop_as(dx: Tensor, dropped: Tensor, keys: Tensor, threshold: int) -> Tensor:
+    """Zero in a gradient, in place, what was dropped."""
+    if dx.device.type == "cpu":
+        return drop_as_cpu(dx, dropped)
+    return dx.mul_(keep_reference((keys[0], keys[1]), dx.shape[1], threshold))
 
 
 def _sum_cpu(h: Tensor, x: Tensor) -> Tensor:
@@ -148,21 +126,26 @@ def _forward(
     scales: Sequence[float],
     keys: Tensor | None,
     threshold: int,
-) -> tuple[Tensor, Tensor]:
-    """y [T, N] and scaled h = drop(x) Aᵀ [T, P, R], which backward needs."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [T, N], and what backward needs: scaled h = drop(x) Aᵀ [T, P, R], and drop(x), which Triton's makes again."""
     a, b = a.to(x.dtype), b.to(x.dtype)
     factors = [scale * 256 / (256 - threshold) for scale in scales]
+    dropped = x.new_empty(0)
     if implementation(x) == "triton":
         h = shrink(x, a, splits, factors, keys, threshold)
         y = expand(h, b, splits, bias, None, 0)
     else:
-        h = _shrink_cpu(x, a, factors, keys, threshold)
+        if keys is not None:
+            dropped = _dropped(x, keys, threshold)
+        h = torch.mm(x if keys is None else dropped, a.flatten(0, 1).T).unflatten(1, a.shape[:2])
+        for p, factor in enumerate(factors):
+            h[:, p] *= factor
         y = x.new_empty(x.shape[0], weight.shape[0])
         for p, (y_p, b_p) in enumerate(zip(y.split(list(splits), 1), b.split(list(splits)), strict=True)):
             torch.mm(h[:, p], b_p.T, out=y_p)
         if bias is not None:
             y += bias
-    return y.addmm_(x, weight.T), h
+    return y.addmm_(x, weight.T), h, dropped
 
 
 def _backward(
@@ -178,7 +161,10 @@ def _backward(
     threshold: int,
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, A and B; an empty tensor for each that is not wanted."""
+    """Gradients of x, A and B; an empty tensor for each that is not wanted.
+
+    `x` is the forward's `dropped` where there is one.
+    """
     a_half, b_half = a.to(x.dtype), b.to(x.dtype)
     factors = [scale * 256 / (256 - threshold) for scale in scales]
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
@@ -195,9 +181,12 @@ def _backward(
     if wants[0] or wants[1]:
         parts = zip(dys, b_half.split(list(splits)), factors, strict=True)
         g = torch.stack([(dy_p @ b_p).mul_(factor) for dy_p, b_p, factor in parts], 1)
-        dx, da_sum = _input_gradients_cpu(x, a_half, g, keys, threshold, wants[0])
-        da = da_sum.to(a.dtype)
+        if wants[1]:
+            da = _sum_cpu(g.flatten(1), x).view(a.shape).to(a.dtype)
         if wants[0]:
+            dx = torch.mm(g.flatten(1), a_half.flatten(0, 1))
+            if keys is not None:
+                _drop_as(dx, x, keys, threshold)
             dx.addmm_(dy, weight)
     if wants[2]:
         db = torch.cat([_sum_cpu(h[:, p], dy_p) for p, dy_p in enumerate(dys)], 1).T.to(b.dtype).contiguous()
@@ -206,10 +195,11 @@ def _backward(
 
 def _setup_context(ctx, inputs, output):
     x, weight, _, a, b, ctx.splits, ctx.scales, keys, ctx.threshold = inputs
-    ctx.save_for_backward(x, weight, a, b, output[1], keys)
+    _, h, dropped = output
+    ctx.save_for_backward(x if keys is None or implementation(x) == "triton" else dropped, weight, a, b, h, keys)
 
 
-def _autograd(ctx, dy, _):
+def _autograd(ctx, dy, *_):
     x, weight, a, b, h, keys = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wants = [needs[0], needs[3], needs[4]]
@@ -228,11 +218,12 @@ _lora_bwd = define_op(
     ),
 )
 _lora = define_op(
-    f"lora(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, {_SHARED}) -> (Tensor, Tensor)",
+    f"lora(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, {_SHARED}) -> (Tensor, Tensor, Tensor)",
     _forward,
     lambda x, weight, bias, a, b, splits, scales, keys, threshold: (
         x.new_empty(x.shape[0], weight.shape[0]),
         x.new_empty(x.shape[0], *a.shape[:2]),
+        x.new_empty(0 if keys is None or implementation(x) == "triton" else x.shape),
     ),
     setup_context=_setup_context,
     backward=_autograd,

@@ -6,7 +6,17 @@ import torch
 from flashvec.kernels import dropout
 from flashvec.kernels.attention import attention_reference
 from flashvec.kernels.backend import launch, tl, triton
-from flashvec.kernels.dropout import Dropout, draws_cpu, drop_cpu, fold, fold_reference, keep, keep_reference
+from flashvec.kernels.dropout import (
+    Dropout,
+    draws_cpu,
+    drop_as_cpu,
+    drop_cpu,
+    dropped_copy_cpu,
+    fold,
+    fold_reference,
+    keep,
+    keep_reference,
+)
 from flashvec.kernels.schedule import build_schedule
 
 
@@ -133,3 +143,20 @@ def test_processor_drops_what_the_reference_drops(shape, dtype, monkeypatch):
         in_place = x.clone()
         drop_cpu(in_place, draws, threshold, out=in_place)
         assert torch.equal(in_place, torch.where(kept, x, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threshold", [1, 128, 255])
+def test_a_dropped_copy_says_what_was_dropped(threshold, dtype):
+    """Zeros that stay, of either sign, are none that were dropped; nor are the least and the largest numbers."""
+    key = fold_reference(Dropout(0.5, seed=7).key(), torch.arange(40, dtype=torch.int32))
+    limits = torch.finfo(dtype)
+    values = torch.tensor([0.0, -0.0, limits.smallest_normal, -limits.smallest_normal, limits.max, limits.min, 1, -1])
+    x = torch.cat([values.to(dtype).repeat(40, 10), torch.randn(40, 20).to(dtype)], 1)
+    x[:, 5] = torch.tensor(1, dtype={2: torch.int16, 4: torch.int32}[dtype.itemsize]).view(dtype)  # the least of all
+    kept = keep_reference(key, 100, threshold)
+    copy = dropped_copy_cpu(x, draws_cpu(key, 100, dtype), threshold)
+    assert torch.equal(copy, torch.where(kept, x, 0))
+    gradient = torch.randn(40, 100).to(dtype)
+    want = torch.where(kept, gradient, 0)
+    assert torch.equal(drop_as_cpu(gradient, copy), want) and torch.equal(gradient, want)

@@ -89,16 +89,19 @@ def test_gradients_are_summed_over_blocks_of_rows(device, interpreted, monkeypat
 
 def test_a_gpu_without_triton_takes_the_processors_path(monkeypatch):
     """On the meta device: whatever is made there must lie on the inputs' device."""
-    x, a, g, keys = (torch.empty(*shape, device="meta") for shape in ((9, 20), (1, 4, 20), (9, 1, 4), (2, 9)))
-    h = lora_module._shrink_cpu(x, a, [1.0], keys.int(), 64)
-    dx, da = lora_module._input_gradients_cpu(x, a, g, keys.int(), 64, True)
-    assert h.shape == (9, 1, 4) and dx.shape == x.shape and da.shape == a.shape
     x, keys = torch.randn(9, 200), torch.randint(-(2**31), 2**31, (2, 9)).int()
-    on_processor = lora_module._dropping(keys, x, 64)(x)
+    on_processor = lora_module._dropped(x, keys, 64)
     assert torch.equal(on_processor, x * keep_reference((keys[0], keys[1]), 200, 64)) and (on_processor == 0).any()
-    monkeypatch.setattr(lora_module, "draws_cpu", None)  # another device's mask must not be the processor's
-    elsewhere = lora_module._dropping(keys.to("meta"), x.to("meta"), 64)
-    assert elsewhere(x.to("meta"), out=x.to("meta")).shape == x.shape
+    gradient = torch.randn(9, 200)
+    assert torch.equal(lora_module._drop_as(gradient.clone(), on_processor, keys, 64), gradient * (on_processor != 0))
+    for name in ("draws_cpu", "dropped_copy_cpu", "drop_as_cpu"):  # another device's mask must not be the processor's
+        monkeypatch.setattr(lora_module, name, None)
+    meta, keys = x.to("meta"), keys.to("meta")
+    assert lora_module._drop_as(meta, lora_module._dropped(meta, keys, 64), keys, 64).shape == x.shape
+    a, b, weight = (torch.empty(*shape, device="meta") for shape in ((1, 4, 200), (30, 4), (30, 200)))
+    _, h, dropped = lora_module._forward(meta, weight, None, a, b, [30], [1.0], keys, 64)
+    grads = lora_module._backward(meta[:, :30], dropped, weight, a, b, h, [30], [1.0], keys, 64, [True] * 3)
+    assert h.shape == (9, 1, 4) and [grad.shape for grad in grads] == [x.shape, a.shape, b.shape]
 
 
 def test_masters_in_fp32_get_their_gradients_in_fp32():
