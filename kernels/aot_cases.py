@@ -224,7 +224,7 @@ def _lora(T: int, C: int, splits: list[int], R: int, dropped: bool) -> None:
     a, b = (meta(*shape, dtype=torch.float32) for shape in [(len(splits), R, C), (sum(splits), R)])
     keys = meta(2, T, dtype=torch.int32) if dropped else None
     threshold, scales = 13 if dropped else 0, [2.0] * len(splits)
-    y, h = lora._forward(x, weight, None, a, b, splits, scales, keys, threshold)
+    y, h, _ = lora._forward(x, weight, None, a, b, splits, scales, keys, threshold)
     lora._backward(y, x, weight, a, b, h, splits, scales, keys, threshold, [True, True, True])
 
 
