@@ -52,7 +52,7 @@ class Batcher:
         embed: vectors [n, d] of texts, cut to some dimensions where that is not None; called in one thread of its own.
         batch_tokens: of one round, and at least one text.
         max_waiting_tokens: beyond which a request is turned away; a single one is taken whatever its size.
-        max_waiting_s: likewise, by how fast the last rounds were.
+        max_waiting_s: likewise, by how fast the last full rounds were.
         on_round: told after each round.
     """
 
@@ -93,7 +93,12 @@ class Batcher:
         self.waiting.append(request)
         self.waiting_tokens += tokens
         self.work.set()
-        return await request.done
+        try:
+            return await request.done
+        finally:
+            if request in self.waiting:  # the client has gone: others must not be turned away for its texts
+                self.waiting.remove(request)
+                self.waiting_tokens -= int(request.counts[request.taken :].sum())
 
     async def close(self) -> None:
         """Stop; requests that still wait are cancelled."""
@@ -161,8 +166,9 @@ class Batcher:
         seconds = time.perf_counter() - started
         texts = sum(piece.stop - piece.start for _, piece in pieces)
         tokens = sum(int(request.counts[piece].sum()) for request, piece in pieces)
-        rate = tokens / max(seconds, 1e-9)
-        self.tokens_per_s = rate if not self.tokens_per_s else 0.8 * self.tokens_per_s + 0.2 * rate
+        if 2 * tokens >= self.batch_tokens:  # where requests wait rounds are full; a small one's time is overhead
+            rate = tokens / max(seconds, 1e-9)
+            self.tokens_per_s = rate if not self.tokens_per_s else 0.8 * self.tokens_per_s + 0.2 * rate
         at = 0
         for request, piece in pieces:
             count = piece.stop - piece.start

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,27 @@ class Refused(Exception):
         return JSONResponse(body, self.status, headers)
 
 
+def _texts(given: Any) -> Any:
+    """A text or some texts as they are. Pydantic's own check of a list keeps an error for each wrong one of millions."""
+    if isinstance(given, str) or (isinstance(given, list) and given and all(isinstance(text, str) for text in given)):
+        return given
+    raise ValueError("no text and no list of texts")
+
+
 class Wanted(BaseModel):
     """The body of POST /v1/embeddings."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
     model: str
-    input: str | Annotated[list[str], Field(min_length=1)]
+    input: Annotated[Any, PlainValidator(_texts)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(gt=0)] | None = None
 
     @property
     def texts(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else self.input
+        texts: list[str] = [self.input] if isinstance(self.input, str) else self.input
+        return texts
 
 
 async def read(request: Request, limits: Limits) -> Wanted:

@@ -109,12 +109,24 @@ def test_what_nobody_waits_for_is_not_embedded():
         left = asyncio.create_task(ask(batcher, "2"))
         await asyncio.sleep(0)
         left.cancel()
+        await asyncio.sleep(0)
+        assert batcher.waiting_tokens == 0  # at once: others could be turned away for it
         last = await ask(batcher, "3")
         assert batcher.waiting_tokens == 0
         return await first, last
 
     _, model = run(scenario)
     assert model.rounds == [["1", "1", "1"], ["3"]]
+
+
+def test_small_rounds_say_nothing_of_the_speed():
+    async def scenario(batcher):
+        await ask(batcher, "1")
+        assert batcher.tokens_per_s == 0
+        await ask(batcher, "1", "2", "3")
+        assert batcher.tokens_per_s > 0
+
+    run(scenario)
 
 
 def test_what_would_wait_too_long_is_turned_away_once_the_speed_is_known():

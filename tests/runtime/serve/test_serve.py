@@ -12,12 +12,13 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from pydantic import ValidationError
 from tiny_models import TEXTS, tiny_checkpoint
 
 from flashvec import Encoder
 from flashvec.runtime.serve import app as app_module
 from flashvec.runtime.serve.app import create_app
-from flashvec.runtime.serve.body import Limits
+from flashvec.runtime.serve.body import Limits, Wanted
 from flashvec.runtime.serve.listen import bound_socket
 
 KEY = "a key"
@@ -269,6 +270,13 @@ BODIES = {
 def test_a_bad_body_is_refused_in_words(client, name):
     content, status, message = BODIES[name]
     assert message in refused(client.post("/v1/embeddings", content=content), status)
+
+
+def test_a_list_of_numbers_is_one_error():
+    """One for each would be gigabytes, of a body of some megabytes."""
+    with pytest.raises(ValidationError) as error:
+        Wanted.model_validate({"model": "tiny", "input": [1] * 1000})
+    assert error.value.error_count() == 1
 
 
 def test_no_message_repeats_what_was_sent(client):
