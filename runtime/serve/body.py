@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 def _texts(given: Any) -> Any:
-    """A text or some texts as they are. Pydantic's own check of a list keeps an error for each wrong one of millions."""
+    """A text or some texts as they are. Pydantic's own check keeps an error for each wrong one of millions."""
     if isinstance(given, str) or (isinstance(given, list) and given and all(isinstance(text, str) for text in given)):
         return given
     raise ValueError("no text and no list of texts")
