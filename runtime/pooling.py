@@ -211,8 +211,9 @@ def quantize(x: np.ndarray, precision: str, ranges: tuple[Sequence[float], Seque
 
     Args:
         x: fp32 [n, d].
-        precision: one of `PRECISIONS`. int8 and uint8 spread each dimension's range over 256 steps; binary keeps
-            signs, eight to a byte (d a multiple of 8), offset by -128 to int8; ubinary leaves the bytes as they are.
+        precision: one of `PRECISIONS`. int8 and uint8 spread each dimension's range over 255 steps, of which the
+            lower end counts, int8 from -128 on; binary keeps signs, eight to a byte (d a multiple of 8), offset by -128
+            to int8; ubinary leaves the bytes as they are.
         ranges: per dimension minimum and maximum, for int8 and uint8, as wide as the vectors.
 
     Returns:
@@ -239,6 +240,6 @@ def quantize(x: np.ndarray, precision: str, ranges: tuple[Sequence[float], Seque
         low, high = (np.asarray(r, dtype=np.float32) for r in ranges)
         if len(low) != x.shape[1]:
             raise ValueError(f"the value ranges are of {len(low)} dimensions, the vectors have {x.shape[1]}")
-        steps = np.clip((x - low) / np.maximum(high - low, 1e-12) * 255, 0, 255)
+        steps = np.floor(np.clip((x - low) / np.maximum(high - low, 1e-12) * 255, 0, 255))
         return steps.astype(np.uint8) if precision == "uint8" else (steps - 128).astype(np.int8)
     raise ValueError(f"precision is {precision!r}, known are {', '.join(PRECISIONS)}")

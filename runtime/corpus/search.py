@@ -176,7 +176,7 @@ def comparable(block: np.ndarray, plan: Plan) -> np.ndarray:
     if plan.settings.precision == "int8":
         assert plan.int8_ranges is not None
         low, high = (np.array(r, np.float32)[: plan.dim] for r in plan.int8_ranges)
-        values = (values + 128) / 255 * (high - low) + low
+        values = (values + 128.5) / 255 * (high - low) + low  # the middle of a step, of which the lower end was kept
     return _unit(values)
 
 
