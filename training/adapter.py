@@ -114,6 +114,8 @@ def read_adapter(folder: Path, lora: Lora, base: str = "") -> None:
                     )
                 with torch.no_grad():
                     x.copy_(source.read(key))
+                if not bool(x.isfinite().all()):
+                    raise CheckpointError(f"{folder.name}/{WEIGHTS_FILE}: {key} holds a number that is not finite")
         if stored:
             raise CheckpointError(f"{folder.name}/{WEIGHTS_FILE}: {sorted(stored)[0]} fits nowhere in the base")
     finally:

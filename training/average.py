@@ -104,6 +104,9 @@ def _updates(folder: Path) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
                 if partner not in keys:
                     raise CheckpointError(f"{folder.name}/{WEIGHTS_FILE}: {key} has no partner {partner}")
                 a, b = source.read(key).float(), source.read(partner).float()
+                for own, x in ((key, a), (partner, b)):
+                    if not bool(x.isfinite().all()):
+                        raise CheckpointError(f"{folder.name}/{WEIGHTS_FILE}: {own} holds a number that is not finite")
                 root = math.sqrt(len(a)) if config.get("use_rslora") else len(a)
                 module = found["module"].removeprefix("base_model.model.").removeprefix("model.")
                 yield module, (a, b * (float(config.get("lora_alpha", 8)) / root))

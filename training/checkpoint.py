@@ -25,6 +25,7 @@ from flashvec.training.files import whole
 
 PREFIX = "checkpoint-"
 STATE_FILE = "state.json"
+DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what reading a damaged checkpoint raises
 TENSOR_FILES = ("parameters.safetensors", "optimizer.safetensors")
 
 logger = logging.getLogger("flashvec")
@@ -94,7 +95,7 @@ def load_checkpoint(
     for place, folder in reversed(list(enumerate(found))):
         try:
             state, tensors, moments = _read(folder)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except DAMAGE as error:
             if not place:
                 which = f"all {len(found)} checkpoints are" if len(found) > 1 else "the only checkpoint is"
                 raise ResumeError(
@@ -124,7 +125,7 @@ def average_parameters(output: Path, parameters: Mapping[str, Tensor], count: in
             break
         try:
             found.append(_read(folder)[1])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except DAMAGE as error:
             logger.warning("%s is damaged (%s) and is left out of the mean", folder.name, error)
     with torch.no_grad():
         for name, x in parameters.items():

@@ -13,6 +13,7 @@ from rich.console import Console
 train_app = typer.Typer(help="Train an encoder: mntp, contrastive, distill; average.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Measure an encoder on files.", no_args_is_help=True)
 stdout = Console(markup=False, emoji=False, soft_wrap=True)  # names of files stay whole
+stderr = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
 
 Config = Annotated[Path, typer.Argument(help="YAML or JSON file of settings.", show_default=False)]
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, over the file's; lora.r=8", show_default=False)]
@@ -40,6 +41,7 @@ def _train(
 ) -> None:
     from flashvec.training import config as configs
     from flashvec.training.loop import TrainingStopped
+    from flashvec.training.model import ENCODER_FOLDER
     from flashvec.training.run import run_training
     from flashvec.training.settings import to_yaml
 
@@ -59,10 +61,12 @@ def _train(
         raise ValueError(str(error)) from error
     if os.environ.get("RANK", "0") != "0":  # torchrun's: one process of several speaks
         return
+    made = str(Path(read.output) / ENCODER_FOLDER) if read.train == "body" else read.output
     if as_json:
-        print(json.dumps({"output": read.output, **last}))
-    elif last:
-        stdout.print(f"step {last['step']}, loss {last['loss']:.4f}: {read.output}", highlight=False)
+        print(json.dumps({"output": made, **last}))
+    else:
+        done = f"step {last['step']}, loss {last['loss']:.4f}" if last else "all steps had been done"
+        stdout.print(f"{done}: {made}", highlight=False)
 
 
 @train_app.command()
@@ -339,6 +343,8 @@ def mine(
     from flashvec.training.mine import write_pairs
 
     check_file_or_absent(out, [pairs] if corpus is None else [pairs, corpus])
+    if out.suffix != ".jsonl":
+        raise ValueError(f"{out}: what is written are JSON lines: name a .jsonl file")
     read = read_pairs([str(pairs)])
     texts = [] if corpus is None else read_texts([str(corpus)], "corpus")
     encoder = Encoder.load(model)
@@ -358,6 +364,8 @@ def mine(
         print(json.dumps({"out": str(out), **counts}))
         return
     stdout.print(f"{out}: {counts['negatives']} negatives for {counts['pairs']} pairs", highlight=False)
+    if not counts["negatives"]:
+        stderr.print("note: no candidate was far enough from the answers: see --share, --margin and --skip")
 
 
 def sentences(

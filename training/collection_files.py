@@ -8,6 +8,7 @@ SMART's   CISI, Medline, Cranfield, CACM and their like as they are handed round
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def _read_judgements(path: Path) -> Relevance:
         if not line.strip() or (number == 1 and parts[0].strip().lower() in HEADERS):
             continue
         try:
-            query, document, score = parts[0], parts[-2], float(parts[-1])
+            query, document, score = parts[0], parts[-2], _finite(parts[-1])
         except (IndexError, ValueError):
             raise DataError(f"{path.name} line {number}: expected query, document and score") from None
         relevance.setdefault(query, {})[document] = score
@@ -175,11 +176,17 @@ def _smart_judgements(path: Path) -> Relevance:
     for number, parts in rows:
         query, document = _number(parts[0]), _number(parts[2 if is_trec else 1])
         try:
-            is_relevant = float(parts[-1]) > 0 if is_trec or len(parts) == 3 else True
+            is_relevant = _finite(parts[-1]) > 0 if is_trec or len(parts) == 3 else True
         except ValueError:
             raise DataError(f"{path.name} line {number}: {parts[-1]!r} is no grade") from None
         relevance.setdefault(query, {})[document] = float(is_relevant)
     return relevance
+
+
+def _finite(value: str) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(value)
+    return number
 
 
 def _number(name: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from flashvec.training.settings import ConfigError, Places, build_tree, parse, read_values, set_value
+from flashvec.training.settings import ConfigError, Places, build_tree, parse_for, read_values, set_value
 
 RATES = "0, or a rate from 1/256 to 255/256: dropout is drawn in steps of 1/256"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -152,7 +152,7 @@ def read_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     Args:
         cls: `MntpConfig`, `ContrastiveConfig` or `DistillConfig`.
         path: .yaml, .yml or .json.
-        overrides: `key=value`, a nested key with dots, the value in YAML (or JSON).
+        overrides: `key=value`, a nested key with dots, the value in YAML (or JSON); a text as it stands.
 
     Raises:
         ConfigError: names file and key.
@@ -165,10 +165,11 @@ def read_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
         values = translate(values, cls.__name__, path.name)
     given = {}
     for override in overrides:
-        key, found, text = (part.strip() for part in override.partition("="))
+        key, found, text = override.partition("=")
+        key = key.strip()
         if not found or not key:
             raise ConfigError(f"{override!r} is no override: write key=value, such as lora.r=8")
-        set_value(values, key, parse(text, f"override {key}"), override)
+        set_value(values, key, parse_for(cls, key, text, f"override {key}"), override)
         given[key] = f"override {override}"
     return build(cls, values, path.name, given)
 
@@ -200,6 +201,8 @@ def build(
 def _check(config: TrainConfig, places: Places) -> None:
     lora, optimizer, loop = config.lora, config.optimizer, config.loop
     rules: list[tuple[str, Any, bool, str]] = [
+        ("model", config.model, bool(config.model), "a folder, a .gguf file or a hub id"),
+        ("output", config.output, bool(config.output), "a folder"),
         ("lora.r", lora.r, 1 <= lora.r <= 128, "1 to 128"),
         ("lora.alpha", lora.alpha, lora.alpha > 0, "a positive number"),
         ("lora.dropout", lora.dropout, _can_be_drawn(lora.dropout), RATES),

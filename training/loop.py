@@ -5,6 +5,7 @@ killed goes on from its last checkpoint and, on a CPU, ends with the bits of one
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
 from flashvec.runtime.checkpoint.placing import naming
+from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
 from flashvec.training.checkpoint import (
     average_parameters,
     checkpoints,
@@ -40,6 +42,8 @@ from flashvec.training.progress import TrainingBar
 from flashvec.training.scored_pairs import read_scored_pairs
 from flashvec.training.sentences import text_hashes
 from flashvec.training.settings import to_yaml
+
+logger = logging.getLogger("flashvec")
 
 CHECK_EVERY = 100  # steps between two looks at whether all processes hold the same parameters
 LOG_FILE = "log.jsonl"
@@ -81,8 +85,7 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
     """The last line of the log, where a run with these very settings and files has ended; else None."""
     output = Path(config.output)
     try:
-        left = [output / WEIGHTS_FILE, output / ENCODER_FOLDER]
-        if not (output / SEEN_FILE).is_file() or not any(path.exists() for path in left):  # the first is written last
+        if not (output / SEEN_FILE).is_file() or not _is_whole(output, config.train):  # the first is written last
             return None
         if replace(read_config(type(config), output / CONFIG_FILE), device=None) != replace(config, device=None):
             return None
@@ -93,6 +96,20 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
         return last
     except (OSError, ValueError, KeyError, IndexError):
         return None  # not whole: training finds out what is missing
+
+
+def _is_whole(output: Path, kind: str) -> bool:
+    """Is there what a run leaves, its weights as long as they say they are.
+
+    Raises:
+        CheckpointError: damaged weights.
+    """
+    names = ("adapter_config.json", "tokenizer.json") if kind == "lora" else ("config.json", "tokenizer.json")
+    folder = output if kind == "lora" else output / ENCODER_FOLDER
+    weights = [folder / WEIGHTS_FILE] if kind == "lora" else list(folder.glob("*.safetensors"))
+    for path in weights:
+        SafetensorsSource.from_file(path).close()
+    return bool(weights) and all((folder / name).is_file() for name in names)
 
 
 def train(
@@ -111,7 +128,17 @@ def train(
         TrainingStopped: a loss or gradient that is not finite, attention that is causal, a parameter that a step
             leaves as it was.
     """
+    _check_schedule(config, world)
     return _Run(config, objective, world).run(show, until)
+
+
+def _check_schedule(config: TrainConfig, world: World) -> None:
+    """Say where the schedule's end and the run's have nothing to do with each other."""
+    optimizer, steps = config.optimizer, config.loop.steps
+    if world.is_first and optimizer.warmup_steps >= steps:
+        logger.warning("optimizer.warmup_steps is %d of %d steps: the rate only rises", optimizer.warmup_steps, steps)
+    if world.is_first and optimizer.schedule != "constant" and (optimizer.decay_steps or steps) < steps:
+        logger.warning("optimizer.decay_steps is %d: the steps after it run at rate 0", optimizer.decay_steps)
 
 
 class _Run:

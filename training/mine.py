@@ -6,6 +6,7 @@ positive's cosine, or within `margin` of it.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,7 +51,7 @@ def mine(
         raise ValueError(f"num_negatives is {num_negatives} and skip {skip}; expected at least 1, and 0")
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"share is {share}, expected a number up to 1")
-    if margin is not None and margin < 0:
+    if margin is not None and not 0 <= margin < math.inf:
         raise ValueError(f"margin is {margin}, expected at least 0")
     if scored := [pair for pair in pairs if pair.score is not None]:
         raise ValueError(f"{scored[0].where or 'pairs'}: a pair with a score; mine for matches alone")

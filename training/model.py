@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.backend import has_hardware_bf16
-from flashvec.runtime.checkpoint.chain import adapter_chain
+from flashvec.runtime.checkpoint.chain import adapter_below, adapter_chain
 from flashvec.runtime.checkpoint.hf import read_config, read_object
 from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE, first_base, llm2vec_spec, mntp_name
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
@@ -255,6 +255,11 @@ def _check_named(config: TrainConfig, is_adapter: bool) -> None:
         named = {base_part(stated, folder), mntp_name(base_part(above, Path()))}
         if base_part(below, Path()) in named or (below == config.model and "" in named):
             continue
+        if below == config.model and not is_adapter and (missing := adapter_below(folder)) is not None:
+            raise ConfigError(
+                f"adapters: {above} was trained on top of the adapter {stated}, which would be left out: "
+                f"adapters=[{missing}, {above}], or model={above} alone"
+            )
         if below == config.model and not is_adapter:  # a base may have been stored under another name
             logger.warning("adapters: %s was trained on %r: is %s that model?", above, stated, below)
         else:

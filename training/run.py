@@ -11,9 +11,11 @@ from flashvec.training.distill import Distill
 from flashvec.training.distributed import World, own_device
 from flashvec.training.loop import Objective, finished, train
 from flashvec.training.mntp import Mntp
-from flashvec.training.model import Model, load_model
-from flashvec.training.origin import fingerprint
+from flashvec.training.model import ENCODER_FOLDER, Model, load_model
+from flashvec.training.origin import CONFIG_FILE, fingerprint
 from flashvec.training.settings import ConfigError, to_yaml
+
+MODEL_MARKS = ("config.json", "adapter_config.json", "modules.json")  # of which a model's folder has one
 
 OBJECTIVES: dict[type[TrainConfig], Callable[[Model, Any, World], Objective]] = {
     MntpConfig: Mntp,
@@ -31,7 +33,8 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
         until: stop after this many steps, with a checkpoint.
 
     Returns:
-        The last line of the log. `config.output` holds what `Encoder.load` opens.
+        The last line of the log. `config.output` holds what `Encoder.load` opens; with `train: body` its folder
+        `encoder` does.
 
     Raises:
         ConfigError, DataError, CheckpointError, ResumeError: settings and files; name the key, or the file and line.
@@ -56,11 +59,19 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
 
 
 def _check_output(config: TrainConfig) -> None:
-    """What is trained must not be written over what it is trained from."""
+    """What is trained must not be written over what it is trained from, nor over any other model."""
     output = Path(config.output).resolve()
-    for name, given in [("model", config.model), *(("adapters", adapter) for adapter in config.adapters)]:
-        if Path(given).resolve() == output:
+    written = (output, output / ENCODER_FOLDER) if config.train == "body" else (output,)
+    named = [("model", config.model), ("lora.start", config.lora.start)]
+    named += [("adapters", adapter) for adapter in config.adapters]
+    named += [("teachers", teacher) for teacher in getattr(config, "teachers", ())]
+    for name, given in named:
+        if given is not None and Path(given).expanduser().resolve() in written:
             raise ConfigError(f"output is {config.output!r}, which {name} names too: name another folder to write")
+    if not (output / CONFIG_FILE).is_file():  # a run's own folder has it from its first step on
+        found = [name for name in MODEL_MARKS if (output / name).is_file()]
+        if found:
+            raise ConfigError(f"output is {config.output!r}, a folder that holds a model ({found[0]}): name a new one")
 
 
 def _check_data(config: TrainConfig) -> None:

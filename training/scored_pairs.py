@@ -4,7 +4,7 @@
        or parted by commas under a header as below
 .txt   SICK's: a header that names sentence_A, sentence_B and relatedness_score
 .tsv   a header that names score, sentence1 and sentence2
-.jsonl objects with sentence1, sentence2 and score
+.jsonl objects with sentence1, sentence2 and score, or under the names that `data.py` has for the two
 """
 
 import csv
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashvec.training.data import DataError
+from flashvec.training.data import POSITIVE_KEYS, QUERY_KEYS, DataError
 
 STSB_COLUMNS = 7
 HEADERS = (("sentence_A", "sentence_B", "relatedness_score"), ("sentence1", "sentence2", "score"))
@@ -108,18 +108,28 @@ def _places(header: list[str]) -> list[int] | None:
 def _comma_rows(text: str, places: list[int], name: str) -> Iterator[ScoredRow]:
     """Rows parted by commas; a text in quotes may hold commas and line ends."""
     rows, first = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    width = 0  # of the header, which comes first
     try:
-        for number, row in enumerate(rows):
-            if row and number:
+        for row in rows:
+            if width and row and len(row) != width:
+                raise DataError(
+                    f"{name} line {first}: {len(row)} columns, the header has {width}: a text that holds commas stands "
+                    "in quotes"
+                )
+            if width and row:
                 yield _row(first, [row[place] for place in places])
+            width = width or len(row)
             first = rows.line_num + 1
+    except DataError:
+        raise
     except (csv.Error, ValueError, IndexError):
         raise DataError(f"{name} line {first}: expected two texts and a score, parted by commas") from None
 
 
 def _json_row(line: str) -> tuple[str, str, float]:
     values = json.loads(line)
-    left, right = values["sentence1"], values["sentence2"]
+    given = [[values[key] for key in keys if key in values] for keys in (QUERY_KEYS, POSITIVE_KEYS)]
+    (left,), (right,) = given
     if not isinstance(left, str) or not isinstance(right, str):
         raise TypeError("no text")
     return left, right, values["score"]
@@ -130,10 +140,19 @@ def _table_row(numbered: list[tuple[int, str]], name: str) -> Callable[[str], tu
     header = numbered[0][1].split("\t")
     if places := _places(header):
         del numbered[0]
-        return lambda line: tuple(line.split("\t")[place] for place in places)  # type: ignore[return-value]
+        return lambda line: _cells(line, len(header), places)
     if len(header) < STSB_COLUMNS:
         raise DataError(
             f"{name} line 1: {len(header)} columns parted by tabs, and no header with {', '.join(HEADERS[1])}, "
             "by tabs or commas"
         )
     return lambda line: (line.split("\t")[5], line.split("\t")[6], line.split("\t")[4])
+
+
+def _cells(line: str, width: int, places: list[int]) -> tuple[str, str, str]:
+    """Two texts and a score. A line of more columns than the header would be read shifted."""
+    cells = line.split("\t")
+    if len(cells) != width:
+        raise ValueError("columns that the header does not name")
+    left, right, score = (cells[place] for place in places)
+    return left, right, score

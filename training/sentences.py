@@ -78,7 +78,7 @@ def training_lines(
     for index in chosen.tolist():
         if left == 0:
             break
-        kept[index] = list(_unseen(_joined(paragraphs[index], passages, rng), seen))[:left]
+        kept[index] = list(_joined(list(_unseen(paragraphs[index], seen)), passages, rng))[:left]
         left = None if left is None else left - len(kept[index])
     return [line for index in sorted(kept) for line in kept[index]]
 

@@ -84,6 +84,17 @@ def read_values(path: Path) -> dict[str, Any]:
     return values
 
 
+def parse_for(cls: type[Any], key: str, text: str, where: str) -> Any:
+    """What an override says: of a setting that is a text this as it stands, in quotes or not; of others its YAML."""
+    hint: Any = cls
+    for part in key.split("."):
+        hint = get_type_hints(hint).get(part) if is_dataclass(hint) else None
+    optional = hint == str | None
+    if (hint is not str and not optional) or text.strip()[:1] in ("'", '"'):
+        return parse(text, where)
+    return None if optional and text.strip() in ("", "~", "null") else text
+
+
 def parse(text: str, where: str) -> Any:
     yaml = _yaml()
     try:

@@ -35,6 +35,15 @@ def adapter_chain(folder: Path, local_files_only: bool = False) -> tuple[Path, l
     return folder, adapters
 
 
+def adapter_below(folder: Path) -> Path | None:
+    """The adapter that this one was trained on top of, where it says so and that lies on this machine."""
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    stated = read_adapter_config(folder).get("base_model_name_or_path")
+    place = _local(stated, folder) if isinstance(stated, str) and stated else None
+    return place if place is not None and (place / CONFIG_FILE).is_file() and not _has_weights(place) else None
+
+
 def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
 

@@ -92,6 +92,7 @@ def open_checkpoint(
     extra = [resolve(adapter, None, local_files_only) for adapter in adapters]
     checkpoint, merged = _open(path, overrides, extra, local_files_only)
     _merge(checkpoint, extra[merged:])
+    checkpoint.notices += _missing_notices(path, extra)
     if overrides.compat is not None and checkpoint.spec.compat != overrides.compat:
         if checkpoint.spec.layout != "llm2vec":
             raise ValueError(
@@ -147,6 +148,21 @@ def _merge(checkpoint: Checkpoint, adapters: list[Path]) -> None:
             checkpoint.tokenizer = Tokenizer.from_folder(adapter)
     if adapters:  # int8 ranges were measured without them
         checkpoint.spec = replace(checkpoint.spec, int8_ranges=None)
+
+
+def _missing_notices(path: Path, extra: list[Path]) -> list[str]:
+    """Adapters that were trained on top of another one which is not merged in below them."""
+    from flashvec.runtime.checkpoint.chain import MAX_CHAIN, adapter_below
+
+    below, found = [path], []
+    while extra and len(below) <= MAX_CHAIN and (under := adapter_below(path)) is not None:
+        below.append(path := under)
+    for adapter in extra:
+        under = adapter_below(adapter)
+        if under is not None and not any(under.samefile(place) for place in below):
+            found.append(f"{adapter.name} was trained on the adapter {under.name}, which is not merged in below it")
+        below.append(adapter)
+    return found
 
 
 def _base_notice(base: Path, chain: list[Path]) -> list[str]:

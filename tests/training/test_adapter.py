@@ -10,7 +10,7 @@ import torch
 import transformers
 from family_models import models
 from gguf_samples import write_quantised
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import PROJECTIONS, tiny_adapter, tiny_checkpoint, tiny_model
 from training_runs import config_for, sentences, tiny_base, write_texts
 
@@ -19,6 +19,7 @@ from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.decoder import Training
 from flashvec.runtime.encoder import Encoder
 from flashvec.training.adapter import read_adapter, write_adapter
+from flashvec.training.average import average_adapters
 from flashvec.training.config import LoraConfig, MntpConfig, build
 from flashvec.training.encode import run_rows, token_rows
 from flashvec.training.evaluate import embed_with
@@ -170,6 +171,18 @@ def test_refuses_to_go_on_from_another_adapter(config, named, tmp_path):
         loaded(tmp_path, {**config, "start": str(tmp_path / "theirs")})
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_refuses_to_go_on_from_numbers_that_are_none(part, tmp_path):
+    tiny_adapter(tiny_model(None, num_hidden_layers=2), tmp_path / "theirs", r=4, lora_alpha=8)
+    tensors = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    next(x for name, x in sorted(tensors.items()) if part in name).view(-1)[0] = torch.nan
+    save_file(tensors, tmp_path / "theirs" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{part}.* holds a number that is not finite"):
+        loaded(tmp_path, {"r": 4, "alpha": 8.0, "start": str(tmp_path / "theirs")})
+    with pytest.raises(CheckpointError, match=f"{part}.* holds a number that is not finite"):
+        average_adapters([tmp_path / "theirs"] * 2, tmp_path / "mean")
+
+
 def test_chain_of_two_trained_folders(tmp_path, monkeypatch):
     """MNTP first, then contrastive on it: the second folder leads to the first, and that to the base."""
     for name in ("elsewhere/work", "elsewhere/base", "elsewhere/mntp"):  # what ../base is from another folder
@@ -216,6 +229,15 @@ def test_an_adapter_that_nothing_would_name_is_refused(tmp_path, caplog):
         load_model(
             config_for("contrastive", tmp_path, model=str(tmp_path / "below"), adapters=[str(tmp_path / "second")])
         )
+    write_adapter(tmp_path / "second", lora, "../below")
+    with pytest.raises(ConfigError, match=r"second was trained on top of the adapter .*below, which would be left out"):
+        load_model(config_for("contrastive", tmp_path, adapters=[str(tmp_path / "second")]))
+    with caplog.at_level("WARNING", logger="flashvec"):
+        Encoder.load(tmp_path / "base", adapters=[tmp_path / "below", tmp_path / "second"])
+        Encoder.load(tmp_path / "below", adapters=[tmp_path / "second"])
+    assert "which is not merged in below it" not in caplog.text
+    Encoder.load(tmp_path / "base", adapters=[tmp_path / "second"])
+    assert "second was trained on the adapter below, which is not merged in below it" in caplog.text
     write_adapter(tmp_path / "second", lora, "owner/other")
     with caplog.at_level("WARNING", logger="flashvec"):
         load_model(config_for("contrastive", tmp_path, adapters=[str(tmp_path / "second")]))

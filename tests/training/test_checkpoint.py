@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(file, damage, tm
     else:
         path.write_bytes(data[:-7] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
         if file == "state.json" and damage == "changed":
-            path.write_text("{}")
+            path.write_text('{"step": 2, "digests": null}')
     parameters, optimizer = small_state(9.0)
     assert load_checkpoint(tmp_path, parameters, optimizer, "own") == 1
     assert "checkpoint-00000002 is damaged" in caplog.text
@@ -146,6 +146,10 @@ def test_a_run_that_has_ended_is_not_begun_again(tmp_path, monkeypatch):
             (tmp_path / "out" / name).unlink()
             assert loop.finished(config) is None, name
             (tmp_path / "out" / name).write_bytes(kept)
+        weights = tmp_path / "out" / "adapter_model.safetensors"
+        weights.write_bytes((kept := weights.read_bytes())[:100])
+        assert loop.finished(config) is None
+        weights.write_bytes(kept)
         assert loop.finished(config) == last == loop.finished(replace(config, device="cpu"))
         assert loop.finished(config_for("mntp", tmp_path, loop={"steps": 4})) is None
     run_training(config_for("mntp", tmp_path, loop={"steps": 2}, lora={"saved_as": "bfloat16"}))

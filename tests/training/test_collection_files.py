@@ -60,6 +60,8 @@ def test_relevant_documents_that_are_not_there_are_told(tmp_path, caplog):
         ("queries.jsonl", "{", "queries.jsonl line 1: expected a JSON object"),
         ("corpus.jsonl", '{"text": "x"}\n', "corpus.jsonl line 1: _id is missing"),
         ("qrels/test.tsv", "q1\td1\tmuch\n", "test.tsv line 1: expected query, document and score"),
+        ("qrels/test.tsv", "q1\td1\tnan\n", "test.tsv line 1: expected query, document and score"),
+        ("qrels/test.tsv", "q1\td1\t1e999\n", "test.tsv line 1: expected query, document and score"),
         ("qrels/test.tsv", "q9\td1\t1\n", "1 queries that are not there, q9"),
         ("qrels/test.tsv", "q1\td1\t0\n", "no query has a relevant document"),
         ("qrels/test.tsv", "q1\td9\t1\n", "1 of 1 relevant documents are not there, 'd9' among them: are the judge"),

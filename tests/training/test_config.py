@@ -30,6 +30,8 @@ def test_file_overrides_and_printed_settings_agree(tmp_path):
         ({**LEAST, "learning_rate": 1}, "learning_rate is unknown; known are model"),
         ({**LEAST, "lora": {"rank": 4}}, r"lora\.rank is unknown; known are lora\.r"),
         ({**LEAST, "lora": 4}, "lora is 4; expected keys"),
+        ({**LEAST, "output": ""}, "output is ''; expected a folder"),
+        ({**LEAST, "model": ""}, "model is ''; expected a folder, a .gguf file or a hub id"),
         ({**LEAST, "lora": {"r": "four"}}, r"lora\.r is 'four'; expected int"),
         ({**LEAST, "lora": {"r": 4.5}}, r"lora\.r is 4\.5; expected int"),
         ({**LEAST, "lora": {"r": True}}, r"lora\.r is True; expected int"),
@@ -94,6 +96,25 @@ def test_an_override_is_named_for_what_it_says(override, named, tmp_path):
     path.write_text("model: base\noutput: out\nmax_length: 1\n")
     with pytest.raises(ConfigError, match=named):
         read_config(MntpConfig, path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Given a query, ", "Given a query, "),
+        ("Query #1: x", "Query #1: x"),
+        ("Say: ", "Say: "),
+        ("yes", "yes"),
+        ("2024-01-01", "2024-01-01"),
+        ("'Query: '", "Query: "),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_a_text_is_taken_as_it_stands(text, value, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(LEAST))
+    read = read_config(ContrastiveConfig, tmp_path / "run.json", [f"instruction={text}", "output=123"])
+    assert read.instruction == value and read.output == "123"
 
 
 @pytest.mark.parametrize(

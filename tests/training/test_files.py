@@ -59,7 +59,20 @@ def test_a_run_is_not_written_over_its_model(tmp_path):
         run_training(replace(config, output=config.model))
     with pytest.raises(ConfigError, match="which adapters names too"):
         run_training(replace(config, adapters=(config.output,)))
+    with pytest.raises(ConfigError, match=r"which lora\.start names too"):
+        run_training(replace(config, lora=replace(config.lora, start=config.output)))
+    distilled = config_for("distill", tmp_path, teachers=[config.output], prompts=[])
+    with pytest.raises(ConfigError, match="which teachers names too"):
+        run_training(distilled)
+    body = config_for("mntp", tmp_path, train="body", model=str(tmp_path / "out" / "encoder"))
+    with pytest.raises(ConfigError, match="which model names too"):
+        run_training(body)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"a folder that holds a model \(config\.json\): name a new one"):
+        run_training(replace(config, output=str(tmp_path / "other")))
     assert sorted(path.name for path in Path(config.model).iterdir()) == model
+    assert (tmp_path / "other" / "config.json").read_text() == "{}"
 
 
 def test_the_folder_of_a_file_is_made(tmp_path):

@@ -93,6 +93,7 @@ def test_refuses():
         ({"num_negatives": 0}, "num_negatives is 0"),
         ({"share": 1.5}, "share is 1.5"),
         ({"margin": -1.0}, "margin is -1"),
+        ({"margin": float("nan")}, "margin is nan"),
         ({"corpus": ["one 1", "One  1"]}, "1 different candidates"),
     ):
         with pytest.raises(ValueError, match=named):

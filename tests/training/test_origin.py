@@ -79,7 +79,7 @@ def test_a_run_over_an_adapter_that_was_trained_anew_is_not_taken_for_the_one_be
     shutil.rmtree(first)
     adapter_over(tmp_path / "base", first, seed=1)
     assert finished(config) is None
-    with pytest.raises(ResumeError, match="or other files"):
+    with pytest.raises(ResumeError, match="other contents of the files that it reads"):
         run_training(config)
 
 

@@ -12,6 +12,7 @@ FILES = {
     + "".join(f"{i}\t{a}\t{b}\t{s}\tNEUTRAL\n" for i, (a, b, s) in enumerate(ROWS)),
     "own.tsv": "score\tsentence1\tsentence2\n" + "".join(f"{s}\t{a}\t{b}\n" for a, b, s in ROWS),
     "own.csv": "sentence1,sentence2,score\r\n" + "".join(f'"{a}",{b},{s}\r\n' for a, b, s in ROWS),
+    "dpr.jsonl": "".join(json.dumps({"query": a, "positive": b, "score": s}) + "\n" for a, b, s in ROWS),
     "own.jsonl": "".join(json.dumps({"sentence1": a, "sentence2": b, "score": s}) + "\n" for a, b, s in ROWS),
 }
 
@@ -72,7 +73,10 @@ def test_files_to_train_on_that_are_none_are_named(tmp_path):
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\tnan\ta\tb\n", "a.csv line 2: expected two texts and a score"),
         ("a.tsv", "score\tsentence1\tsentence2\n1\ta\tb\n", "1 pairs; a correlation needs two"),
         ("a.tsv", "", "holds no line"),
-        ("a.csv", "sentence1,sentence2,score\na,b,1\nc,d\n", "a.csv line 3: expected two texts and a score, parted"),
+        ("a.csv", "sentence1,sentence2,score\na,b,1\nc,d\n", "a.csv line 3: 2 columns, the header has 3: a text that"),
+        ("a.csv", "score,sentence1,sentence2\n5,A man, in a hat,b\n", "a.csv line 2: 4 columns, the header has 3"),
+        ("a.tsv", "score\tsentence1\tsentence2\n5\tA man\tin a hat\tb\n", "a.tsv line 2: expected two texts"),
+        ("a.jsonl", '{"query": "a", "score": 1}\n' * 2, "a.jsonl line 1: expected two texts"),
         ("a.tsv", "score\tsentence1\tsentence2\n1\t \tb\n3\tc\td\n", "a.tsv line 2: a text is empty"),
         ("a.tsv", "score\tsentence1\tsentence2\n3\ta\tb\n3\tc\td\n", "a.tsv: all scores are 3: nothing correlates"),
     ],

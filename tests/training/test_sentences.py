@@ -53,6 +53,8 @@ def test_lines_keep_their_order_and_come_once(tmp_path):
     assert lines[0].startswith("The river rises") and lines[-1] == "It reaches the sea at Greyport."
     joined = training_lines([str(file)], passages=1.0, seed=1)
     assert len(joined) < 5 and lines[0] + " " + lines[1] in joined[0]
+    mixed = " ".join(training_lines([str(file)], passages=0.5, seed=2))
+    assert all(mixed.count(line) == 1 for line in lines)  # alone or in a passage, not both
 
 
 def test_a_limit_draws_whole_paragraphs(tmp_path):
