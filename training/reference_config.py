@@ -45,6 +45,12 @@ E5_INSTRUCTIONS = {
         "trivia_qa": ("Retrieve Wikipedia passages that answer the question",),
     }.items()
 }
+WHOLE = (
+    *("stop_after_n_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_seq_length", "lora_r"),
+    *("warmup_steps", "seed", "save_steps", "logging_steps"),
+)
+FRACTIONS = ("loss_scale", "learning_rate", "lora_dropout", "simcse_dropout", "mlm_probability")
+WORDS = ("mask_token_type", "data_collator_type", "pooling_mode", "torch_dtype", "dataset_name", "output_dir")
 COLLATORS = {"default": "bert", "all_mask": "all"}
 MASK_TOKENS = {"blank": "_", "mask": "<mask>"}
 
@@ -63,6 +69,7 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
     Raises:
         ConfigError: a key that is not known here, or a file of another objective.
     """
+    _check_kinds(values, where)
     left = dict(values)
     take = left.pop
     if not take("bidirectional", objective != "ContrastiveConfig"):  # its MNTP script always is
@@ -92,7 +99,9 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
             "recompute": take("gradient_checkpointing", False),
         },
     }
-    if (dtype := take("torch_dtype", None)) is not None:
+    if (dtype := take("torch_dtype", "auto")) != "auto":
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"{where}: torch_dtype is {dtype!r}; training runs in bfloat16 or float32")
         made["dtype"] = dtype
     if (adapter := take("peft_model_name_or_path", None)) is not None:
         made["adapters"] = [adapter]
@@ -115,6 +124,20 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
     if unknown:
         raise ConfigError(f"{where}: {unknown[0]} is not known in the reference's configurations for this objective")
     return made
+
+
+def _check_kinds(values: Mapping[str, Any], where: str) -> None:
+    """What is reckoned with must be numbers, before it is."""
+    for keys, kinds, expected in (
+        (WHOLE, (int,), "a whole number"),
+        (FRACTIONS, (int, float), "a number"),
+        (WORDS, (str,), "a word"),
+    ):
+        for key in keys:
+            if key in values and type(values[key]) not in kinds:
+                raise ConfigError(f"{where}: {key} is {values[key]!r}; expected {expected}")
+    if values.get("loss_scale", 1) <= 0:
+        raise ConfigError(f"{where}: loss_scale is {values['loss_scale']}; expected a positive number")
 
 
 def _mntp(left: dict[str, Any], where: str) -> dict[str, Any]:

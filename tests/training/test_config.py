@@ -217,6 +217,24 @@ def test_a_tilde_is_home(tmp_path, monkeypatch):
     assert (config.output, config.sts) == (str(tmp_path / "out"), str(tmp_path / "dev.csv"))
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"loss_scale": 0}, "loss_scale is 0; expected a positive number"),
+        ({"loss_scale": "20"}, "loss_scale is '20'; expected a number"),
+        ({"lora_r": None}, "lora_r is None; expected a whole number"),
+        ({"stop_after_n_steps": "10"}, "stop_after_n_steps is '10'; expected a whole"),
+        ({"pooling_mode": ["mean"]}, r"pooling_mode is \['mean'\]; expected a word"),
+        ({"torch_dtype": "float16"}, "torch_dtype is 'float16'; training runs in"),
+    ],
+    ids=str,
+)
+def test_the_references_values_are_checked_by_their_own_names(values, named):
+    with pytest.raises(ConfigError, match=f"^x.json: {named}"):
+        translate({**SIMCSE, **values}, "ContrastiveConfig", "x.json")
+    assert "dtype" not in translate({**SIMCSE, "torch_dtype": "auto"}, "ContrastiveConfig", "x.json")
+
+
 def test_the_references_unknown_keys_are_refused():
     assert is_reference(MNTP) and not is_reference(LEAST)
     with pytest.raises(ConfigError, match="lora_bias is not known"):
