@@ -103,13 +103,28 @@ READ_KEYS = (
 )
 
 
-def stated_attention(config: dict[str, Any]) -> Attention | None:
-    """The attention direction a config.json states, or None where it says nothing."""
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+NORM_EPS = (1e-30, 1.0)  # beyond these fp32 divides by zero, or what is normalised is lost beside it
+NUMBERS = (1e-6, 1e12)  # likewise for scales and factors: what they make of a vector stays finite
+ROPE_BASE = (2.0, 1e12)  # 1 would turn all planes alike
+
+
+def stated_attention(config: dict[str, Any], where: str = "config.json") -> Attention | None:
+    """The attention direction a config.json states, or None where it says nothing.
+
+    Raises:
+        CheckpointError: it says it in a way that nobody can follow; names file and key.
+    """
+    for key in ("is_causal", "use_bidirectional_attention"):
+        if not isinstance(config.get(key), bool | None):
+            raise CheckpointError(f"{where}: {key} is {repr(config[key])[:80]}; expected true or false")
+    names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise CheckpointError(f"{where}: architectures is {repr(names)[:80]}; expected a list of names")
     if config.get("is_causal") is False or config.get("use_bidirectional_attention") is True:
         return "bidirectional"
-    if config.get("model_type") in BIDIRECTIONAL_NAMES:
+    if str(config.get("model_type")) in BIDIRECTIONAL_NAMES:
         return "bidirectional"
-    names = config.get("architectures") or []
     if any(str(name).endswith(BIDIRECTIONAL_ARCHITECTURES) for name in names):
         return "bidirectional"
     return "causal" if config.get("is_causal") is True else None
@@ -124,7 +139,7 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
         where: the file, for messages.
 
     Raises:
-        CheckpointError: an unknown family, activation or RoPE rule, or a size out of bounds; names file and key.
+        CheckpointError: an unknown family, activation or RoPE rule, or a number out of bounds; names file and key.
     """
     model_type = config.get("model_type")
     name = BIDIRECTIONAL_NAMES.get(str(model_type), str(model_type))
@@ -133,7 +148,9 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
     family = FAMILIES.get(name)
     if family is None:
         hint = ", a multimodal family: only its text decoder runs" if "text_config" in config else ""
-        raise CheckpointError(f"{where}: model_type is {model_type!r}{hint}; known families are {', '.join(FAMILIES)}")
+        raise CheckpointError(
+            f"{where}: model_type is {repr(model_type)[:80]}{hint}; known families are {', '.join(FAMILIES)}"
+        )
     if config.get("quantization_config"):
         raise CheckpointError(f"{where}: quantization_config: quantised safetensors are not read; use the original")
     hf = standard_config(name, config, where)
@@ -157,8 +174,8 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
     sliding = _sliding_layers(family, hf)
     ropes, layer_ropes = _ropes(hf, sliding, where)
     reach = _reach(hf, attention)
-    scale_by = getattr(hf, family.attention_scale_key) if family.attention_scale_key else head_size
-    scaling = hf.rope_parameters if isinstance(hf.rope_parameters, dict) else {}
+    scale_by = _number_of(hf, family.attention_scale_key, where) if family.attention_scale_key else head_size
+    beta, positions = _query_scale(hf, where) if name == "ministral3" else (0.0, 0)
     return DecoderSpec(
         family=name,
         vocab_size=hf.vocab_size,
@@ -169,7 +186,7 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         max_positions=hf.max_position_embeddings,
-        norm_eps=float(hf.rms_norm_eps),
+        norm_eps=checked_number(hf.rms_norm_eps, f"{where}: rms_norm_eps", NORM_EPS),
         activation=activation,  # type: ignore[arg-type]
         qkv_bias=_fact(family.qkv_bias, hf),
         out_bias=_fact(family.out_bias, hf),
@@ -179,14 +196,14 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
         norm_offset=family.norm_offset,
         embedding_scale=math.sqrt(hf.hidden_size) if family.scaled_embedding else 1.0,
         attention_scale=float(scale_by) ** -0.5,
-        softcap=getattr(hf, family.softcap_key) if family.softcap_key else None,
+        softcap=_softcap(hf, family.softcap_key, where),
         ropes=ropes,
         layer_ropes=layer_ropes,
         layer_windows=tuple(reach if slides else None for slides in sliding),
         tied_head=bool(hf.tie_word_embeddings),
-        head_softcap=getattr(hf, "final_logit_softcapping", None),
-        query_scale_beta=float(scaling.get("llama_4_scaling_beta") or 0.0) if name == "ministral3" else 0.0,
-        query_scale_positions=int(scaling.get("original_max_position_embeddings") or 0),
+        head_softcap=_softcap(hf, "final_logit_softcapping", where),
+        query_scale_beta=beta,
+        query_scale_positions=positions,
     )
 
 
@@ -246,18 +263,49 @@ def _ropes(hf: Any, sliding: list[bool], where: str) -> tuple[tuple[Rope, ...], 
     return (_rope(parameters, hf, where),), (0,) * len(sliding)
 
 
-def _number(parameters: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
-    """A positive number of a RoPE rule; null stands for the default."""
-    value = parameters.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{where}: RoPE's {key} is {value!r}; expected a positive number")
+def checked_number(value: Any, name: str, bounds: tuple[float, float] = NUMBERS) -> float:
+    """A number that a file states, or CheckpointError, which says what `name` is, and the bounds."""
+    least, most = bounds
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise CheckpointError(f"{name} is {repr(value)[:80]}; expected a number from {least:g} to {most:g}")
     return float(value)
+
+
+def _number_of(hf: Any, key: str, where: str) -> float:
+    return checked_number(getattr(hf, key), f"{where}: {key}")
+
+
+def _softcap(hf: Any, key: str | None, where: str) -> float | None:
+    """Where a family has none, or the file says null, scores are not capped."""
+    return None if key is None or getattr(hf, key, None) is None else _number_of(hf, key, where)
+
+
+def _number(
+    parameters: dict[str, Any],
+    key: str,
+    where: str,
+    default: float | None = None,
+    bounds: tuple[float, float] = NUMBERS,
+) -> float:
+    """A number of a RoPE rule; null stands for the default."""
+    value = parameters.get(key)
+    return checked_number(default if value is None else value, f"{where}: RoPE's {key}", bounds)
+
+
+def _query_scale(hf: Any, where: str) -> tuple[float, int]:
+    """Ministral 3's beta and positions; it has no such rule where the file states no beta."""
+    parameters = hf.rope_parameters if isinstance(hf.rope_parameters, dict) else {}
+    if not parameters.get("llama_4_scaling_beta"):
+        return 0.0, 0
+    positions = _number(parameters, "original_max_position_embeddings", where)
+    return _number(parameters, "llama_4_scaling_beta", where), max(1, int(positions))
 
 
 def _rope(parameters: dict[str, Any], hf: Any, where: str) -> Rope:
     kind = parameters.get("rope_type", "default")
-    theta = _number(parameters, "rope_theta", where, 10_000.0)
+    if kind not in ROPE_KINDS:
+        raise CheckpointError(f"{where}: rope_type is {repr(kind)[:80]}; known are {', '.join(ROPE_KINDS)}")
+    theta = _number(parameters, "rope_theta", where, 10_000.0, ROPE_BASE)
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"{where}: partial_rotary_factor is not 1: heads rotated in part are not supported")
     if kind in ("default", "dynamic"):  # dynamic changes nothing up to max_position_embeddings
@@ -271,18 +319,16 @@ def _rope(parameters: dict[str, Any], hf: Any, where: str) -> Rope:
     if kind == "llama3":
         low, high = (_number(parameters, f"{name}_freq_factor", where) for name in ("low", "high"))
         return Rope(theta, "llama3", factor, low, high, original)
-    if kind == "yarn":
-        return Rope(
-            theta,
-            "yarn",
-            factor,
-            original_max_positions=original,
-            beta_fast=_number(parameters, "beta_fast", where, 32),
-            beta_slow=_number(parameters, "beta_slow", where, 1),
-            attention_factor=_yarn_attention_factor(parameters, factor, where),
-            truncate=bool(parameters.get("truncate", True)),
-        )
-    raise CheckpointError(f"{where}: rope_type is {kind!r}; known are default, linear, dynamic, llama3, yarn")
+    return Rope(
+        theta,
+        "yarn",
+        factor,
+        original_max_positions=original,
+        beta_fast=_number(parameters, "beta_fast", where, 32),
+        beta_slow=_number(parameters, "beta_slow", where, 1),
+        attention_factor=_yarn_attention_factor(parameters, factor, where),
+        truncate=bool(parameters.get("truncate", True)),
+    )
 
 
 def _yarn_attention_factor(parameters: dict[str, Any], factor: float, where: str) -> float:

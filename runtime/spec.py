@@ -119,11 +119,13 @@ def spec_from_dict(values: dict[str, Any]) -> ModelSpec:
         decoder["ropes"] = tuple(Rope(**rope) for rope in decoder["ropes"])
         for key in ("layer_ropes", "layer_windows"):
             decoder[key] = tuple(decoder[key])
-        values["dense"] = tuple(DenseSpec(**dense) for dense in values.get("dense", ()))
+        values["dense"] = tuple(DenseSpec(**dense) for dense in values["dense"])
         values["pooling"] = tuple(values["pooling"])
         if values.get("int8_ranges") is not None:
             low, high = values["int8_ranges"]
             values["int8_ranges"] = (tuple(low), tuple(high))
         return ModelSpec(decoder=DecoderSpec(**decoder), **values)
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(f"not a flashvec model spec: {error.args[0]} is missing") from None
+    except TypeError as error:
         raise ValueError(f"not a flashvec model spec: {error}") from None

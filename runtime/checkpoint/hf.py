@@ -89,7 +89,7 @@ def plain_spec(
     Nothing is guessed in silence: a decoder that does not say how it is to be read becomes bidirectional with mean
     pooling, and a notice says that it was not trained for that.
     """
-    stated = stated_attention(config)
+    stated = stated_attention(config, where)
     attention: Attention = choose_attention(overrides.attention) or stated or "bidirectional"
     decoder = decoder_spec(config, attention, where)
     modes = choose_pooling(overrides.pooling)

@@ -4,7 +4,6 @@ Everything is restored from flashvec.json, span rules and int8 ranges included. 
 its types, names and sizes are checked before anything is built from them.
 """
 
-import math
 import types
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from flashvec.runtime.checkpoint.open import Checkpoint, Overrides
 from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
 from flashvec.runtime.checkpoint.sentence_transformers import check_dense_chain, read_dense_weights
 from flashvec.runtime.checkpoint.source import CheckpointError
-from flashvec.runtime.families import FAMILIES, LIMITS, decoder_spec
+from flashvec.runtime.families import FAMILIES, LIMITS, NORM_EPS, NUMBERS, ROPE_BASE, checked_number, decoder_spec
 from flashvec.runtime.pooling import cut_ranges
 from flashvec.runtime.spec import DENSE_ACTIVATIONS, VECTOR_LENGTHS, DecoderSpec, ModelSpec, spec_from_dict
 from flashvec.runtime.tokenize import Tokenizer
@@ -31,6 +30,7 @@ SPEC_FILE = "flashvec.json"
 LAYOUTS = ("hf", "llm2vec", "sentence-transformers", "gguf", "flashvec")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 MAX_PROMPT_CHARS = 2**16
+MAX_FP32 = 3.4e38
 SIZES = {  # field of DecoderSpec -> the bound of config.json's key of the same meaning
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -41,6 +41,9 @@ SIZES = {  # field of DecoderSpec -> the bound of config.json's key of the same 
     "head_size": "head_dim",
     "max_positions": "max_position_embeddings",
 }
+REALS = ("attention_scale", "embedding_scale")
+REALS_OR_NONE = ("softcap", "head_softcap")
+ROPE_REALS = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
 
 
 def dense_folder(index: int) -> str:
@@ -112,6 +115,9 @@ def check_spec(spec: ModelSpec, where: str = SPEC_FILE) -> None:
     for name, value, known in choices:
         if value not in known:
             raise CheckpointError(f"{where}: {name} is {value!r}, known are {', '.join(map(str, known))}")
+    if spec.default_prompt_name is not None and spec.default_prompt_name not in spec.prompts:
+        prompts = ", ".join(spec.prompts) or "none"
+        raise CheckpointError(f"{where}: default_prompt_name is {spec.default_prompt_name!r}; prompts are {prompts}")
     texts = [*spec.prompts, *spec.prompts.values(), spec.template or "", spec.text_suffix]
     if max(len(text) for text in texts) > MAX_PROMPT_CHARS:
         raise CheckpointError(f"{where}: a prompt or template is longer than {MAX_PROMPT_CHARS} characters")
@@ -147,6 +153,24 @@ def _check_decoder(decoder: DecoderSpec, where: str) -> None:
         raise CheckpointError(f"{where}.layer_ropes names a table that ropes lacks")
     if any(window is not None and not 0 <= window <= LIMITS["sliding_window"] for window in decoder.layer_windows):
         raise CheckpointError(f"{where}.layer_windows holds a window out of bounds")
+    _check_reals(decoder, where)
+
+
+def _check_reals(decoder: DecoderSpec, where: str) -> None:
+    checked_number(decoder.norm_eps, f"{where}.norm_eps", NORM_EPS)
+    checked_number(decoder.norm_offset, f"{where}.norm_offset", (0, 1))
+    given = [name for name in REALS_OR_NONE if getattr(decoder, name) is not None]
+    for name in (*REALS, *given):
+        checked_number(getattr(decoder, name), f"{where}.{name}")
+    if decoder.query_scale_beta:
+        checked_number(decoder.query_scale_beta, f"{where}.query_scale_beta")
+        checked_number(decoder.query_scale_positions, f"{where}.query_scale_positions", (1, NUMBERS[1]))
+    for rope in decoder.ropes:
+        checked_number(rope.theta, f"{where}.ropes: theta", ROPE_BASE)
+        for name in ROPE_REALS:
+            checked_number(getattr(rope, name), f"{where}.ropes: {name}")
+        if rope.kind in ("llama3", "yarn"):
+            checked_number(rope.original_max_positions, f"{where}.ropes: original_max_positions", (1, NUMBERS[1]))
 
 
 def _check_dataclass(value: Any, where: str) -> None:
@@ -179,7 +203,7 @@ def _has_type(value: Any, hint: Any, where: str) -> bool:
         _check_dataclass(value, where)
         return True
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FP32
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

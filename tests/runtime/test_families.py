@@ -26,9 +26,17 @@ from flashvec.kernels.mean_pool import MODES
 from flashvec.kernels.rope import Rope
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.decoder import Decoder
-from flashvec.runtime.families import FAMILIES, decoder_spec, standard_config
+from flashvec.runtime.families import FAMILIES, decoder_spec, standard_config, stated_attention
 from flashvec.runtime.pooling import finish, pool
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
+
+SCALED_QUERIES = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 64,
+    "factor": 2,
+    "llama_4_scaling_beta": -1,
+}
 
 
 def unit(x: Tensor) -> Tensor:
@@ -164,7 +172,18 @@ def test_every_family_is_compared():
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2, "attention_factor": "abc"}},
             "attention_factor is 'abc'",
         ),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type is 'spiral'; known are default"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2}}, "RoPE's rope_theta is 1.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a number from 1e-30 to 1"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0; expected a number"),
+        ({"model_type": "gemma3_text", "query_pre_attn_scalar": -4}, "query_pre_attn_scalar is -4"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0.0"),
+        ({"model_type": "gemma2", "final_logit_softcapping": float("nan")}, "final_logit_softcapping is nan"),
+        ({"model_type": "ministral3", "rope_parameters": SCALED_QUERIES}, "RoPE's llama_4_scaling_beta is -1"),
+        ({"model_type": ["llama"]}, "model_type is ..llama..; known families"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
@@ -172,6 +191,20 @@ def test_refuses_by_name(change, message):
     config = {**BASE, "model_type": "llama", **change}
     with pytest.raises(CheckpointError, match=message):
         decoder_spec(config, "bidirectional")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": 5}, "architectures is 5; expected a list of names"),
+        ({"is_causal": 1}, "is_causal is 1; expected true or false"),
+        ({"is_causal": "causal"}, "is_causal is 'causal'"),
+        ({"use_bidirectional_attention": "true"}, "use_bidirectional_attention is 'true'"),
+    ],
+)
+def test_a_direction_nobody_can_follow_is_refused(change, message):
+    with pytest.raises(CheckpointError, match=f"config.json: {message}"):
+        stated_attention({**BASE, "model_type": "llama", **change})
 
 
 def test_yarn_without_a_factor_stretches_to_the_models_length():

@@ -156,12 +156,20 @@ def test_files_of_others_stay_where_a_model_is_written_among_them(encoder, tmp_p
         (["decoder", "num_layers"], 10**9, "decoder.num_layers is 1000000000"),
         (["decoder", "vocab_size"], -1, "decoder.vocab_size is -1"),
         (["decoder", "norm_eps"], float("nan"), "norm_eps"),
+        (["decoder", "norm_eps"], -1, "decoder.norm_eps is -1; expected a number from 1e-30 to 1"),
+        (["decoder", "norm_eps"], 10**30, "decoder.norm_eps is 1000"),
+        (["decoder", "norm_offset"], 10**400, "norm_offset"),
+        (["decoder", "embedding_scale"], 10**30, "decoder.embedding_scale is 1000"),
+        (["decoder", "softcap"], 0.0, "decoder.softcap is 0.0"),
+        (["decoder", "query_scale_beta"], -1, "decoder.query_scale_beta is -1"),
+        (["decoder", "ropes"], [{"theta": -1.0}], "decoder.ropes: theta is -1.0"),
         (["decoder", "num_kv_heads"], 3, "num_kv_heads"),
         (["decoder", "layer_ropes"], [0, 0, 7], "layer_ropes names a table"),
         (["decoder", "layer_windows"], [None], "layer_windows has 1 entries, not 3"),
         (["decoder", "ropes"], [{"theta": 1e4, "kind": "spiral"}], "kind"),
         (["surplus"], 1, "surplus"),
         (["decoder"], None, "not a flashvec model spec"),
+        (["default_prompt_name"], "zz", "default_prompt_name is 'zz'; prompts are none"),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else None,
 )
@@ -177,3 +185,14 @@ def test_saved_facts_are_checked(path, value, named, encoder, tmp_path):
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(tmp_path / "saved", Overrides())
     assert named in str(error.value) and "flashvec.json" in str(error.value)
+
+
+def test_dense_heads_are_not_forgotten_with_their_list(encoder, tmp_path):
+    encoder.whiten(list(TEXTS))
+    encoder.save(tmp_path / "saved")
+    file = tmp_path / "saved" / "flashvec.json"
+    values = json.loads(file.read_text())
+    del values["dense"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"flashvec\.json: not a flashvec model spec: dense is missing"):
+        Encoder.load(tmp_path / "saved")
