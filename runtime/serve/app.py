@@ -9,7 +9,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -34,6 +34,7 @@ from flashvec.runtime.texts import as_texts
 
 BATCH_TOKENS = 8192
 COUNTERS = 2  # threads
+COUNTED_CHARS = 1 << 16  # at a time, if they are several texts: then others have their turn
 MAX_TOKEN_CHARS = 256  # a run of spaces or dashes is the longest token there is, of up to 128
 GONE = 499  # the client hung up: nobody reads this
 
@@ -106,8 +107,9 @@ def create_app(
         max_waiting_s=bounds.answer_s,
         on_round=metrics.on_round,
     )
-    # A count cannot be stopped when its client leaves: it has threads of its own, and answers do not wait behind it.
+    # A count under way cannot be stopped when its client leaves: it has threads of its own, which no answer waits for.
     counters = ThreadPoolExecutor(COUNTERS, "flashvec-count")
+    card = {"id": name, "object": "model", "created": 0, "owned_by": "flashvec"}
     requests = 0  # that are read or wait for their answer
     metrics.waiting.set_function(lambda: batcher.waiting_tokens)
 
@@ -117,7 +119,9 @@ def create_app(
         counters.shutdown(wait=False, cancel_futures=True)
         await batcher.close()
 
-    app = FastAPI(title="flashvec", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="flashvec", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.state.batcher = batcher
 
     @app.exception_handler(Refused)
@@ -126,14 +130,21 @@ def create_app(
 
     @app.exception_handler(StarletteHTTPException)
     async def _unknown(request: Request, error: StarletteHTTPException) -> Response:
-        return Refused(error.status_code, str(error.detail)).response()
+        headers = dict(error.headers or {})  # of a method that a path does not have: those that it has
+        return Refused(error.status_code, str(error.detail), headers=headers).response()
 
     def authorise(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1", "replace")
-        if api_key is not None and not hmac.compare_digest(given, b"Bearer " + api_key.encode()):
-            raise Refused(401, "wrong or missing API key", code="invalid_api_key")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), (api_key or "").encode())
+        if api_key is not None and not (scheme.lower() == "bearer" and is_right):
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise Refused(401, "wrong or missing API key", code="invalid_api_key", headers=headers)
 
-    @app.get("/health")
+    def check_name(model: str) -> None:
+        if model != name:
+            raise Refused(404, f"this server has no such model, only {name}", param="model", code="model_not_found")
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def _health() -> dict[str, str]:
         return {"status": "ok", "model": name}
 
@@ -144,7 +155,13 @@ def create_app(
     @app.get("/v1/models")
     async def _models(request: Request) -> dict[str, Any]:
         authorise(request)
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "flashvec"}]}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{model:path}")
+    async def _model(request: Request, model: str) -> dict[str, Any]:
+        authorise(request)
+        check_name(model)
+        return card
 
     @app.post("/v1/embeddings")
     async def _embeddings(request: Request) -> Response:
@@ -159,7 +176,7 @@ def create_app(
             response = error.response()
         except Busy as error:
             headers = {"Retry-After": str(error.retry_after_s)}
-            response = Refused(429, str(error), code="rate_limit_exceeded").response(headers)
+            response = Refused(429, str(error), code="rate_limit_exceeded", headers=headers).response()
         except Exception:
             logger.exception("a request failed")
             response = Refused(500, "the server could not embed this request; its log says why").response()
@@ -174,8 +191,7 @@ def create_app(
         if requests > bounds.requests:  # before its body takes memory
             raise Busy(batcher.retry_after())
         wanted = await read(request, bounds)
-        if wanted.model != name:
-            raise Refused(404, f"this server has no such model, only {name}", param="model", code="model_not_found")
+        check_name(wanted.model)
         size, longest = encoder.spec.embedding_size, encoder.spec.max_length
         if wanted.dimensions is not None and wanted.dimensions > size:
             raise Refused(400, f"dimensions is {wanted.dimensions}, the model has {size}", param="dimensions")
@@ -183,11 +199,13 @@ def create_app(
         async def embedded() -> tuple[np.ndarray, int]:
             if not truncate:  # no vocabulary has such tokens: this one need not be asked
                 _refuse_long(np.array([len(text) for text in wanted.texts]) > MAX_TOKEN_CHARS * longest, longest)
-            count = partial(_count, encoder, wanted.texts, instruction, longest + 1)
-            counts = await asyncio.get_running_loop().run_in_executor(counters, count)
-            if not truncate:
-                _refuse_long(counts > longest, longest)
-            counts = np.minimum(counts, longest)
+            counted = []
+            for first, texts in _slices(wanted.texts):
+                count = partial(_count, encoder, texts, instruction, longest + 1)
+                counted.append(await asyncio.get_running_loop().run_in_executor(counters, count))
+                if not truncate:
+                    _refuse_long(counted[-1] > longest, longest, first)
+            counts = np.minimum(np.concatenate(counted), longest)
             return await batcher.submit(wanted.texts, counts, wanted.dimensions), int(counts.sum())
 
         answered = await _answer(request, embedded(), bounds.answer_s)
@@ -199,9 +217,20 @@ def create_app(
     return app
 
 
-def _refuse_long(is_too_long: np.ndarray, longest: int) -> None:
+def _slices(texts: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Texts of some `COUNTED_CHARS` together, and the number of the first."""
+    first, chars = 0, 0
+    for i, text in enumerate(texts):
+        if i > first and chars + len(text) > COUNTED_CHARS:
+            yield first, texts[first:i]
+            first, chars = i, 0
+        chars += len(text)
+    yield first, texts[first:]
+
+
+def _refuse_long(is_too_long: np.ndarray, longest: int, first: int = 0) -> None:
     if is_too_long.any():
-        row = int(np.argmax(is_too_long))
+        row = first + int(np.argmax(is_too_long))
         message = f"input[{row}] has too many tokens, at most {longest} fit (the server was not told to cut texts)"
         raise Refused(400, message, param="input", code="context_length_exceeded")
 

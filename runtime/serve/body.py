@@ -39,15 +39,23 @@ class Limits:
 class Refused(Exception):
     """An answer other than 200, in OpenAI's form."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.headers = status, param, code, headers
 
-    def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
+    def response(self) -> JSONResponse:
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         body = {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-        return JSONResponse(body, self.status, headers)
+        return JSONResponse(body, self.status, self.headers)
 
 
 def _texts(given: Any) -> Any:
@@ -64,7 +72,7 @@ class Wanted(BaseModel):
 
     model: str
     input: Annotated[Any, PlainValidator(_texts)]
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Annotated[int, Field(gt=0)] | None = None
 
     @property
@@ -114,6 +122,12 @@ async def _content(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
+def _is_token_number(given: Any) -> bool:
+    """Or a list of them: clients that tokenise themselves send one for each text."""
+    given = given[0] if isinstance(given, list) and given else given
+    return isinstance(given, int) and not isinstance(given, bool)
+
+
 def _refused(error: ValidationError, found: Any) -> Refused:
     """The first complaint, without what was sent."""
     first = error.errors(include_input=False, include_url=False)[0]
@@ -122,7 +136,7 @@ def _refused(error: ValidationError, found: Any) -> Refused:
         given = found.get("input")
         if given == []:
             message = "input is empty: send a text or a list of texts"
-        elif isinstance(given, list) and isinstance(given[0], int | list):
+        elif isinstance(given, list) and _is_token_number(given[0]):
             message = "input holds token numbers: send texts (for LangChain: check_embedding_ctx_length=False)"
         else:
             message = "input must be a text or a list of texts"

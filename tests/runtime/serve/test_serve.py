@@ -11,12 +11,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from pydantic import ValidationError
+from running_server import Server, refused
 from tiny_models import TEXTS, tiny_checkpoint
 
 from flashvec import Encoder
-from flashvec.runtime.serve import app as app_module
 from flashvec.runtime.serve.app import create_app
 from flashvec.runtime.serve.body import Limits, Wanted
 from flashvec.runtime.serve.listen import bound_socket
@@ -31,26 +30,6 @@ def enc(tmp_path_factory):
     return Encoder.load(folder, dtype="float32", max_length=64)
 
 
-class Server:
-    """An app behind a real socket."""
-
-    def __init__(self, app, listening=None):
-        self.socket = listening or bound_socket("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
-
-    def __enter__(self):
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *error):
-        self.server.should_exit = True
-        self.thread.join()
-
-
 @pytest.fixture(scope="module")
 def server(enc):
     limits = Limits(inputs=50, body_bytes=100_000, body_s=1.0)
@@ -62,13 +41,6 @@ def server(enc):
 def client(server):
     with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
         yield client
-
-
-def refused(response, status):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error["message"]
 
 
 # --- OpenAI's client ---------------------------------------------------------------------------------------
@@ -187,42 +159,6 @@ def test_an_answer_that_takes_too_long_is_given_up(enc, monkeypatch):
     assert "no answer within 0.2 s" in refused(answer, 503)
 
 
-class Watched:
-    """A tokenizer's backend that notes the longest text it was given."""
-
-    def __init__(self, backend):
-        self.backend, self.longest = backend, 0
-
-    def __getattr__(self, name):
-        return getattr(self.backend, name)
-
-    def encode_batch_fast(self, texts, **settings):
-        self.longest = max(self.longest, *map(len, texts))
-        return self.backend.encode_batch_fast(texts, **settings)
-
-
-@pytest.mark.filterwarnings("ignore::flashvec.runtime.texts.TruncationWarning")
-@pytest.mark.parametrize("truncate", [False, True])
-@pytest.mark.parametrize("words", [2_000, 200_000])
-def test_a_long_text_is_read_no_further_than_its_end_in_tokens(enc, monkeypatch, truncate, words):
-    watched = Watched(enc.tokenizer.backend)
-    monkeypatch.setattr(enc.tokenizer, "backend", watched)
-    with Server(create_app(enc, name="tiny", truncate=truncate)) as server:
-        answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": ["x", "word " * words]})
-    if truncate:
-        assert answer.json()["usage"]["prompt_tokens"] == 64 + enc.count_tokens("x")
-    else:
-        assert "input[1] has too many tokens, at most 64 fit" in refused(answer, 400)
-    assert watched.longest < 2_000
-
-
-def test_counting_is_part_of_the_time_for_an_answer(enc, monkeypatch):
-    monkeypatch.setattr(app_module, "_count", lambda *arguments: time.sleep(1.0))
-    with Server(create_app(enc, name="tiny", limits=Limits(answer_s=0.2))) as server:
-        answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": "x"})
-    assert "no answer within 0.2 s" in refused(answer, 503)
-
-
 def test_too_many_at_once_are_turned_away_unread(enc):
     with Server(create_app(enc, name="tiny", limits=Limits(requests=2, body_s=5.0))) as server:
         head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"
@@ -253,6 +189,9 @@ BODIES = {
     "no texts": (b'{"model": "tiny", "input": []}', 400, "input is empty"),
     "a number": (b'{"model": "tiny", "input": 5}', 400, "input must be a text or a list of texts"),
     "token numbers": (b'{"model": "tiny", "input": [1, 2]}', 400, "token numbers"),
+    "truths": (b'{"model": "tiny", "input": [true]}', 400, "a text or a list of texts"),
+    "lists of texts": (b'{"model": "tiny", "input": [["a"]]}', 400, "a text or a list of texts"),
+    "lists of token numbers": (b'{"model": "tiny", "input": [[1, 2]]}', 400, "token numbers"),
     "mixed": (b'{"model": "tiny", "input": ["x", null]}', 400, "a text or a list of texts"),
     "too many texts": (json.dumps({"model": "tiny", "input": ["x"] * 51}).encode(), 400, "51 texts, at most 50"),
     "too large": (b" " * 100_001, 413, "larger than 100000 bytes"),
@@ -343,11 +282,6 @@ def test_a_client_that_never_reads_is_dropped(enc):
                 time.sleep(0.05)
             assert not server.server.server_state.connections
         assert httpx.get(f"{server.url}/health").status_code == 200
-
-
-def test_other_paths_and_methods(client):
-    refused(client.get("/v1/embeddings"), 405)
-    refused(client.get("/v2"), 404)
 
 
 # --- health, figures, ends ----------------------------------------------------------------------------------
