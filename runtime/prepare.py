@@ -43,16 +43,18 @@ def prepare(
     """Write instruction and template around each text.
 
     Args:
-        instructions: one per text, or None. With `{text}` in it an instruction is a template of its own.
+        instructions: one per text, or None. With `{text}` in it an instruction is a template of its own; not so the
+            prompts of a sentence-transformers folder, which that library writes before a text as they stand.
 
     Raises:
         ValueError: an instruction with more than one `{text}`.
     """
     if spec.compat == "llm2vec":
         return _prepare_reference(spec, texts, instructions, tokenizer)
+    literal = set(spec.prompts.values()) if spec.layout == "sentence-transformers" else ()
     before, after = [], []
     for instruction in instructions if instructions is not None else [""] * len(texts):
-        head, found, tail = instruction.partition(PLACEHOLDER)
+        head, found, tail = (instruction, "", "") if instruction in literal else instruction.partition(PLACEHOLDER)
         if PLACEHOLDER in tail:
             raise ValueError(f"instruction holds {PLACEHOLDER} more than once: {instruction[:80]!r}")
         if spec.layout == "llm2vec" and head and not found:

@@ -123,6 +123,9 @@ def check_spec(spec: ModelSpec, where: str = SPEC_FILE) -> None:
         raise CheckpointError(f"{where}: a prompt or template is longer than {MAX_PROMPT_CHARS} characters")
     if spec.template is not None and spec.template.count("{text}") != 1:
         raise CheckpointError(f"{where}: template holds {{text}} {spec.template.count('{text}')} times, not once")
+    for name, prompt in spec.prompts.items():
+        if spec.layout != "sentence-transformers" and prompt.count("{text}") > 1:
+            raise CheckpointError(f"{where}: prompts: {name} holds {{text}} {prompt.count('{text}')} times, not once")
     if not 1 <= len(spec.pooling) <= 8:
         raise CheckpointError(f"{where}: pooling has {len(spec.pooling)} modes")
     limits = [("max_length", spec.max_length, decoder.max_positions)]

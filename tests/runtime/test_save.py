@@ -144,6 +144,7 @@ def test_files_of_others_stay_where_a_model_is_written_among_them(encoder, tmp_p
         (["template"], "no place", "template holds {text} 0 times"),
         (["prompts"], {"query": 3}, "prompts"),
         (["prompts"], {"query": "x" * 70_000}, "longer than"),
+        (["prompts"], {"query": "{text} and {text}"}, "prompts: query holds {text} 2 times"),
         (["max_length"], 10**6, "max_length is 1000000"),
         (["max_length"], "512", "max_length"),
         (["truncate_dim"], 33, "truncate_dim is 33"),

@@ -112,6 +112,18 @@ def test_default_prompt_query_and_document(tmp_path):
     assert encoder.spec.default_prompt_name == "short"
 
 
+def test_a_prompt_stands_before_a_text_whatever_it_holds(tmp_path):
+    prompts = {"q": "a {text} b ", "twice": "{text}{text}: "}
+    model = build(tmp_path, prompts=prompts, default_prompt_name="q", is_causal=False)
+    for settings in ({}, {"prompt_name": "q"}, {"prompt_name": "twice"}):
+        assert difference(tmp_path, model, **settings) < TOLERANCE, settings
+    encoder = Encoder.load(tmp_path / "model", dtype="float32")
+    np.testing.assert_array_equal(encoder.embed("cat", instruction="({text})"), encoder.embed("(cat)", instruction=""))
+    encoder.save(tmp_path / "saved")
+    again = Encoder.load(tmp_path / "saved", dtype="float32")
+    np.testing.assert_array_equal(again.embed(list(TEXTS)), encoder.embed(list(TEXTS)))
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "manhattan"])
 def test_similarity(similarity, tmp_path):
     model = build(tmp_path, similarity_fn_name=similarity, is_causal=False)
