@@ -23,8 +23,8 @@ BATCH_SIZE = 2048  # texts handed over at once, the most LlamaIndex allows: pack
 class FlashvecEmbedding(BaseEmbedding):
     """For indices and pipelines: `VectorStoreIndex(nodes, embed_model=FlashvecEmbedding("smollm2-encoder"))`.
 
-    Its fields are what it was made of, so that `to_dict`, an ingestion cache and pickling hold a name and settings,
-    never weights; a copy in another process loads the model by that name.
+    Its fields are what it is made of, so that `to_dict`, an ingestion cache and pickling hold a name and settings,
+    never weights; a copy in another process loads the model by that name, and one that is set later counts at once.
     """
 
     query_instruction: str | None = Field(default=None, description="Before queries; None: the model's own prompt.")
@@ -34,6 +34,7 @@ class FlashvecEmbedding(BaseEmbedding):
     load: dict[str, Any] = Field(default_factory=dict, description="Arguments of Encoder.load.")
     loaded_elsewhere: bool = Field(default=False, description="Made of an Encoder: no name to load it by.")
     _sides: TwoSides | None = PrivateAttr(default=None)
+    _made_of: tuple[Any, ...] = PrivateAttr(default=())  # the fields that `_sides` is made of
 
     def __init__(self, model_name: Encoder | str | Path, **fields: Any) -> None:
         """
@@ -58,7 +59,7 @@ class FlashvecEmbedding(BaseEmbedding):
             family = model_name.spec.base_model or model_name.spec.decoder.family
             fields["loaded_elsewhere"], model_name = True, f"{family} in memory {uuid.uuid4().hex[:12]}"
         super().__init__(model_name=str(model_name), **{"embed_batch_size": BATCH_SIZE, **fields})
-        self._sides = self._sides_of(encoder)
+        self._sides, self._made_of = self._sides_of(encoder), self._facts()
 
     @classmethod
     def class_name(cls) -> str:
@@ -77,10 +78,17 @@ class FlashvecEmbedding(BaseEmbedding):
             truncate_dim=self.truncate_dim,
         )
 
+    def _facts(self) -> tuple[Any, ...]:
+        settings = (self.query_instruction, self.document_instruction, self.normalize, self.truncate_dim)
+        return self.model_name, dict(self.load), *settings
+
     def _open(self) -> TwoSides:
-        if self._sides is None:  # a pickled copy
-            self._sides = self._sides_of(open_encoder(self.model_name, self.load))
-        return self._sides
+        facts, sides = self._facts(), self._sides
+        if sides is None or facts != self._made_of:  # a pickled copy, or fields were set since
+            is_open = sides is not None and (self.loaded_elsewhere or facts[:2] == self._made_of[:2])
+            encoder = sides.encoder if sides is not None and is_open else open_encoder(self.model_name, self.load)
+            self._sides, self._made_of = sides, _ = self._sides_of(encoder), facts
+        return sides
 
     def __getstate__(self) -> dict[str, Any]:
         if self.loaded_elsewhere:

@@ -92,6 +92,26 @@ def test_kept_as_a_name_and_settings(embedding, prompted):
         FlashvecEmbedding.from_dict(one.to_dict())
 
 
+def test_fields_that_are_set_later_count(prompted_folder, prompted):
+    embedding = FlashvecEmbedding(prompted_folder, load={"dtype": "float32"})
+    whole, encoder = embedding.get_text_embedding("x"), embedding.encoder
+    embedding.truncate_dim = 4
+    assert len(embedding.get_text_embedding("x")) == 4 and embedding.encoder is encoder
+    narrow = embedding.model_copy(update={"truncate_dim": 8, "document_instruction": "other: "})
+    np.testing.assert_array_equal(
+        narrow.get_text_embedding("x"), prompted.embed("x", instruction="other: ", truncate_dim=8)
+    )
+    assert len(embedding.get_text_embedding("x")) == 4 and narrow.encoder is encoder
+    embedding.truncate_dim, embedding.load = None, {"dtype": "float32", "layers": 1}
+    assert embedding.get_text_embedding("x") != whole and len(embedding.encoder.decoder.layers) == 1
+    held = FlashvecEmbedding(prompted)
+    held.normalize = False
+    assert held.encoder is prompted
+    np.testing.assert_array_equal(
+        held.get_query_embedding("x"), prompted.embed("x", prompt_name="query", normalize=False)
+    )
+
+
 def test_what_is_refused(embedding, prompted_folder, prompted):
     with pytest.raises(TypeError, match="does not take colour"):
         FlashvecEmbedding(prompted_folder, colour="red")
