@@ -92,6 +92,16 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> SpecialTokens:
         CheckpointError: a damaged or oversized file, or an entry of the wrong type, named.
     """
     config = _read_json(folder / "tokenizer_config.json")
+    if config.get("truncation_side", "right") != "right":
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: truncation_side is {repr(config['truncation_side'])[:80]}; long "
+            'texts are cut on the right alone: set it to "right" if yours fit, or if their starts will do'
+        )
+    for key in ("add_bos_token", "add_eos_token"):
+        if not isinstance(config.get(key), bool | None):
+            raise CheckpointError(
+                f"{folder / 'tokenizer_config.json'}: {key} is {repr(config[key])[:80]}; expected true or false"
+            )
     older = _read_json(folder / "special_tokens_map.json")
     is_old_form = "added_tokens_decoder" not in config
     entries = {**config, **older} if is_old_form else {**older, **config}

@@ -36,6 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "use_bdlora": (False, []),
     "layer_replication": ([],),
+    "layers_pattern": ([], "layers", ["layers"]),
     "trainable_token_indices": ([], {}),
     "target_parameters": ([],),
     "alora_invocation_tokens": ([],),
@@ -162,11 +163,25 @@ class AdapterSource:
             stored = updates.get(name)  # an embedding that peft saves beside its update
             if stored is not None and stored.a:
                 raise CheckpointError(f"{self.where}: holds {module} twice, under two prefixes")
+            self._check_followed(module)
             update = self._plan_module(module, name, keys)
             updates[name] = update if stored is None else replace(update, whole=stored.whole)
         if not updates:
             raise CheckpointError(f"{self.where}: holds no adapter tensor; fetch it again")
         return updates
+
+    def _check_followed(self, module: str) -> None:
+        """peft passes over tensors that these keys leave out: a file of its own making holds none of them."""
+        layers, excluded = self.config.get("layers_to_transform"), self.config.get("exclude_modules") or []
+        layers = [layers] if isinstance(layers, int) else layers or []
+        for key, value in (("layers_to_transform", layers), ("exclude_modules", excluded)):
+            if not isinstance(value, list):
+                raise CheckpointError(f"{self._config_name}: {key} is {repr(value)[:80]}; expected a list")
+        found = re.search(r"\.layers\.(\d+)\.", f".{module}.")
+        if layers and (found is None or int(found[1]) not in layers):
+            raise CheckpointError(f"{self._config_name}: layers_to_transform leaves out {module}, which is adapted")
+        if any(f".{module}".endswith(f".{name}") for name in excluded):
+            raise CheckpointError(f"{self._config_name}: exclude_modules leaves out {module}, which is adapted")
 
     def _plan_module(self, module: str, name: str, keys: dict[str, str]) -> _Update:
         transposed = "lora_embedding_A" in keys or "lora_embedding_B" in keys

@@ -226,6 +226,33 @@ def test_refuses_half_a_pair_and_left_over_tensors(base, adapter):
         AdapterSource(SafetensorsSource(base[1]), adapter)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers_to_transform", [0, 2], r"layers_to_transform leaves out .*layers\.1\."),
+        ("layers_to_transform", 1, r"layers_to_transform leaves out .*layers\.0\."),
+        ("exclude_modules", ["mlp.up_proj"], r"exclude_modules leaves out .*layers\.0\.mlp\.up_proj"),
+        ("exclude_modules", ".*up_proj", "exclude_modules is '.*up_proj'; expected a list"),
+        ("layers_pattern", "h", "layers_pattern is 'h'"),
+    ],
+)
+def test_what_peft_would_leave_out_is_refused(base, adapter, key, value, message):
+    edit(adapter / "adapter_config.json", **{key: value})
+    with pytest.raises(CheckpointError, match=f"adapter/adapter_config.json: {message}"):
+        AdapterSource(SafetensorsSource(base[1]), adapter)
+
+
+def test_layers_that_peft_chose_are_merged(tmp_path):
+    chosen = {
+        "r": 4,
+        "target_modules": ["q_proj", "up_proj"],
+        "layers_to_transform": [0, 2],
+        "layers_pattern": "layers",
+    }
+    merged = tiny_adapter(tiny_model(tmp_path / "base"), tmp_path / "adapter", **chosen, exclude_modules=["k_proj"])
+    assert_merged(AdapterSource(SafetensorsSource(tmp_path / "base"), tmp_path / "adapter"), merged)
+
+
 def test_missing_files_name_the_cure(base, adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing.*safe_serialization"):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_checkpoint
 from tokenizer_samples import FAST, KINDS, NAMES, TEXTS, backend_of, rows_of, write_folder
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -160,4 +161,16 @@ def test_missing_and_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "tokenizer_config.json").write_text("{}")
     monkeypatch.setattr(tokenizer_files, "MAX_TOKENIZER_BYTES", 100)
     with pytest.raises(CheckpointError, match="at most 100"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("truncation_side", "left"), ("add_eos_token", "yes"), ("add_bos_token", 1)]
+)
+def test_what_would_be_passed_over_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    tiny_checkpoint(tmp_path, "llama")
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {key} is {value!r}; "):
         Tokenizer.from_folder(tmp_path)
