@@ -17,7 +17,7 @@ from flashvec.runtime.non_finite import NonFiniteWarning
 from flashvec.runtime.parts import SpanVectors, TokenVectors
 from flashvec.runtime.progress import Progress
 from flashvec.runtime.spec import ModelSpec
-from flashvec.runtime.texts import TruncationWarning
+from flashvec.runtime.texts import TruncationWarning, callers_level
 from flashvec.runtime.windows import WINDOW, RunSettings
 from flashvec.runtime.worker_pool import Chunk, Notes, WorkerPool
 
@@ -160,9 +160,9 @@ def _warn(notes: Sequence[tuple[int, Notes]], num_texts: int, limit: int) -> Non
     num_truncated = sum(own.num_truncated for _, own in notes)
     non_finite = sorted(start + row for start, own in notes for row in own.non_finite)
     if num_truncated:
-        warnings.warn(TruncationWarning.of(num_truncated, num_texts, limit), stacklevel=5)
+        warnings.warn(TruncationWarning.of(num_truncated, num_texts, limit), stacklevel=callers_level())
     if non_finite:
-        warnings.warn(NonFiniteWarning.of(non_finite, num_texts), stacklevel=5)
+        warnings.warn(NonFiniteWarning.of(non_finite, num_texts), stacklevel=callers_level())
 
 
 def share_out(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.texts import check_truth
 
 QUERY_PROMPTS = ("query",)
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
@@ -48,7 +49,8 @@ class SentenceTransformerNames:
         """`embed` under sentence-transformers' name and parameters.
 
         `batch_size` counts rows there and has no meaning here (packs are filled by tokens); `device` is where the
-        encoder was loaded. Both are accepted so that code written for that library runs as it is.
+        encoder was loaded. Both are accepted so that code written for that library runs as it is. `truncate_dim` cuts
+        as in `embed`: what is cut has unit length again, unless the model came as a sentence-transformers folder.
 
         Returns:
             As there: an array [n, d], a tensor with `convert_to_tensor`, a list of tensors with neither conversion,
@@ -65,7 +67,7 @@ class SentenceTransformerNames:
             convert_to_tensor=convert_to_tensor,
             instruction=prompt,
             prompt_name=prompt_name,
-            normalize=True if normalize_embeddings else None,
+            normalize_embeddings=normalize_embeddings,
             truncate_dim=truncate_dim,
             precision=precision,
             show_progress=show_progress_bar,
@@ -93,8 +95,11 @@ class SentenceTransformerNames:
 
         Returns:
             fp32 [n1, n2]: cosine, dot product, or minus the distance, as `spec.similarity` says; higher is closer.
+
+        Raises:
+            TypeError, ValueError: no vectors, packed signs (`precision="binary"`), or widths that differ.
         """
-        a, b = (torch.atleast_2d(_as_tensor(x)) for x in (embeddings1, embeddings2))
+        a, b = self._sides(embeddings1, embeddings2)
         if self.spec.similarity == "dot":
             return a @ b.T
         if self.spec.similarity in ("euclidean", "manhattan"):
@@ -103,12 +108,31 @@ class SentenceTransformerNames:
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Score of every vector of the first with the one at its place in the second: fp32 [n], as `similarity`."""
-        a, b = (torch.atleast_2d(_as_tensor(x)) for x in (embeddings1, embeddings2))
+        a, b = self._sides(embeddings1, embeddings2)
         if self.spec.similarity == "dot":
             return (a * b).sum(-1)
         if self.spec.similarity in ("euclidean", "manhattan"):
             return -torch.linalg.vector_norm(a - b, 2 if self.spec.similarity == "euclidean" else 1, dim=-1)
         return F.cosine_similarity(a, b)
+
+    def _sides(self, embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
+        sides = []
+        for name, given in (("embeddings1", embeddings1), ("embeddings2", embeddings2)):
+            if given is None or isinstance(given, str):
+                raise TypeError(f"{name} is {type(given).__name__}: give vectors [n, d]")
+            vectors = torch.atleast_2d(_as_tensor(given))
+            if vectors.ndim != 2:
+                raise ValueError(f"{name} has {vectors.ndim} dimensions: give vectors [n, d]")
+            if _holds_bytes(given) and not _may_be_quantised(self.spec, vectors.shape[1]):
+                raise ValueError(
+                    f"{name} holds packed signs (precision='binary' or 'ubinary'), which have no similarity of this "
+                    "kind: count the bits that differ, or give float vectors"
+                )
+            sides.append(vectors)
+        a, b = sides
+        if a.shape[1] != b.shape[1]:
+            raise ValueError(f"embeddings1 has {a.shape[1]} dimensions, embeddings2 {b.shape[1]}: give equal widths")
+        return a, b
 
     def get_embedding_dimension(self) -> int:
         """Width of a vector."""
@@ -131,6 +155,7 @@ def encode(
     output_value: str | None = "sentence_embedding",
     convert_to_numpy: bool = True,
     convert_to_tensor: bool = False,
+    normalize_embeddings: bool = False,
     **settings: Any,
 ) -> Any:
     """`embed` or `embed_tokens`, returned in that library's types.
@@ -141,6 +166,7 @@ def encode(
     Raises:
         ValueError: an unknown `output_value` or `prompt_name`, or what `embed` refuses.
     """
+    check_truth("normalize_embeddings", normalize_embeddings)
     if output_value == "token_embeddings":
         name, prompts = settings.get("prompt_name"), encoder.spec.prompts
         if name is not None and name not in prompts:
@@ -154,10 +180,21 @@ def encode(
         return tensors[0] if isinstance(inputs, str) else tensors
     if output_value != "sentence_embedding":
         raise ValueError(f"output_value is {output_value!r}, known are sentence_embedding, token_embeddings")
+    settings["normalize"] = True if normalize_embeddings else None
     result = encoder.embed(inputs, output="torch" if convert_to_tensor else "numpy", **settings)
     if convert_to_numpy or convert_to_tensor:
         return result
     return torch.from_numpy(result) if isinstance(inputs, str) else [torch.from_numpy(row) for row in result]
+
+
+def _holds_bytes(given: Any) -> bool:
+    """int8 or uint8: vectors in 256 steps, or packed signs."""
+    return str(getattr(given, "dtype", "")).removeprefix("torch.") in ("int8", "uint8")
+
+
+def _may_be_quantised(spec: ModelSpec, width: int) -> bool:
+    """Vectors in steps are as wide as the model's, or were cut where there are ranges for that."""
+    return width == spec.embedding_size or (spec.int8_ranges is not None and width <= len(spec.int8_ranges[0]))
 
 
 def _as_tensor(x: Any) -> Tensor:

@@ -1,12 +1,11 @@
 """`Encoder`: a decoder LLM as a text encoder. Load it, embed texts."""
 
-import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -16,21 +15,19 @@ from flashvec.runtime import prepare
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
 from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.drop_in import SentenceTransformerNames
+from flashvec.runtime.fitting import FittedVectors
 from flashvec.runtime.parts import PartVectors
 from flashvec.runtime.placement import choose_devices, choose_dtype
-from flashvec.runtime.pooling import DenseHead, number_format, vector_length
-from flashvec.runtime.spec import DenseSpec, ModelSpec
+from flashvec.runtime.pooling import DenseHead, number_format
+from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.text_runner import Instruction
-from flashvec.runtime.texts import as_texts, check_ordered, check_whole, elements
-from flashvec.runtime.whitening import POWER, check_power, fit_whitening
-from flashvec.runtime.windows import RUN_SETTINGS, WINDOW, RunSettings, check_settings, run_settings
+from flashvec.runtime.texts import as_texts, check_names, check_ordered, check_whole, elements
+from flashvec.runtime.windows import WINDOW, RunSettings, run_settings
 
 logger = logging.getLogger("flashvec")
 
-INSTRUCTED = ("instruction", "prompt_name", *RUN_SETTINGS)  # what fits vectors to texts takes beside its own
 
-
-class Encoder(PartVectors, SentenceTransformerNames):
+class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
     """A text encoder: `Encoder.load(model).embed(texts)`.
 
     The same text gives the same bits alone or in any batch, in any order, under any token budget (CPU; same
@@ -85,6 +82,8 @@ class Encoder(PartVectors, SentenceTransformerNames):
                 check_whole(name, value)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
+        check_names("pooling", () if pooling is None else pooling, str)
+        check_names("adapters", adapters, str, Path)
         if pooling is not None and not pooling:
             raise ValueError(f"pooling is {pooling!r} and names none")
         devices, torch_dtype = choose_devices(device), None if dtype is None else choose_dtype(dtype)
@@ -148,6 +147,18 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
         for notice in save(self, folder, overwrite=overwrite):
             logger.warning("%s: %s", folder, notice)
+
+    def __copy__(self) -> "Encoder":
+        """Another object over the same weights, with a `spec` of its own."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an encoder is not pickled or deeply copied, for its weights would be: load it in each process, by the "
+            "model's name (copy.copy shares the weights)"
+        )
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -291,58 +302,6 @@ class Encoder(PartVectors, SentenceTransformerNames):
 
         return stream()
 
-    def calibrate(self, texts: Iterable[str], **settings: Any) -> None:
-        """Set the value ranges of int8 vectors from typical texts; kept in `spec` and by `save`.
-
-        Args:
-            texts: some hundreds of texts like those to come.
-            settings: `instruction`, `prompt_name`, `normalize` and `truncate_dim` as they will be used (a vector that
-                is cut and brought back to unit length needs ranges of its own); those of a run as in `whiten`.
-
-        Raises:
-            TypeError, ValueError: a str, fewer than two texts, or as `embed`.
-        """
-        if isinstance(texts, str):
-            raise TypeError("texts is a str: give a list of typical texts")
-        check_settings(settings, (*INSTRUCTED, "normalize", "truncate_dim"))
-        vectors = self.embed(texts, **settings)
-        if len(vectors) < 2:
-            raise ValueError(f"calibrate needs at least two texts, got {len(vectors)}")
-        low, high = vectors.min(0), vectors.max(0)
-        self.spec = replace(
-            self.spec,
-            int8_ranges=(tuple(low.tolist()), tuple(high.tolist())),
-            int8_length=vector_length(self.spec, len(low), settings.get("normalize")),
-        )
-
-    def whiten(self, texts: Iterable[str], *, power: float = POWER, **settings: Any) -> None:
-        """Fit vectors to a collection: what its texts have in common weighs less (`runtime/whitening.py`).
-
-        A dense head is added, which `save` keeps and sentence-transformers runs too. Queries and documents go through
-        it alike; vectors from before do not compare with those that come after. The leading dimensions hold most:
-        `truncate_dim` may cut them. int8 ranges are forgotten.
-
-        Args:
-            texts: the collection's documents, or some hundreds of them.
-            power: 0 takes only the mean off, 0.5 makes all axes weigh the same.
-            settings: `instruction`, `prompt_name`, `max_length`, `batch_tokens`, `split_special` and `show_progress`,
-                as in `embed`.
-
-        Raises:
-            TypeError, ValueError: a str, fewer than two texts, texts that are all alike, or as `embed`.
-        """
-        if isinstance(texts, str):
-            raise TypeError("texts is a str: give a list of the collection's texts")
-        check_power(power)
-        check_settings(settings, INSTRUCTED)
-        whole = copy.copy(self)
-        whole.spec = replace(self.spec, truncate_dim=None)
-        weight, bias = map(torch.from_numpy, fit_whitening(whole.embed(texts, normalize=False, **settings), power))
-        width = len(bias)
-        self.heads = [*self.heads, DenseHead(weight.to(self.device), bias.to(self.device), "identity")]
-        head = DenseSpec(width, width, bias=True, activation="identity")
-        self.spec = replace(self.spec, dense=(*self.spec.dense, head), int8_ranges=None, int8_length=None)
-
     def count_tokens(
         self, texts: str | Iterable[str], *, instruction: Instruction = None, prompt_name: str | None = None
     ) -> Any:
@@ -368,7 +327,9 @@ def _check_out(out: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, output:
         raise ValueError(f"out has shape {out.shape}, the vectors are {shape} (output='numpy')")
     # Narrower floats round; narrower or differently signed integers would wrap.
     casting: Literal["safe", "same_kind"] = "safe" if np.issubdtype(dtype, np.integer) else "same_kind"
-    if not np.can_cast(dtype, out.dtype, casting):
+    if not out.flags.writeable:
+        raise ValueError("out is read-only: give an array or a memmap (mode='r+') that may be written into")
+    if out.dtype.kind not in "iuf" or not np.can_cast(dtype, out.dtype, casting):
         raise ValueError(f"out has dtype {out.dtype}, the vectors are {dtype}: it would not hold their values")
 
 

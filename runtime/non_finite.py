@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashvec.runtime.program import Count
+from flashvec.runtime.texts import callers_level
 from flashvec.runtime.windows import Done
 
 logger = logging.getLogger("flashvec")
@@ -72,7 +73,7 @@ def report(rows: np.ndarray, still: np.ndarray, num_texts: int, dtype: torch.dty
         len(rows), num_texts, name, _listed(rows),
     )  # fmt: skip
     if len(still):
-        warnings.warn(NonFiniteWarning.of(still.tolist(), num_texts), stacklevel=6)  # whoever called `embed`
+        warnings.warn(NonFiniteWarning.of(still.tolist(), num_texts), stacklevel=callers_level())
 
 
 def _listed(rows: Sequence[int] | np.ndarray) -> str:

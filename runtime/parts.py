@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from flashvec.runtime import prepare
 from flashvec.runtime.program import embedding_program
 from flashvec.runtime.text_runner import Instruction, TextRunner
-from flashvec.runtime.texts import as_texts
+from flashvec.runtime.texts import as_texts, check_truth, check_whole
 from flashvec.runtime.windows import Done, RunSettings, run_settings
 
 # Ends of messages: what an argument should have looked like.
@@ -62,6 +62,7 @@ class PartVectors(TextRunner):
             TypeError, ValueError: as `embed`.
         """
         settings = run_settings(run)
+        check_truth("normalize", normalize)
         rows, _ = as_texts(texts)
         return self._tokens_of_rows(rows, self._instructions(instruction, None, len(rows)), settings, normalize)
 
@@ -87,8 +88,12 @@ class PartVectors(TextRunner):
         for row, given in enumerate(words):
             is_list = isinstance(given, Iterable) and not isinstance(given, str)
             word_list = list(given) if is_list else []
-            if not is_list or not all(isinstance(w, str) for w in word_list):
-                raise TypeError(f"words[{row}] must be a list of str, {WORDS}")
+            if not is_list:
+                raise TypeError(f"words[{row}] must be a list of str, {WORDS}; it is {type(given).__name__}")
+            for place, word in enumerate(word_list):
+                if not isinstance(word, str):
+                    kind = type(word).__name__
+                    raise TypeError(f"words[{row}] must be a list of str, {WORDS}; its word {place} is {kind}")
             lists.append(word_list)
             stops = np.cumsum([len(w) + 1 for w in word_list], dtype=np.int64) - 1
             spans.append([(int(s) - len(w), int(s)) for s, w in zip(stops, word_list, strict=True)])
@@ -126,6 +131,9 @@ class PartVectors(TextRunner):
             ValueError: a wrong number of lists, a range outside its text, a negative shift, or a model loaded with
                 `compat`.
         """
+        check_whole("shift", shift)
+        if normalize is not None:
+            check_truth("normalize", normalize)
         if shift < 0:
             raise ValueError(f"shift is {shift}; expected 0, or how many tokens to the left")
         if self.spec.compat:

@@ -11,6 +11,7 @@ def choose_devices(device: str | torch.device | Sequence[str | torch.device] | N
     """The devices that an argument names: one, every GPU for "all", or those of a list.
 
     Raises:
+        TypeError: no name and no list of names.
         ValueError: "all" without a GPU, an empty list, kinds of devices mixed, or a device that is not here.
     """
     if device is None:
@@ -22,7 +23,10 @@ def choose_devices(device: str | torch.device | Sequence[str | torch.device] | N
                 "device='all' spreads texts over all GPUs and there is none here: leave it out for the CPU"
             )
         return [torch.device("cuda", i) for i in range(count)]
-    devices = [_named(d) for d in ([device] if isinstance(device, str | torch.device) else device)]
+    given = [device] if isinstance(device, str | torch.device) else device
+    if not isinstance(given, Sequence) or not all(isinstance(each, str | torch.device) for each in given):
+        raise TypeError(f"device is {repr(device)[:80]}; give cpu, cuda, cuda:1 and so on, all, or a list of them")
+    devices = [_named(each) for each in given]
     if len({d.type for d in devices}) != 1:
         names = ", ".join(map(str, devices)) or "nothing"
         raise ValueError(f"device lists {names}: give devices of one kind, since others differ in a vector's last bits")

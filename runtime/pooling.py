@@ -15,6 +15,7 @@ from flashvec.kernels.schedule import Queries, Schedule
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.row_counts import RowCounts
 from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.texts import check_truth
 
 PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 
@@ -181,8 +182,10 @@ def number_format(
         dim, normalize, precision, output: as in `Encoder.embed`.
 
     Raises:
-        ValueError: an unknown name, names that do not go together, or value ranges that are missing.
+        TypeError, ValueError: an unknown name, names that do not go together, or value ranges that are missing.
     """
+    if normalize is not None:
+        check_truth("normalize", normalize)
     if output not in ("numpy", "torch"):
         raise ValueError(f"output is {output!r}, known are 'numpy' and 'torch'")
     if output == "torch":

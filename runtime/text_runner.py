@@ -18,7 +18,7 @@ from flashvec.runtime.pooling import DenseHead
 from flashvec.runtime.program import Program, embedding_program
 from flashvec.runtime.progress import Progress
 from flashvec.runtime.spec import ModelSpec
-from flashvec.runtime.texts import TruncationWarning, as_instructions, check_whole
+from flashvec.runtime.texts import TruncationWarning, as_instructions, callers_level, check_whole
 from flashvec.runtime.wide import widened
 from flashvec.runtime.windows import Call, Done, RunSettings, run_call
 
@@ -109,7 +109,9 @@ class TextRunner:
         """
         limit = self.spec.max_length if settings.max_length is None else settings.max_length
         check_whole("max_length", limit)
-        if not 1 <= limit <= self.spec.decoder.max_positions:
+        if limit < 1:
+            raise ValueError(f"max_length is {limit}; expected at least 1")
+        if limit > self.spec.decoder.max_positions:
             raise ValueError(f"max_length is {limit}, the model has {self.spec.decoder.max_positions} positions")
         call = Call(texts, instructions, limit, settings.split_special, program, offsets, on_device)
         budget = self._budget(settings.batch_tokens)
@@ -125,10 +127,7 @@ class TextRunner:
                 progress.advance(len(done.rows), done.ran.num_tokens)
         yield from self._run_again(call, overflown.rows(), settings.first_row)
         if num_truncated:
-            warnings.warn(
-                TruncationWarning.of(num_truncated, len(texts), limit),
-                stacklevel=4,  # whoever called `embed`
-            )
+            warnings.warn(TruncationWarning.of(num_truncated, len(texts), limit), stacklevel=callers_level())
 
     def _run_again(self, call: Call, rows: np.ndarray, first_row: int) -> Iterator[Done]:
         """Texts whose results were not finite, one at a time in fp32."""

@@ -1,10 +1,13 @@
 """What a caller may give as texts: any ordered run of str, checked row by row, never repaired in silence."""
 
 import re
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MISSING_TYPES = (
@@ -79,6 +82,14 @@ def as_instructions(instruction: Any, n: int) -> list[str] | None:
     return found
 
 
+def callers_level() -> int:
+    """`stacklevel` of a warning for the line that called this package, by whatever of its methods."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("flashvec."):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def check_whole(name: str, value: Any) -> None:
     """Refuse what counts nothing.
 
@@ -87,6 +98,27 @@ def check_whole(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}; expected a whole number")
+
+
+def check_names(name: str, value: Any, *kinds: type) -> None:
+    """Refuse what is neither one of `kinds` nor a list of them.
+
+    Raises:
+        TypeError: names the argument.
+    """
+    given = [value] if isinstance(value, kinds) else value
+    if not isinstance(given, Sequence) or not all(isinstance(each, kinds) for each in given):
+        raise TypeError(f"{name} is {repr(value)[:80]}; expected a name or a list of names")
+
+
+def check_truth(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False: the text "no" counts as true.
+
+    Raises:
+        TypeError: names the argument.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {repr(value)[:80]}; expected True or False")
 
 
 def check_ordered(texts: Any, argument: str = "texts") -> None:
@@ -163,6 +195,6 @@ def _replace_surrogates(rows: list[str], argument: str) -> list[str]:
             f"{num_replaced} surrogate code points in {num_rows} of {len(rows)} rows of {argument} were "
             "replaced by U+FFFD: they are halves of characters, left by a wrong decoding",
             TextWarning,
-            stacklevel=4,  # whoever called the method that called as_texts
+            stacklevel=callers_level(),
         )
     return rows

@@ -155,7 +155,7 @@ class Tokenizer:
         fixed = len(self.prefix_ids) + len(self.suffix_ids)
         room = max_length - fixed
         if room < 1:
-            least = f"{fixed + 1}: {fixed} special tokens and one of text"
+            least = f"{fixed + 1}: {fixed} special token{'s' * (fixed > 1)} and one of text"
             raise ValueError(f"max_length is {max_length}; the least is {least}")
         backend = self._splitting_backend if split_special else self.backend
         encode = backend.encode_batch if offsets else backend.encode_batch_fast

@@ -14,6 +14,8 @@ fitted to the vectors x of some of the texts, takes that back:
 What many texts share weighs less, as common words do in BM25. Neither labels nor queries are needed.
 """
 
+from numbers import Real
+
 import numpy as np
 
 POWER = 0.25
@@ -26,8 +28,10 @@ def check_power(power: float) -> None:
     """Before work is done that needs it.
 
     Raises:
-        ValueError: out of range.
+        TypeError, ValueError: no number, or out of range.
     """
+    if isinstance(power, bool) or not isinstance(power, Real):
+        raise TypeError(f"power is {repr(power)[:80]}; expected a number")
     if not 0 <= power <= MAX_POWER:
         raise ValueError(f"power is {power}, expected 0 (the mean alone) to {MAX_POWER} (all axes alike)")
 

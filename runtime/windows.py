@@ -14,6 +14,7 @@ from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.engine import Engine, Ran
 from flashvec.runtime.program import Program
 from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.texts import check_truth
 from flashvec.runtime.tokenize import Tokenizer, Tokens
 
 WINDOW = 8192  # texts tokenised, sorted and packed together: bounds memory, long enough to fill packs evenly
@@ -29,6 +30,11 @@ class RunSettings:
     split_special: bool = False
     show_progress: bool | None = None
     first_row: int = 0  # number of the first text in warnings: more than 0 where a stream is run in windows
+
+    def __post_init__(self) -> None:
+        check_truth("split_special", self.split_special)
+        if self.show_progress is not None:
+            check_truth("show_progress", self.show_progress)
 
 
 RUN_SETTINGS = ("max_length", "batch_tokens", "split_special", "show_progress")  # those that a caller may give

@@ -98,7 +98,7 @@ def convert(
             raise ValueError(
                 f"a sentence-transformers folder cannot hold: {'; '.join(rules)}. Keep the model as it is "
                 "and use it "
-                "with this package, or write it without these rules: plain=True"
+                "with this package, or write it without these rules: plain=True (--plain)"
             )
         notices.append(f"written without: {'; '.join(rules)}; vectors differ from the model's own")
         spec = plain_rules(spec)

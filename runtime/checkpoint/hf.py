@@ -23,7 +23,7 @@ def read_json(path: Path) -> Any:
         CheckpointError: missing, too large or not JSON; names the file.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path.parent.name}/{path.name} is missing")
+        raise CheckpointError(f"{path} is missing")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path.name}: {path.stat().st_size} bytes, more than a configuration can have")
     try:
@@ -72,7 +72,9 @@ def choose_pooling(override: str | tuple[str, ...] | list[str] | None) -> tuple[
 
 def choose_max_length(override: int | None, stated: int | None, max_positions: int) -> int:
     """Tokens a text may have: the caller's word, else the layout's, else the default; never past the model's."""
-    if override is not None and not 1 <= override <= max_positions:
+    if override is not None and override < 1:
+        raise ValueError(f"max_length is {override}; expected at least 1")
+    if override is not None and override > max_positions:
         raise ValueError(f"max_length is {override}, the model has {max_positions} positions")
     return override or min(stated or DEFAULT_MAX_LENGTH, max_positions)
 

@@ -9,6 +9,7 @@
 The first that a model has counts.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,8 +48,11 @@ def resolve(model: str | Path, revision: str | None = None, local_files_only: bo
     """The local file or folder of a model: itself, or a hub id's snapshot.
 
     Raises:
+        TypeError: no name of a model.
         CheckpointError: neither exists; one line.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"model is {type(model).__name__}: give a folder, a .gguf file or a hub id")
     path, name = Path(model).expanduser(), str(model)
     if not name:
         raise CheckpointError("the model's name is empty: give a folder, a .gguf file or a hub id")

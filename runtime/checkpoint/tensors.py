@@ -29,12 +29,12 @@ class CheckedTensors:
         if name not in self.untaken:
             raise CheckpointError(
                 f"{self.source.place(name)}: tensor {name} is missing; the checkpoint is incomplete (fetch it again), "
-                "or config.json is another family's"
+                "or its configuration is another family's"
             )
         if self.source.shape(name) != shape:
             raise CheckpointError(
-                f"{self.source.place(name)}: tensor {name} has shape {self.source.shape(name)}, config.json asks for "
-                f"{shape}; they do not belong together"
+                f"{self.source.place(name)}: tensor {name} has shape {self.source.shape(name)}, the configuration asks "
+                f"for {shape}; they do not belong together"
             )
         self.untaken.discard(name)
 
@@ -47,7 +47,7 @@ class CheckedTensors:
         if self.untaken:
             raise CheckpointError(
                 f"{len(self.untaken)} tensors fit nowhere in a {self.spec.family} decoder of {self.spec.num_layers} "
-                f"layers: {', '.join(sorted(self.untaken)[:5])}; config.json and weights do not belong together"
+                f"layers: {', '.join(sorted(self.untaken)[:5])}; configuration and weights do not belong together"
             )
 
     def check_finite(self, name: str, converted: Tensor) -> None:

@@ -107,7 +107,7 @@ class FlashvecSentenceTransformer(SentenceTransformer):
             convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor,
             instruction="" if prompt is None else prompt,  # "": the encoder's own default is not asked
-            normalize=True if normalize_embeddings else None,
+            normalize_embeddings=normalize_embeddings,
             truncate_dim=self.truncate_dim if truncate_dim is None else truncate_dim,
             precision=precision,
             show_progress=show_progress_bar,

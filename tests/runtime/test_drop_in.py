@@ -75,6 +75,24 @@ def test_similarity_of_pairs_is_that_librarys(name):
     torch.testing.assert_close(Fixed(name).similarity_pairwise(a.numpy(), b), expected)
 
 
+def test_similarity_refuses_what_are_no_vectors_of_the_model(folder):
+    enc = Encoder.load(folder, dtype="float32")
+    vectors = enc.embed(["a river", "a boat", "bread"])
+    packed = enc.embed(["a river", "a boat"], precision="ubinary")
+    for method in (enc.similarity, enc.similarity_pairwise):
+        for bad in (packed, torch.from_numpy(packed), enc.embed(["a river"], precision="binary")):
+            with pytest.raises(ValueError, match="embeddings2 holds packed signs"):
+                method(packed[:0].astype(np.float32), bad)
+        with pytest.raises(ValueError, match="embeddings1 has 32 dimensions, embeddings2 8"):
+            method(vectors, vectors[:, :8])
+        with pytest.raises(TypeError, match=r"embeddings1 is NoneType: give vectors \[n, d\]"):
+            method(None, vectors)
+        with pytest.raises(ValueError, match="embeddings2 has 3 dimensions"):
+            method(vectors, vectors[None])
+    enc.calibrate([f"text {i}" for i in range(100)])
+    assert enc.similarity(enc.embed(["a"], precision="int8"), enc.embed(["a"], precision="int8")).item() > 0.99
+
+
 def test_without_conversion_a_list_of_tensors_or_for_a_str_one():
     listed, single = (Fixed().encode(texts, convert_to_numpy=False) for texts in (["a", "b"], "a"))
     assert [row.shape for row in listed] == [(3,), (3,)] and isinstance(single, torch.Tensor) and single.shape == (3,)

@@ -1,6 +1,7 @@
 """What vectors come as: cut, normalised, in other precisions, on the device, in the caller's own array."""
 
 import dataclasses
+import logging
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tiny_models import TEXTS, tiny_adapter, tiny_checkpoint
 
 from flashvec import Encoder
+from flashvec.runtime.fitting import FEW_TEXTS
 
 
 def test_normalize_and_truncate(enc):
@@ -67,9 +69,31 @@ def test_integers_are_written_into_what_holds_them(folder):
         out = np.zeros((len(TEXTS), 4 if "binary" in precision else 32), dtype)
         with pytest.raises(ValueError, match=f"out has dtype {out.dtype}, the vectors are "):
             enc.embed(list(TEXTS), precision=precision, out=out)
+    for dtype in (np.complex64, object, bool):
+        with pytest.raises(ValueError, match=r"out has dtype .*: it would not hold their values"):
+            enc.embed(["x"], out=np.zeros((1, 32), dtype))
+    fixed = np.zeros((1, 32), np.float32)
+    fixed.flags.writeable = False
+    before = enc.num_texts_run
+    with pytest.raises(ValueError, match="out is read-only"):
+        enc.embed(["x"], out=fixed)
+    assert enc.num_texts_run == before
     assert enc.embed(["x"], out=np.zeros((1, 32), np.float16)).any()
     with pytest.raises(TypeError, match=r"out is list: give a numpy array or memmap of shape \(1, 32\)"):
         enc.embed(["x"], out=[0.0])
+
+
+def test_ranges_of_few_texts_are_noted_and_of_equal_ones_refused(folder, caplog):
+    enc = Encoder.load(folder, dtype="float32")
+    with pytest.raises(ValueError, match="calibrate: the texts' vectors are all alike: give texts that differ"):
+        enc.calibrate(["abc", "abc"])
+    assert enc.spec.int8_ranges is None
+    with caplog.at_level(logging.WARNING, "flashvec"):
+        enc.calibrate(["abc", "a river"])
+        assert "int8 ranges are of 2 texts" in caplog.text
+        caplog.clear()
+        enc.calibrate([f"text {i}" for i in range(FEW_TEXTS)])
+    assert not caplog.text
 
 
 def test_int8_ranges_are_those_of_the_vectors_they_are_used_on(folder, tmp_path):

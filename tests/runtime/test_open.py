@@ -134,7 +134,7 @@ def test_tokenizer_missing(model):
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, "config.json: "),
         ({"num_hidden_layers": 2}, "tensors fit nowhere"),
         ({"num_hidden_layers": 4}, "layers.3.input_layernorm.weight is missing"),
-        ({"intermediate_size": 64}, "config.json asks for"),
+        ({"intermediate_size": 64}, "the configuration asks for"),
     ],
     ids=str,
 )

@@ -74,6 +74,9 @@ def test_parts_refuse_by_row(enc):
     for words in ([["a"], None], [["a"], 3], [["a"], ["b", None]], [["a"], "b"]):
         with pytest.raises(TypeError, match=r"words\[1\] must be a list of str, as in \[\['A'"):
             enc.embed_words(words)
+    for words, named in ((["a", "b"], r"words\[0\] .*; it is str"), ([["a", 3]], r"words\[0\] .*; its word 1 is int")):
+        with pytest.raises(TypeError, match=named):
+            enc.embed_words(words)
     with pytest.raises(TypeError, match="words is NoneType: give lists of str"):
         enc.embed_words(None)
     for ranges in (None, 3, (0, 1), [(0,)], [(0, 1, 2)], [None], [(0.0, 1.0)], [("0", "1")]):
