@@ -18,6 +18,7 @@ from rich.table import Table
 import flashvec
 from flashvec.bench.cli import bench
 from flashvec.runtime import cli_corpus
+from flashvec.runtime.cli_corpus import Adapters, Attention, Pooling, pooling_modes
 from flashvec.runtime.cli_serve import serve
 from flashvec.training.cli import evaluate_app, mine, pairs, sentences, train_app
 
@@ -43,12 +44,6 @@ stderr = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Attention = Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's own word.")]
-Pooling = Annotated[
-    str | None,
-    typer.Option(help="mean, weighted_mean, mean_sqrt_len, max, last or cls; several with commas."),
-]
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter to merge; may be repeated.")]
 Compat = Annotated[str | None, typer.Option(help="llm2vec: the reference's own rules.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 
@@ -84,8 +79,9 @@ def info(
     from flashvec.runtime.checkpoint.open import Overrides, open_checkpoint, resolve
     from flashvec.runtime.describe import spec_rows
 
-    modes = None if pooling is None else tuple(pooling.split(","))
-    checkpoint = open_checkpoint(resolve(model), Overrides(attention, modes, compat=compat), tuple(adapter or ()))
+    checkpoint = open_checkpoint(
+        resolve(model), Overrides(attention, pooling_modes(pooling), compat=compat), tuple(adapter or ())
+    )
     checkpoint.source.close()
     if as_json:
         print(json.dumps({"spec": checkpoint.spec.to_dict(), "notices": checkpoint.notices}, indent=1))
@@ -123,7 +119,6 @@ def convert(
     from flashvec.runtime.checkpoint.export import convert as convert_model
     from flashvec.runtime.checkpoint.open import Overrides
 
-    modes = None if pooling is None else tuple(pooling.split(","))
     notices = convert_model(
         model,
         out,
@@ -131,7 +126,7 @@ def convert(
         dtype=dtype,
         overwrite=overwrite,
         adapters=adapter or (),
-        overrides=Overrides(attention, modes, compat=compat),
+        overrides=Overrides(attention, pooling_modes(pooling), compat=compat),
     )
     if as_json:
         print(json.dumps({"folder": str(out), "notices": list(notices)}))
@@ -168,7 +163,7 @@ def verify(
         max_length=max_length,
         adapters=adapter or (),
         attention=attention,
-        pooling=None if pooling is None else pooling.split(","),
+        pooling=pooling_modes(pooling),
     )
     if as_json:
         print(json.dumps(report, indent=1))

@@ -16,9 +16,19 @@ stderr = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: an object for each event, the last one the result.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or all; default all GPUs, else the CPU.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Attention = Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's own word.")]
+Pooling = Annotated[
+    str | None,
+    typer.Option(help="mean, weighted_mean, mean_sqrt_len, max, last or cls; several with commas."),
+]
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter to merge; may be repeated.")]
 RUN_OF_SAMPLE = 1024  # rows, of which the first are read
 Layers = Annotated[int | None, typer.Option(help="Run the first layers only.", min=1)]
+
+
+def pooling_modes(pooling: str | None) -> tuple[str, ...] | None:
+    """Names between commas, as `--pooling` takes them."""
+    return None if pooling is None else tuple(name.strip() for name in pooling.split(","))
 
 
 def embed(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flashvec.runtime.cli_corpus import Adapters, Layers
+from flashvec.runtime.cli_corpus import Adapters, Attention, Layers, Pooling, pooling_modes
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY = "FLASHVEC_API_KEY"
@@ -16,6 +16,9 @@ def serve(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)],
     adapter: Adapters = None,
     layers: Layers = None,
+    attention: Attention = None,
+    pooling: Pooling = None,
+    truncate_dim: Annotated[int | None, typer.Option(help="Keep the leading dimensions.", min=1)] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; by default this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default its folder's name.")] = None,
@@ -24,7 +27,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per text.", min=1)] = None,
     truncate: Annotated[bool, typer.Option(help="Cut texts that are too long instead of refusing them.")] = False,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens that are embedded together.", min=1)] = 8192,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens embedded together; default 2,048 on a CPU, 8,192 on a GPU.", min=1)
+    ] = None,
     max_inputs: Annotated[int, typer.Option(help="Texts of one request.", min=1)] = 2048,
     max_body_mb: Annotated[int, typer.Option(help="Megabytes of one request.", min=1)] = 16,
     max_requests: Annotated[int, typer.Option(help="Requests at the same time; more get 429.", min=1)] = 256,
@@ -49,7 +54,15 @@ def serve(
     for category in (TruncationWarning, TextWarning):  # of texts that clients send, one line each would fill the log
         warnings.simplefilter("ignore", category)
     encoder = Encoder.load(
-        model, adapters=adapter or (), layers=layers, dtype=dtype, device=device, max_length=max_length
+        model,
+        adapters=adapter or (),
+        layers=layers,
+        attention=attention,  # type: ignore[arg-type]
+        pooling=pooling_modes(pooling),
+        truncate_dim=truncate_dim,
+        dtype=dtype,
+        device=device,
+        max_length=max_length,
     )
     called = name or os.path.basename(os.path.normpath(model))
     limits = Limits(

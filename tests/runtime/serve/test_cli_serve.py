@@ -41,6 +41,7 @@ def test_options_reach_the_server(tmp_path, served, monkeypatch):
     monkeypatch.setenv(cli_serve.KEY, "secret")
     options = ["--host", "0.0.0.0", "--port", "9", "--max-inputs", "3", "--max-seconds", "7"]
     options += ["--adapter", str(tmp_path / "adapter"), "--layers", "1"]
+    options += ["--attention", "causal", "--pooling", "mean, last", "--truncate-dim", "40"]
     done = CliRunner().invoke(app, ["serve", str(tmp_path / "tiny"), *options])
     assert done.exit_code == 0, done.output
     assert served["host"] == "0.0.0.0" and served["port"] == 9 and served["end_s"] == 7
@@ -55,7 +56,8 @@ def test_options_reach_the_server(tmp_path, served, monkeypatch):
     assert asyncio.run(ask({}, ["a"])).status_code == 401
     assert asyncio.run(ask(key, ["a"] * 4)).status_code == 400
     answer = asyncio.run(ask(key, ["a"])).json()["data"][0]["embedding"]
-    adapted = Encoder.load(tmp_path / "tiny", adapters=tmp_path / "adapter", layers=1)
+    own = {"layers": 1, "attention": "causal", "pooling": ["mean", "last"], "truncate_dim": 40}
+    adapted = Encoder.load(tmp_path / "tiny", adapters=tmp_path / "adapter", **own)
     np.testing.assert_array_equal(np.float32(answer), adapted.embed("a"))
 
 

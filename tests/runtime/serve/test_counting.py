@@ -9,6 +9,7 @@ from running_server import Server, refused
 from tiny_models import tiny_checkpoint
 
 from flashvec import Encoder
+from flashvec.runtime.engine import default_budget
 from flashvec.runtime.serve import app as app_module
 from flashvec.runtime.serve.app import create_app
 from flashvec.runtime.serve.body import Limits
@@ -59,6 +60,11 @@ def test_what_is_refused_is_read_up_to_its_first_long_text(enc, monkeypatch):
         answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": texts})
     assert "input[3] has too many tokens" in refused(answer, 400)
     assert watched.chars < 100_000
+
+
+def test_a_round_is_one_pack_on_a_cpu(enc):
+    assert create_app(enc, name="tiny").state.batcher.batch_tokens == default_budget(enc.device) == 2048
+    assert create_app(enc, name="tiny", batch_tokens=100).state.batcher.batch_tokens == 100
 
 
 def test_counts_of_many_slices_are_put_together(enc, monkeypatch):
