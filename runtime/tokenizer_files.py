@@ -1,6 +1,7 @@
 """Tokenizer files: tokenizer.json and the configuration beside it, read as untrusted input, and written."""
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
 from flashvec.runtime.checkpoint.source import CheckpointError
+
+logger = logging.getLogger("flashvec")
 
 MAX_TOKENIZER_BYTES = 200 * 10**6  # the largest vocabularies in use (Gemma 3) take 33 MB
 MAX_CONFIG_BYTES = 16 * 10**6
@@ -92,11 +95,8 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> SpecialTokens:
         CheckpointError: a damaged or oversized file, or an entry of the wrong type, named.
     """
     config = _read_json(folder / "tokenizer_config.json")
-    if config.get("truncation_side", "right") != "right":
-        raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: truncation_side is {repr(config['truncation_side'])[:80]}; long "
-            'texts are cut on the right alone: set it to "right" if yours fit, or if their starts will do'
-        )
+    if (side := config.get("truncation_side")) not in (None, "right"):
+        logger.warning("%s: truncation_side is %.80r; here long texts keep their starts", folder.name, side)
     for key in ("add_bos_token", "add_eos_token"):
         if not isinstance(config.get(key), bool | None):
             raise CheckpointError(

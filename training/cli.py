@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from flashvec.runtime.cli_corpus import Adapters, Attention, Layers, Pooling, pooling_modes
+
 train_app = typer.Typer(help="Train an encoder: mntp, contrastive, distill; average.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Measure an encoder on files.", no_args_is_help=True)
 stdout = Console(markup=False, emoji=False, soft_wrap=True)  # names of files stay whole
@@ -22,10 +24,6 @@ Processes = Annotated[
     int, typer.Option(min=1, help="That share each batch, as torchrun starts them: one for each GPU, or for each core.")
 ]
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="PEFT adapter; may be repeated.")]
-Attention = Annotated[str | None, typer.Option(help="bidirectional or causal, against the model's word.")]
-Pooling = Annotated[str | None, typer.Option(help="mean, weighted_mean, last, cls, ...")]
-Layers = Annotated[int | None, typer.Option(help="Run the first layers only.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default bfloat16 where the processor has it.")
 ]
@@ -135,6 +133,18 @@ def average(
     stdout.print(f"{output}: {facts}", highlight=False)
 
 
+def _choices(
+    adapter: list[str] | None,
+    attention: str | None,
+    layers: int | None,
+    dtype: str | None,
+    pooling: str | None = None,
+) -> dict[str, Any]:
+    """What `Encoder.load` is told."""
+    rules = {"attention": attention, "pooling": pooling_modes(pooling)}
+    return {"adapters": adapter or (), "layers": layers, "dtype": dtype, **rules}
+
+
 def _open(model: str, backend: str, choices: dict[str, Any]) -> Any:
     """An `Encoder`, or an `HfEncoder` for a model's own code."""
     if backend == "flashvec":
@@ -177,7 +187,7 @@ def sts(
     from flashvec.training.scored_pairs import read_scored_pairs
 
     read = read_scored_pairs(pairs)
-    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers, "dtype": dtype}
+    choices = _choices(adapter, attention, layers, dtype, pooling)
     encoder = _open(model, backend, choices)
     found = sts_score(lambda texts: encoder.embed(list(texts), instruction=instruction), read)
     if as_json:
@@ -216,7 +226,7 @@ def retrieval(
     from flashvec.training.retrieval import retrieval_score, search_prompts
 
     read = read_collection(collection)
-    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers, "dtype": dtype}
+    choices = _choices(adapter, attention, layers, dtype, pooling)
     encoder = _open(model, backend, choices)
 
     def embedder(**settings: Any) -> Any:
@@ -264,7 +274,7 @@ def words(
     from flashvec.training.words import probe_words
 
     read = [read_tagged(path, task, column=column, max_sentences=max_sentences) for path in (train, dev)]
-    choices = {"adapters": adapter or (), "attention": attention, "layers": layers, "dtype": dtype}
+    choices = _choices(adapter, attention, layers, dtype)
     encoder = _open(model, backend, choices)
     found = probe_words(
         lambda lists: encoder.embed_words(lists, shift=int(shift)), *read, has_entities=task != "pos", seeds=seeds
@@ -307,7 +317,7 @@ def mteb(
 
     found_tasks = find_tasks([name.strip() for part in tasks for name in part.split(",") if name.strip()])
     read = None if instructions is None else read_instructions(instructions)
-    choices = {"adapters": adapter or (), "attention": attention, "pooling": pooling, "layers": layers, "dtype": dtype}
+    choices = _choices(adapter, attention, layers, dtype, pooling)
     encoder = _open(model, "flashvec", choices)
     result = evaluate_mteb(MtebEncoder(encoder, model, instructions=read), found_tasks, show_progress=not as_json)
     if out is not None:

@@ -164,9 +164,7 @@ def test_missing_and_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Tokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("truncation_side", "left"), ("add_eos_token", "yes"), ("add_bos_token", 1)]
-)
+@pytest.mark.parametrize(("key", "value"), [("add_eos_token", "yes"), ("add_bos_token", 1)])
 def test_what_would_be_passed_over_is_refused(tmp_path: Path, key: str, value: object) -> None:
     tiny_checkpoint(tmp_path, "llama")
     path = tmp_path / "tokenizer_config.json"
@@ -174,3 +172,13 @@ def test_what_would_be_passed_over_is_refused(tmp_path: Path, key: str, value: o
     path.write_text(json.dumps(config | {key: value}))
     with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {key} is {value!r}; "):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_texts_to_be_cut_on_the_left_are_said_to_keep_their_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_checkpoint(tmp_path, "llama")
+    for side, said in (("right", 0), (None, 0), ("left", 1)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"truncation_side": side}))
+        Tokenizer.from_folder(tmp_path)
+        assert caplog.text.count("here long texts keep their starts") == said
