@@ -27,7 +27,7 @@ from flashvec.kernels.attention_bwd import backward_tiles
 from flashvec.kernels.attention_cpu import Reach, attention_cpu, visible
 from flashvec.kernels.attention_cpu_training import attention_cpu_training
 from flashvec.kernels.attention_fwd import attention_op, forward_tiles
-from flashvec.kernels.backend import implementation, needs_gradient
+from flashvec.kernels.backend import as_given, implementation, needs_gradient
 from flashvec.kernels.dropout import Dropout, fold_reference, keep_reference
 from flashvec.kernels.norm_rope import norm_rope
 from flashvec.kernels.precision import widen
@@ -58,6 +58,7 @@ class Rotation:
 # --- reference: the definition, one sequence after the other, scores written out -------------------------
 
 
+@as_given
 def attention_reference(
     q_THK: Tensor,
     k_TGK: Tensor,

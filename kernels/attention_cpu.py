@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashvec.kernels.backend import as_given
 from flashvec.kernels.schedule import Group, Schedule
 
 QUERY_BLOCK = 1024  # rows of queries per call where scores or masks are held in memory: bounds them to 1024 * n
@@ -33,6 +34,7 @@ def visible(
     return seen
 
 
+@as_given
 def attention_cpu(
     q_THK: Tensor,
     k_TGK: Tensor,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.attention_cpu import Reach, visible
+from flashvec.kernels.backend import as_given
 from flashvec.kernels.dropout import Dropout, draws_cpu, drop_cpu, fold_reference
 from flashvec.kernels.schedule import Schedule, filled_length
 
@@ -76,6 +77,7 @@ class _Block(NamedTuple):
         return rows.view(self.num_sequences, num_kv_heads, -1, self.length, x_TXK.shape[2])
 
 
+@as_given
 def attention_cpu_training(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -111,6 +113,7 @@ class _Attention(torch.autograd.Function):
         return _by_tokens(mixed, q_THK, schedule, 1.0 if settings.dropout is None else settings.dropout.scale)
 
     @staticmethod
+    @as_given
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dout_THK,) = grads
         q_THK, k_TGK, v_TGK = ctx.saved_tensors

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial, wraps
 from typing import Any, Literal
 
 import torch
@@ -260,6 +260,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
 _library = torch.library.Library("flashvec", "FRAGMENT")
 
 
+def _call_as_given(device_type: str, op: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    with torch.autocast(device_type, enabled=False):
+        return op(*args, **keywords)
+
+
+def as_given(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, which is no registered one, in the dtype of its first tensor whatever autocast says, as kernels run."""
+
+    @wraps(op)
+    def run(*args: Any, **keywords: Any) -> Any:
+        device_type = next(x for x in (*args, *keywords.values()) if isinstance(x, Tensor)).device.type
+        if torch.is_autocast_enabled(device_type):
+            return _call_as_given(device_type, op, *args, **keywords)
+        return op(*args, **keywords)
+
+    return run
+
+
 def define_op(
     schema: str,
     forward: Callable[..., Any],
@@ -270,7 +288,8 @@ def define_op(
 ) -> Callable[..., Any]:
     """Register `flashvec::<name>`, visible to torch.compile and autograd; returns the callable op.
 
-    `Library.define` and `impl` cost half of what `torch.library.custom_op` adds to every call.
+    `Library.define` and `impl` cost half of what `torch.library.custom_op` adds to every call. Under autocast an op
+    runs as it is given, its products too; where there is none, nothing asks for it.
 
     Args:
         schema: as in `torch.library.Library.define`, e.g. "swiglu(Tensor gate_up, str activation) -> Tensor".
@@ -284,7 +303,10 @@ def define_op(
     torch.library.register_fake(f"flashvec::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"flashvec::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.flashvec, name).default
+    op = getattr(torch.ops.flashvec, name).default
+    for device_type in ("cpu", "cuda"):
+        _library.impl(name, partial(_call_as_given, device_type, op), f"Autocast{device_type.upper()}")
+    return op
 
 
 # --- the processor ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashvec.kernels.backend import as_given
 from flashvec.kernels.precision import widen
 
 
@@ -22,6 +23,7 @@ def linear_reference(x_TC: Tensor, weight_NC: Tensor, bias_N: Tensor | None = No
     return F.linear(widen(x_TC), widen(weight_NC), bias).to(x_TC.dtype)
 
 
+@as_given
 def linear(
     x_TC: Tensor, weight_NC: Tensor, bias_N: Tensor | None = None, row_plan: Sequence[int] | None = None
 ) -> Tensor:

@@ -196,6 +196,27 @@ def test_gradient_checkpointing_and_autocast():
     assert torch.nn.functional.cosine_similarity(got.float(), want.float()).min() > 0.99
 
 
+@pytest.mark.parametrize("name", ["llama", "llama bidirectional", "gemma2 bidirectional window softcap"])
+def test_trains_under_autocast(name):
+    ours, eager = variants(name)
+    ids, mask = padded("right")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = states_and_gradients(ours, mask, input_ids=ids, attention_mask=mask)
+        same_dtype = alone(eager, ids, mask)
+    for one, same, (_, exact) in zip(got, same_dtype, oracle(name), strict=True):
+        assert_as_close_as_torch(one, same, exact)
+
+
+def test_dropout_trains_under_autocast():
+    ours, _ = variants("llama dropout")
+    ours.train()
+    ids, mask = padded("right")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(input_ids=ids, attention_mask=mask).last_hidden_state.square().mean()
+    loss.backward()  # outside, as trainers do
+    assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
+
+
 def test_compiled_models_run():
     ours, eager = variants("llama")
     ids, mask = padded("right")
