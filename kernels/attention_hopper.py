@@ -39,7 +39,6 @@ from flashvec.kernels.backend import gl, gluon, launch, num_multiprocessors, run
 
 REGISTERS = gl.constexpr(224)  # a thread's in the groups that multiply,
 COPIER_REGISTERS = gl.constexpr(56)  # and in the copying warps: all that a multiprocessor has
-LONGEST = 1 << 16  # tokens of a sequence: what offsets within it are reckoned for
 
 # --- kernel: a block works through tiles ------------------------------------------------------------------
 
@@ -217,7 +216,8 @@ def _attention_hopper_fwd_kernel(
 def takes(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *options: bool) -> bool:
     """True if the kernel can run these: none of the options it lacks, rows that can be copied 16 bytes at a time.
 
-    Rows and heads must not lie so far apart that an offset within a sequence takes 64 bits.
+    Offsets within a sequence, which may have all rows of the batch, must fit 32 bits: also those of queries as they are
+    rotated, and of what lies beside them, the output and its gradient.
 
     Args:
         q_THK, k_TGK, v_TGK: as in `attention`.
@@ -228,7 +228,8 @@ def takes(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *options: bool) -> bool:
     for x in (q_THK, k_TGK, v_TGK):
         if x.stride(0) % 16 or x.stride(1) % 16 or x.storage_offset() % 8:
             return False
-        if LONGEST * x.stride(0) + x.shape[1] * x.stride(1) >= 2**31:
+        rows, heads, K = x.shape
+        if max(rows * x.stride(0) + heads * x.stride(1), rows * heads * K) >= 2**31:
             return False
     return all(has_neighbouring_heads(x) for x in (k_TGK, v_TGK))
 

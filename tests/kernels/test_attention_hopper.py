@@ -209,9 +209,11 @@ def test_what_they_take():
     for num_tokens, fits in ((2**23, False), (2**22, True)):  # each head's tokens in a place of their own
         heads_TK = torch.empty(4, num_tokens, 64, dtype=torch.bfloat16, device="meta").transpose(0, 1)
         assert takes(heads_TK, k, v) == fits
-    for stride, fits in ((2**15, False), (2**15 - 16, True)):
-        rows_HK = torch.empty(10, stride, dtype=torch.bfloat16, device="meta")[:, :256].unflatten(1, (4, 64))
-        assert takes(rows_HK, k, v) == fits
+    for num_tokens, fits in ((2**16 + 8, False), (2**16 - 8, True)):  # one text may have them all
+        rows_HK = torch.empty(num_tokens, 2**15, dtype=torch.bfloat16, device="meta")[:, :256].unflatten(1, (4, 64))
+        assert takes(rows_HK, k, v) == takes(q, rows_HK[:, :2], v) == takes(q, k, rows_HK[:, :2]) == fits
+    one_row = torch.empty(128, 128, dtype=torch.bfloat16, device="meta").expand(2**17, 128, 128)
+    assert not takes(one_row, k, v)  # the output's rows lie apart
     turned = torch.empty(4, 10, 64, dtype=torch.bfloat16).transpose(0, 1)
     assert takes(turned, k, v) and not attention_hopper_bwd.takes(turned, k, v, False)
     assert attention_hopper_bwd.takes(turned, k, v, True)
