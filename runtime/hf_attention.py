@@ -29,8 +29,7 @@ from flashvec.kernels.dropout import Dropout
 from flashvec.kernels.schedule import Schedule, build_schedule
 
 NAME = "flashvec"
-NUM_PROBES = 1024  # pairs of tokens at which a mask is compared with what was made of it
-SPREAD = 2_654_435_761  # a multiplier that scatters their numbers over the batch
+SPREAD = 2_654_435_761  # a multiplier that scatters the far keys that a mask is asked for
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch row, head, query, key -> may it see it
 
@@ -170,8 +169,16 @@ def _indices(is_token: Tensor) -> tuple[Tensor, Tensor]:
     return number // n, number % n
 
 
+class _Head(Tensor):
+    """The head that a mask function is asked for: one that looks at it has a mask for each."""
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **keywords: Any) -> NoReturn:
+        raise ValueError(_unlike("another for each head"))
+
+
 def _ask(sees: MaskFunction, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return sees(row, torch.zeros_like(row), query, key).expand(row.shape)
+    return sees(row, torch.zeros_like(row).as_subclass(_Head), query, key).expand(row.shape)
 
 
 def _reach(sees: MaskFunction, places: Tensor, n: int) -> tuple[int, int]:
@@ -184,15 +191,17 @@ def _reach(sees: MaskFunction, places: Tensor, n: int) -> tuple[int, int]:
 
 
 def _verify(sees: MaskFunction, is_token: Tensor, number: Tensor, causal: bool, window: int | None) -> None:
-    """Compare what was made of a mask with the mask, at pairs spread over the batch and at the window's edges."""
-    B, n = is_token.shape
-    probe = torch.arange(NUM_PROBES, device=is_token.device)
-    first = probe * SPREAD % (B * n)
-    row, query = first // n, first % n
+    """Compare what was made of a mask with the mask, for every token.
+
+    At its neighbours, at both edges of the window, at the row's first and last token, and at one key anywhere: blocks
+    that see each other, prefixes, tokens that all see or that see all, and gaps show there. All pairs would be n².
+    """
+    n = is_token.shape[1]
+    row, query = _indices(is_token)
     edge = n if window is None else window
-    steps = torch.tensor([-edge - 1, -edge, -1, 0, 1, edge, edge + 1], device=is_token.device)
+    steps = torch.tensor([-n, -edge - 1, -edge, -1, 0, 1, edge, edge + 1, n], device=is_token.device).unique()
     near = query[:, None] + steps
-    far = (probe * SPREAD // 7 % n)[:, None]
+    far = ((row * n + query) * SPREAD // 7 % n)[:, None]
     key = torch.cat([near, far], 1).clamp(0, n - 1).flatten()
     row, query = (x.repeat_interleave(len(steps) + 1) for x in (row, query))
     distance = query - key

@@ -276,6 +276,22 @@ def test_refuses_masks_of_other_shapes(sees, message):
         hf_attention._mask(2, 40, 40, mask_function=sees)
 
 
+@pytest.mark.parametrize(
+    ("sees", "message"),
+    [
+        (lambda b, h, q, k: (k <= q) | ((q // 8 == 150) & (k // 8 == 150)), "one of another shape"),  # an image
+        (lambda b, h, q, k: (k <= q) | ((b == 2) & (k < 8)), "one of another shape"),  # a prefix in one row
+        (lambda b, h, q, k: (k <= q) & ((q - k < 32) | (k == 0)), "one of another shape"),
+        (lambda b, h, q, k: (k <= q) & ((q - k < 32) | (b == 1)), "one of another shape"),  # a row without the window
+        (lambda b, h, q, k: (k <= q) | (h == 1), "another for each head"),
+        (lambda b, h, q, k: torch.tensor([32, 64])[h] >= (q - k).abs(), "another for each head"),
+    ],
+)
+def test_refuses_other_shapes_anywhere_in_a_long_batch(sees, message):
+    with pytest.raises(ValueError, match=message):
+        hf_attention._mask(4, 4096, 4096, mask_function=sees)
+
+
 def test_padding_in_the_middle():
     mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
     plan = hf_attention._plans[
