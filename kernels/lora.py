@@ -20,12 +20,15 @@ a dropout does, the graph keeps the dropped input instead of the input, and read
 """
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation
+from flashvec.kernels.checks import INTEGERS, check_constant
 from flashvec.kernels.dropout import (
     Dropout,
     draws_cpu,
@@ -265,14 +268,15 @@ def lora(
         [T, N] in the dtype of `x_TC`. Differentiable in `x_TC`, `a_PRC` and `b_NR`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, a weight that wants a gradient, dropout without keys.
+        ValueError: shapes, dtypes or devices that do not fit together, a weight or a scale that wants a gradient,
+            dropout without keys.
 
     Error: sums are fp32. x Aᵀ and the update are rounded to the dtype before they go on; gradients of A and B are
         fp32 sums over fixed blocks of rows, without atomics: equal bits on repetition.
     """
     P = a_PRC.shape[0]
     splits = [weight_NC.shape[0]] if splits is None else list(splits)
-    scales = [float(scales)] * P if isinstance(scales, int | float) else [float(scale) for scale in scales]
+    scales = _scales(scales, P)
     _check(x_TC, weight_NC, a_PRC, b_NR, scales, splits, bias_N)
     keys, threshold = None, 0
     if dropout is not None and dropout.p > 0:
@@ -281,6 +285,9 @@ def lora(
         if identities_T.shape != x_TC.shape[:1] or positions_T.shape != x_TC.shape[:1]:
             found = f"{tuple(identities_T.shape)} and {tuple(positions_T.shape)}"
             raise ValueError(f"identities_T and positions_T are {found}, x_TC has {x_TC.shape[0]} rows")
+        for name, x in (("identities_T", identities_T), ("positions_T", positions_T)):
+            if x.dtype not in INTEGERS or x.device != x_TC.device:
+                raise ValueError(f"{name} is {x.dtype} on {x.device}, expected int32 or int64 on {x_TC.device} as x_TC")
         keys, threshold = mask_keys(dropout, identities_T, positions_T), dropout.threshold
     bias_N = None if bias_N is None else bias_N.contiguous()
     return _lora(x_TC, weight_NC, bias_N, a_PRC, b_NR, splits, scales, keys, threshold)[0]
@@ -289,6 +296,15 @@ def lora(
 def mask_keys(dropout: Dropout, identities_T: Tensor, positions_T: Tensor) -> Tensor:
     """The two words of each row's dropout key: int32 [2, T]."""
     return _lora_keys(identities_T.contiguous(), positions_T.contiguous(), list(dropout.key()))
+
+
+def _scales(scales: float | Sequence[float], P: int) -> list[float]:
+    check_constant("scales", scales)
+    each: Any = scales.tolist() if isinstance(scales, Tensor) else scales
+    each = [each] * P if isinstance(each, Real) else list(each)
+    if not all(isinstance(scale, Real) for scale in each):
+        raise ValueError(f"scales are {scales!r}, expected a number, or one for each projection")
+    return [float(scale) for scale in each]
 
 
 def _check(
@@ -318,5 +334,9 @@ def _check(
         raise ValueError(f"splits {splits} and scales {scales} do not fit {P} projections of {N} rows together")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias_N is {tuple(bias.shape)}, weight_NC has {N} rows")
+    tensors = {"weight_NC": weight, "a_PRC": a, "b_NR": b, "bias_N": bias}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x_TC on {x.device}")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight_NC or bias_N wants a gradient: the base of a low-rank update is frozen")

@@ -1,5 +1,6 @@
 """Low-rank updates: against the reference in a wider dtype, on the processor and through the kernels."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,11 +248,27 @@ def test_rejects():
         ({"splits": None}, r"splits \[8\]"),
         ({"splits": [8, 0]}, r"\[8, 0\]"),
         ({"scales": [1.0]}, r"scales \[1.0\]"),
+        ({"scales": "12"}, "scales are '12', expected a number"),
         ({"bias_N": bias[:3]}, r"bias_N is \(3,\)"),
         ({"weight_NC": weight.clone().requires_grad_()}, "frozen"),
         ({"dropout": DROPOUT}, "needs identities_T"),
         ({"dropout": DROPOUT, "identities_T": identities[:3], "positions_T": positions}, r"\(3,\)"),
+        (
+            {"dropout": DROPOUT, "identities_T": identities.float(), "positions_T": positions},
+            "identities_T is torch.float",
+        ),
+        (
+            {"dropout": DROPOUT, "identities_T": identities, "positions_T": positions.to("meta")},
+            "positions_T .* on meta",
+        ),
     ]
     for changed, message in cases:
         with pytest.raises(ValueError, match=message):
             lora(**({"x_TC": x, "weight_NC": weight, "a_PRC": a, "b_NR": b} | good | changed))
+
+
+@pytest.mark.parametrize("scales", [np.float32(2.0), torch.tensor(2.0), (2.0, 2), torch.tensor([2.0, 2.0])], ids=repr)
+def test_scales_are_numbers_of_any_kind(scales):
+    x, weight, _, a, b, *_ = inputs((6, 8, [5, 3], 2), torch.float32, "cpu")
+    want = lora(x, weight, a, b, scales=2.0, splits=[5, 3])
+    assert torch.equal(lora(x, weight, a, b, scales=scales, splits=[5, 3]), want)
