@@ -28,10 +28,10 @@ from flashvec.kernels.attention_cpu import Reach, attention_cpu, visible
 from flashvec.kernels.attention_cpu_training import attention_cpu_training
 from flashvec.kernels.attention_fwd import attention_op, forward_tiles
 from flashvec.kernels.backend import as_given, implementation, needs_gradient
+from flashvec.kernels.checks import check_eps, check_positive, check_weight
 from flashvec.kernels.dropout import Dropout, fold_reference, keep_reference
 from flashvec.kernels.norm_rope import norm_rope
 from flashvec.kernels.precision import widen
-from flashvec.kernels.rms_norm import check_weight
 from flashvec.kernels.rope import rope
 from flashvec.kernels.schedule import Queries, Schedule
 
@@ -90,9 +90,9 @@ def attention_reference(
         outs.append((probabilities @ v).transpose(0, 1))
         lses.append(scores.logsumexp(-1))
     filling = len(q_THK) - sum(len(o) for o in outs)
-    wide = widen(q_THK[:0])
-    out_THK = torch.cat([*outs, wide.new_zeros(filling, *q_THK.shape[1:])]).to(q_THK.dtype)
-    return out_THK, torch.cat([*lses, wide.new_zeros(num_heads, filling)], 1)
+    nothing = sum(widen(x[:0]).sum() for x in (q_THK, k_TGK, v_TGK))  # 0, with a gradient even without sequences
+    out_THK = torch.cat([*outs, q_THK.new_zeros(filling, *q_THK.shape[1:]) + nothing]).to(q_THK.dtype)
+    return out_THK, torch.cat([*lses, q_THK.new_zeros(num_heads, filling) + nothing], 1)
 
 
 def _keep_reference(dropout: Dropout, schedule: Schedule, sequence: int, length: int, num_heads: int) -> Tensor:
@@ -127,7 +127,7 @@ def attention(
         q_THK: [T, H, K] fp32, bf16 or fp16; any row stride (a slice of a merged product is fine), K at most 256.
         k_TGK, v_TGK: [T, G, K], same dtype.
         schedule: of this batch; rows past its tokens are filling and come back as zeros.
-        scale: multiplies the scores; positive.
+        scale: multiplies the scores; a positive number.
         causal: hide later tokens.
         window: farthest visible distance in tokens to each side, or (left, right); None sees all.
         softcap: bound on the absolute scores; None leaves them.
@@ -142,7 +142,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, one head norm without the other, a head size
             over 256, a negative window, a window that looks right of a causal mask, a scale or softcap that is not
-            positive, dropout without identities.
+            positive and finite or wants a gradient, dropout without identities, queries of another schedule.
         RuntimeError: inside torch.compile with a schedule that attention has not run with before, forward, and with a
             gradient if one is wanted: its tile lists are made then.
 
@@ -232,11 +232,12 @@ def _rotates_before(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, rotation: Rotat
 
 
 def _reach(causal: bool, window: int | tuple[int, int] | None) -> Reach:
-    left, right = window if isinstance(window, tuple) else (window, window)
-    if any(side is not None and side < 0 for side in (left, right)):
-        raise ValueError(f"window counts tokens to each side, got {window}")
-    if causal and isinstance(window, tuple) and window[1] > 0:
-        raise ValueError(f"causal attention sees nothing to the right, but window is {window}; use ({window[0]}, 0)")
+    sides = window if isinstance(window, tuple) else (window, window)
+    if len(sides) != 2 or not all(side is None or (type(side) is int and side >= 0) for side in sides):
+        raise ValueError(f"window counts tokens to each side, a whole number or a tuple of two, got {window!r}")
+    left, right = sides
+    if causal and isinstance(window, tuple) and right:
+        raise ValueError(f"causal attention sees nothing to the right, but window is {window}; use ({left}, 0)")
     return left, 0 if causal else right
 
 
@@ -259,20 +260,22 @@ def _check(
             raise ValueError(f"{name} is {x.dtype}, expected one of {DTYPES}, the same for all; q_THK is {q_THK.dtype}")
         if x.device != schedule.cu_seqlens.device:
             raise ValueError(f"{name} is on {x.device}, the schedule on {schedule.cu_seqlens.device}")
-        if x.stride(2) != 1:
+        if x.shape[2] > 1 and x.stride(2) != 1:
             raise ValueError(f"{name}'s heads must be contiguous, its strides are {x.stride()}")
     H, G = q_THK.shape[1], k_TGK.shape[1]
-    if k_TGK.shape != v_TGK.shape or G == 0 or H % G:
+    if k_TGK.shape != v_TGK.shape or G == 0 or H == 0 or H % G:
         raise ValueError(f"q {tuple(q_THK.shape)}, k {tuple(k_TGK.shape)} and v {tuple(v_TGK.shape)} do not fit")
     if q_THK.shape[2] > MAX_HEAD_SIZE:
         raise ValueError(f"head size is {q_THK.shape[2]}, at most {MAX_HEAD_SIZE} is supported")
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}, expected a positive number")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}, expected a positive number or None")
+    check_positive("scale", scale)
+    if softcap is not None:
+        check_positive("softcap", softcap, " or None")
+    if queries is not None and queries.lengths is not schedule.lengths and queries.lengths != schedule.lengths:
+        raise ValueError(f"queries are of texts of {queries.lengths} tokens, the schedule of {schedule.lengths}")
 
 
 def _check_norms(q_THK: Tensor, rotation: Rotation) -> None:
+    check_eps(rotation.norm_eps)
     if (rotation.query_norm_K is None) != (rotation.key_norm_K is None):
         raise ValueError("rotation has one of query_norm_K and key_norm_K, expected both or neither")
     for name in ("query_norm_K", "key_norm_K"):

@@ -234,7 +234,7 @@ def _blocks_and_draws(
     blocks = _blocks(schedule, num_heads, DRAWN)
     assert schedule.identities is not None
     identities = schedule.identities
-    if min(schedule.lengths) == 0:
+    if 0 in schedule.lengths:
         identities = identities[torch.tensor(schedule.lengths) > 0]
     for run in _runs(blocks, num_heads):
         width = max(block.length for block in run)

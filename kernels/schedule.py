@@ -14,6 +14,7 @@ start first. How a sequence is cut depends on its own length alone, so its bits 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
@@ -257,23 +258,32 @@ def build_schedule(
     """Geometry of sequences of these lengths laid end to end.
 
     Args:
-        lengths: tokens of each sequence; 0 is a sequence without rows. Sorted lengths give the fewest groups.
+        lengths: tokens of each sequence, whole numbers; 0 is a sequence without rows. Sorted lengths give the fewest
+            groups.
         num_rows: rows of the flat tensor, at least sum(lengths); default just that.
         device: where the tensors live.
-        identities: int32, one per sequence, for dropout; two views of one text need two.
+        identities: that fit int32, one per sequence, for dropout; equal ones share their masks, so that two views of
+            one text need two.
         is_static: see `Schedule`.
 
     Raises:
-        ValueError: a negative length, too few rows, or identities that do not match.
+        ValueError: a length that is negative or no whole number, too few rows, or identities that do not match.
     """
+    try:
+        lengths = [index(n) for n in lengths]
+    except TypeError:
+        raise ValueError(f"lengths are {lengths}, expected whole numbers") from None
     if min(lengths, default=0) < 0:
-        raise ValueError(f"a length is negative: {list(lengths)}")
+        raise ValueError(f"a length is negative: {lengths}")
     num_tokens = sum(lengths)
     num_rows = num_tokens if num_rows is None else num_rows
     if num_rows < num_tokens:
         raise ValueError(f"num_rows is {num_rows}, the sequences hold {num_tokens} tokens")
     if identities is not None:
-        identities = torch.as_tensor(identities, dtype=torch.int32)
+        given = torch.as_tensor(identities)
+        identities = given.to(torch.int32)
+        if given.device.type == "cpu" and (identities != given).any():  # on a GPU looking would wait
+            raise ValueError(f"identities are {given.tolist()}, expected whole numbers that fit int32")
         if identities.shape != (len(lengths),):
             raise ValueError(f"identities has shape {tuple(identities.shape)}, there are {len(lengths)} sequences")
         identities = identities.to(device).contiguous()

@@ -297,6 +297,11 @@ def test_rejects(device):
     for options, message in [
         ({"window": -1}, "got -1"),
         ({"window": (2, -3)}, r"got \(2, -3\)"),
+        ({"window": [3, 0]}, r"a whole number or a tuple of two, got \[3, 0\]"),
+        ({"window": (3,)}, r"got \(3,\)"),
+        ({"window": True}, "got True"),
+        ({"window": 2.5}, "got 2.5"),
+        ({"queries": select_queries(build_schedule([1, 2]), np.array([[0, 1], [0, 2]]))}, r"texts of \(1, 2\) tokens"),
         ({"window": (2, 3), "causal": True}, r"window is \(2, 3\); use \(2, 0\)"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"softcap": -1.0}, "softcap is -1.0"),
@@ -325,3 +330,12 @@ def test_rejects(device):
         attention(big, big, big, schedule, scale=1.0)
     with pytest.raises(ValueError, match="identities"):
         attention(k, k, v, build_schedule([3], device=device), scale=1.0, dropout=Dropout(0.5, seed=0))
+    with pytest.raises(ValueError, match="do not fit"):
+        attention(q[:, :0], k, v, schedule, scale=1.0)  # no heads
+
+
+def test_a_single_element_has_no_stride(device, interpreted):
+    q, k, v, schedule = heads([5], 2, 1, 8, torch.float32, device)
+    plain = [x[..., 3:4].contiguous() for x in (q, k, v)]
+    strided = [x.as_strided(x.shape, (*x.stride()[:2], 7)) for x in plain]
+    torch.testing.assert_close(attention(*strided, schedule, scale=1.0), attention(*plain, schedule, scale=1.0))

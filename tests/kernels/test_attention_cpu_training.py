@@ -82,3 +82,14 @@ def test_scores_are_not_kept():
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         attention(*leaves, schedule, scale=0.3)
     assert sizes == [256 * 4 * 8] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("drop", [None, Dropout(0.2, seed=1)], ids=["plain", "dropout"])
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
+def test_of_nothing_the_gradient_is_nothing(lengths, drop, dtype):
+    schedule = build_schedule(lengths, 3, identities=range(len(lengths)))
+    leaves = [torch.randn(3, X, 16, dtype=dtype).requires_grad_() for X in (4, 2, 2)]
+    out = attention(*leaves, schedule, scale=0.25, dropout=drop)
+    assert out.shape == (3, 4, 16) and not out.any()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out.sum(), leaves))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,20 @@ def test_rejects_what_it_cannot_lay_out():
         build_schedule([2, 1], identities=[5])
     with pytest.raises(ValueError, match="num_rows is 3"):
         build_schedule([4], num_rows=3)
+    with pytest.raises(ValueError, match=r"lengths are \[2.0, 1\], expected whole numbers"):
+        build_schedule([2.0, 1])
+    for identities in ([0.5, 1.7], [1, 2**31], torch.tensor([2**40, 0])):
+        with pytest.raises(ValueError, match=r"identities are \[.*\], expected whole numbers that fit int32"):
+            build_schedule([2, 1], identities=identities)
+
+
+def test_lengths_may_be_a_tensor_or_an_array():
+    for lengths in (torch.tensor([2, 0, 3]), np.array([2, 0, 3])):
+        schedule = build_schedule(lengths)
+        assert schedule == replace(
+            build_schedule([2, 0, 3]), cu_seqlens=schedule.cu_seqlens, positions=schedule.positions
+        )
+        assert all(type(n) is int for n in (*schedule.lengths, schedule.num_tokens, schedule.max_length))
 
 
 def test_tiles_name_their_tokens_longest_sequences_first():
