@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, tl, triton
+from flashvec.kernels.checks import check_dtype, check_eps, check_rows, check_weight
 from flashvec.kernels.precision import widen
 from flashvec.kernels.rms_norm import (
     PER_THREAD,
     backward_grid,
-    check_rows,
-    check_weight,
     inverse_rms,
     load_weight,
     norm_grad,
@@ -366,7 +365,7 @@ def add_rms_norm(
         both, in all four tensors.
 
     Raises:
-        ValueError: shapes or devices that do not match.
+        ValueError: shapes or devices that do not match, another dtype than these, a negative `eps`.
 
     Error: fp32 arithmetic, `y_TD`'s norm is not rounded before the sum. Each row depends on itself alone; weights'
         gradients are sums of sums over fixed runs of rows. Bitwise deterministic.
@@ -378,6 +377,9 @@ def add_rms_norm(
     check_weight("weight_D", weight_D, h_TD)
     if post_weight_D is not None:
         check_weight("post_weight_D", post_weight_D, h_TD)
+    check_eps(eps)
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     run = implementation(h_TD)
     if run == "torch" or torch.float64 in (h_TD.dtype, y_TD.dtype):
         return add_rms_norm_reference(h_TD, y_TD, weight_D, eps, offset, dtype, post_weight_D=post_weight_D)

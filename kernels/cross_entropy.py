@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation
+from flashvec.kernels.checks import INTEGERS, check_constant, check_positive, check_range, may_look
 from flashvec.kernels.cross_entropy_tiles import row_losses, weights
 from flashvec.kernels.panel import (
     GAIN,
@@ -226,15 +227,16 @@ def cross_entropy(
         fp32, a scalar, or [R] for none. Differentiable in `h_TD`, `weight_VD` and `bias_V`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, a mean over no rows; on the CPU also a row or a
+        ValueError: shapes, dtypes or devices that do not fit together, a scale or softcap that is infinite or wants a
+            gradient, which neither has, a mean over no rows; on the CPU also a row or a
             target out of range and a row chosen twice, which on a GPU, where looking would wait, give a loss of NaN;
             those out of range have no gradient there.
 
     Error: on a GPU logits, sums and losses are fp32, and the softmax's weights are rounded to the dtype before they are
         multiplied. On a CPU logits are rounded to the dtype. No atomics: equal bits on repetition.
     """
-    _check(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap, reduction)
-    if h_TD.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiled graph knows no values
+    _check(h_TD, weight_VD, rows_R, targets_R, bias_V, softcap, scale, reduction)
+    if may_look(h_TD):
         _check_values(h_TD.shape[0], weight_VD.shape[0], rows_R, targets_R)
     rows_R, targets_R = rows_R.contiguous(), targets_R.contiguous()
     bias_V = None if bias_V is None else bias_V.contiguous()
@@ -249,6 +251,7 @@ def _check(
     targets: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    scale: float,
     reduction: str,
 ) -> None:
     floats = [x for x in (h, weight, bias) if x is not None]
@@ -262,12 +265,15 @@ def _check(
         raise ValueError(f"bias_V is {tuple(bias.shape)}, weight_VD has {weight.shape[0]} rows")
     if rows.ndim != 1 or rows.shape != targets.shape:
         raise ValueError(f"rows_R is {tuple(rows.shape)} and targets_R {tuple(targets.shape)}, expected both [R]")
-    if {rows.dtype, targets.dtype} - {torch.int32, torch.int64}:
+    if rows.dtype not in INTEGERS or targets.dtype not in INTEGERS:
         raise ValueError(f"rows_R is {rows.dtype} and targets_R {targets.dtype}, expected int32 or int64")
     if any(x.device != h.device for x in (*floats, rows, targets)):
         raise ValueError(f"devices differ: {[str(x.device) for x in (*floats, rows, targets)]}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}, expected a positive bound or None")
+    if softcap is not None:
+        check_positive("softcap", softcap, " or None")
+    check_constant("scale", scale)
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale is {scale}, expected a finite number")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}, expected mean, sum or none")
     if len(rows) and not len(h):
@@ -279,10 +285,8 @@ def _check(
 def _check_values(T: int, V: int, rows: Tensor, targets: Tensor) -> None:
     if not len(rows):
         return
-    for name, values, limit in (("rows_R", rows, T), ("targets_R", targets, V)):
-        least, most = (int(x) for x in values.aminmax())
-        if least < 0 or most >= limit:
-            raise ValueError(f"{name} holds {least if least < 0 else most}, expected 0 to {limit - 1}")
+    check_range("rows_R", rows, T)
+    check_range("targets_R", targets, V)
     counts = rows.bincount(minlength=T)
     if counts.max() > 1:
         raise ValueError(f"rows_R holds {int(counts.argmax())} more than once, expected distinct rows")

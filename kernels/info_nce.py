@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation
+from flashvec.kernels.checks import check_positive, check_range, may_look
 from flashvec.kernels.info_nce_tiles import gradient_tiles, loss_tiles
 from flashvec.kernels.precision import widen
 
@@ -239,8 +240,8 @@ def info_nce(
     Args:
         queries_BD: [B, D] fp32, bf16 or fp16, contiguous; any length, they are normalised here.
         documents_MD: [M, D], same dtype: positives and hard negatives, of this process or gathered from all.
-        positives_B: int [B]: each query's document. Values are trusted: checking them would wait for a GPU.
-        temperature: divides the cosines; positive.
+        positives_B: int [B]: each query's document. On a GPU values are trusted: checking them would wait.
+        temperature: divides the cosines; positive. It has no gradient: to learn it, scale what the loss is made of.
         document_ids_M: integers [M] that name texts: candidates with the positive's id are left out. Queries put among
             the documents (a query-query term) are kept from themselves by their positive's id.
         margin: candidates with a cosine above the positive's plus this are left out; None keeps all.
@@ -251,11 +252,14 @@ def info_nce(
         candidates are left out is not.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, a temperature or prefixes out of range.
+        ValueError: shapes, dtypes or devices that do not fit together, a temperature or prefixes out of range, a
+            temperature that wants a gradient; on the CPU also a positive that is no document.
 
     Error: dot products, sums and gradients are accumulated in fp32, gradients rounded once. Bitwise deterministic.
     """
     _check(queries_BD, documents_MD, positives_B, temperature, document_ids_M, margin, prefixes)
+    if may_look(positives_B):
+        check_range("positives_B", positives_B, len(documents_MD))
     sizes = list(prefixes) if prefixes is not None else [queries_BD.shape[1]]
     if queries_BD.dtype == torch.float64:
         return info_nce_reference(
@@ -282,7 +286,8 @@ def _check(
     if q.ndim != 2 or c.ndim != 2 or q.shape[1] != c.shape[1] or q.dtype != c.dtype:
         raise ValueError(f"queries {tuple(q.shape)} {q.dtype} and documents {tuple(c.shape)} {c.dtype} do not fit")
     if not q.is_floating_point() or not q.is_contiguous() or not c.is_contiguous():
-        raise ValueError(f"queries and documents must be contiguous floats, got {q.dtype}, strides {q.stride()}")
+        found = f"{q.dtype}, strides {q.stride()} and {c.stride()}"
+        raise ValueError(f"queries and documents must be contiguous floats, got {found}")
     if positives.shape != q.shape[:1] or positives.is_floating_point():
         raise ValueError(f"positives_B is {tuple(positives.shape)} {positives.dtype}, expected {len(q)} integers")
     if ids is not None and (ids.shape != c.shape[:1] or ids.is_floating_point()):
@@ -290,8 +295,7 @@ def _check(
     for name, x in (("documents_MD", c), ("positives_B", positives), ("document_ids_M", ids)):
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, queries_BD on {q.device}")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected a positive number")
+    check_positive("temperature", temperature)
     if margin is not None and not margin >= 0:
         raise ValueError(f"margin is {margin}, expected at least 0: below it a positive would hide itself")
     if prefixes is not None:

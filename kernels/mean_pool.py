@@ -28,12 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation, launch, tl, triton
+from flashvec.kernels.checks import INTEGERS, check_eps, check_rows, check_weight, may_look
 from flashvec.kernels.mean_pool_bwd import mean_pool_bwd
 from flashvec.kernels.pool_spans import MODES, ONE_ROW, chunking, finish, first_weight, larger, row_weight, span_rows
 from flashvec.kernels.precision import widen
 from flashvec.kernels.rms_norm import (
-    check_rows,
-    check_weight,
     inverse_rms,
     load_weight,
     rms_norm_reference,
@@ -366,14 +365,16 @@ def mean_pool(
         delta_TD and both weights; spans that overlap add up.
 
     Raises:
-        ValueError: an unknown mode, a wrong shape, layout or device. The values of `spans_S2` are trusted: checking
-            them would wait for a GPU.
+        ValueError: an unknown mode, a wrong shape, layout, dtype or device; on the CPU also a span that is empty or
+            reaches past the rows. On a GPU looking would wait: these give values of no meaning there.
 
     Error: fp32 summation in an order that depends on the span's length alone; the same span gives the same bits in
         any batch. Bitwise deterministic, forward and backward. On a GPU, mode max has a backward through the
         reference only, which writes the rows of all spans.
     """
-    _check(x_TD, spans_S2, norm_weight_D, mode, first_weights_S, delta_TD, post_norm_weight_D, truncate_dim)
+    _check(x_TD, spans_S2, norm_weight_D, mode, first_weights_S, delta_TD, post_norm_weight_D, truncate_dim, eps)
+    if may_look(spans_S2):
+        _check_spans(spans_S2, len(x_TD))
     wanted = (x_TD, delta_TD, norm_weight_D, post_norm_weight_D)
     has_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
     if implementation(x_TD) != "triton" or x_TD.dtype == torch.float64 or (mode == "max" and has_grad):
@@ -415,6 +416,7 @@ def _check(
     delta_TD: Tensor | None,
     post_norm_weight_D: Tensor | None,
     truncate_dim: int | None,
+    eps: float,
 ) -> None:
     if mode not in MODES:
         raise ValueError(f"pooling mode is {mode!r}, known are {', '.join(MODES)}")
@@ -424,11 +426,13 @@ def _check(
         )
     if first_weights_S is not None and first_weights_S.shape != spans_S2.shape[:1]:
         raise ValueError(f"first_weights_S is {tuple(first_weights_S.shape)}, there are {len(spans_S2)} spans")
+    for name, x in (("spans_S2", spans_S2), ("first_weights_S", first_weights_S)):
+        if x is not None and (x.dtype not in INTEGERS or x.device != x_TD.device):
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, expected int32 or int64 on {x_TD.device} as x_TD")
     if x_TD.ndim != 2:
         raise ValueError(f"x_TD must be [T, D], got {tuple(x_TD.shape)}")
-    if spans_S2.device != x_TD.device:
-        raise ValueError(f"spans_S2 is on {spans_S2.device}, x_TD on {x_TD.device}")
     check_rows("x_TD", x_TD)
+    check_eps(eps)
     check_weight("norm_weight_D", norm_weight_D, x_TD)
     if delta_TD is not None:
         if delta_TD.shape != x_TD.shape or delta_TD.device != x_TD.device:
@@ -442,3 +446,11 @@ def _check(
         check_weight("post_norm_weight_D", post_norm_weight_D, x_TD)
     if truncate_dim is not None and not 0 < truncate_dim <= x_TD.shape[1]:
         raise ValueError(f"truncate_dim is {truncate_dim}, vectors have {x_TD.shape[1]} elements")
+
+
+def _check_spans(spans_S2: Tensor, T: int) -> None:
+    start_S, stop_S = spans_S2.unbind(1)
+    wrong_S = (start_S < 0) | (start_S >= stop_S) | (stop_S > T)
+    if wrong_S.any():
+        found = spans_S2[wrong_S][0].tolist()
+        raise ValueError(f"spans_S2 holds {found}, expected first row and one past the last, at least one of {T}")

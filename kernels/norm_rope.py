@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation, launch, tl, triton
+from flashvec.kernels.checks import check_eps, check_weight
 from flashvec.kernels.precision import widen
-from flashvec.kernels.rms_norm import backward_grid, check_weight, rms_norm, rms_norm_reference, summed
+from flashvec.kernels.rms_norm import backward_grid, rms_norm, rms_norm_reference, summed
 from flashvec.kernels.rope import check_heads, head_rows, head_tile, rope, rope_reference, rotate
 
 
@@ -244,13 +245,15 @@ def norm_rope(
         [T, H, K] in the dtype of `x_THK`, contiguous. Differentiable in `x_THK` and `weight_K`.
 
     Raises:
-        ValueError: sizes, layouts or devices that do not match.
+        ValueError: sizes, layouts or devices that do not match, another dtype than these, a negative `eps`, tables that
+            want a gradient.
 
     Error: fp32 arithmetic, one rounding at the end. Each head depends on itself alone; the weight's gradient is a sum
         of sums over fixed runs of heads. Bitwise deterministic.
     """
     check_heads(x_THK, cos_TK, sin_TK)
     check_weight("weight_K", weight_K, x_THK)
+    check_eps(eps)
     form = implementation(x_THK)
     if form == "triton" and x_THK.dtype != torch.float64:
         return _norm_rope(x_THK, cos_TK, sin_TK, weight_K.contiguous(), eps, offset)

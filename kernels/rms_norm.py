@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, target, tl, triton
+from flashvec.kernels.checks import check_dtype, check_eps, check_rows, check_weight
 from flashvec.kernels.precision import widen
 
 TILE = 2048  # elements of a program, at least: below it, rows share one, or its 4 warps had too little to load
@@ -259,20 +260,6 @@ _rms_norm = define_op(
 # --- public ---------------------------------------------------------------------------------------------
 
 
-def check_rows(name: str, x_TD: Tensor) -> None:
-    """Raise ValueError unless the elements of a row lie side by side."""
-    if x_TD.shape[-1] > 1 and x_TD.stride(-1) != 1:
-        raise ValueError(f"{name}'s rows must be contiguous, its strides are {x_TD.stride()}")
-
-
-def check_weight(name: str, weight_D: Tensor, x_TD: Tensor) -> None:
-    """Raise ValueError unless a weight has an element for each column of `x_TD`, on the same device."""
-    if weight_D.shape != x_TD.shape[-1:]:
-        raise ValueError(f"{name} is {tuple(weight_D.shape)}, x_TD's rows have {x_TD.shape[-1]} elements")
-    if weight_D.device != x_TD.device:
-        raise ValueError(f"{name} is on {weight_D.device}, x_TD on {x_TD.device}")
-
-
 def rms_norm(
     x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -290,14 +277,17 @@ def rms_norm(
         [..., D]; computed in fp32, rounded once. Differentiable in `x_TD` and `weight_D`.
 
     Raises:
-        ValueError: `weight_D` does not match the last dimension, or is on another device; rows that are not
-            contiguous.
+        ValueError: `weight_D` does not match the last dimension, or is on another device; another dtype than these,
+            rows that are not contiguous, a negative `eps`.
 
     Error: one rounding to `dtype` beyond fp32. Each row depends on itself alone; the weight's gradient is a sum of
         sums over fixed runs of rows. Bitwise deterministic.
     """
     check_rows("x_TD", x_TD)
     check_weight("weight_D", weight_D, x_TD)
+    check_eps(eps)
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     run = implementation(x_TD)
     if run == "torch" or x_TD.dtype == torch.float64:
         return rms_norm_reference(x_TD, weight_D, eps, offset, dtype)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, tl, triton
+from flashvec.kernels.checks import check_constant, check_rows
 from flashvec.kernels.precision import widen
-from flashvec.kernels.rms_norm import MAX_ROWS, check_rows
+from flashvec.kernels.rms_norm import MAX_ROWS
 
 TILE = 2048  # elements of a program's heads: 16 a thread in 4 warps, two loads of 16 bytes in halves
 
@@ -244,6 +245,7 @@ def check_heads(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> None:
             raise ValueError(
                 f"{name} must be contiguous on {x_THK.device}, got strides {table.stride()} on {table.device}"
             )
+        check_constant(name, table)
 
 
 def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
         [T, H, K] in the dtype of `x_THK`, contiguous. Differentiable in `x_THK`.
 
     Raises:
-        ValueError: sizes, layouts or devices that do not match.
+        ValueError: sizes, layouts or devices that do not match, another dtype than these, tables that want a gradient.
 
     Error: fp32 arithmetic, one rounding. Bitwise deterministic; each head depends on itself alone.
     """

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation, launch, needs_gradient, tl, triton
+from flashvec.kernels.checks import check_rows
 from flashvec.kernels.precision import widen
-from flashvec.kernels.rms_norm import check_rows
 
 MAX_BLOCK = 1024  # columns of a program: 8 elements a thread in 4 warps, one load of 16 bytes in halves
 
@@ -204,7 +204,8 @@ def swiglu(gate_up_T2F: Tensor, activation: str = "silu") -> Tensor:
         [T, F] in the same dtype. Differentiable; the gradient is one merged [T, 2 F] tensor.
 
     Raises:
-        ValueError: not two dimensions, an odd width, an unknown activation, rows that are not contiguous.
+        ValueError: not two dimensions, an odd width, an unknown activation, another dtype than these, rows that are not
+            contiguous.
 
     Error: one rounding to the dtype; two (activation, product) in the CPU form. Bitwise deterministic.
     """
