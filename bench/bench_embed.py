@@ -192,6 +192,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="torch threads; default all cores")
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     options = parser.parse_args()
+    if options.repetitions < 1:
+        parser.error(f"--repetitions is {options.repetitions}, expected at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.quick:

@@ -11,6 +11,7 @@ other questions, with STS-B's development set as a check; the twenty's own figur
 chosen, so their recall is a little optimistic. All vectors are whitened by the passages.
 """
 
+import argparse
 import importlib.util
 import io
 import json
@@ -261,8 +262,11 @@ def demo(console: Console, folder: Path = FOLDER) -> None:
             )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Entry point: exit status 1 and one line where it fails."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the text has typographic quotes, a terminal may lack them
     try:
@@ -274,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

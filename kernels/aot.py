@@ -265,18 +265,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from flashvec.kernels.roofline import print_roofline
 
         return print_roofline(options.roofline, options.tokens, options.mean_length)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}, expected at least 1")
+    if options.read:
+        if len(options.target or ()) != 1 or TARGETS[options.target[0]].backend != "cuda":
+            parser.error("--read needs one --target, an NVIDIA one")
+        if not is_cubin(options.read):
+            parser.error(f"--read {options.read}: no cubin can be read there")
+    if options.dump:
+        try:
+            options.dump.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--dump {options.dump}: {error.strerror}")
     if not has_triton():
         parser.error("triton is not installed")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     if options.read:
-        if len(options.target or ()) != 1 or TARGETS[options.target[0]].backend != "cuda":
-            parser.error("--read needs one --target, an NVIDIA one")
         return print_cubin(options.read, TARGETS[options.target[0]], options.only)
-    if options.dump:
-        options.dump.mkdir(parents=True, exist_ok=True)
     names = options.target or list(TARGETS)
     _recorded.update({name: list(recorded(TARGETS[name], options.only, options.all)) for name in names})
+    if not any(_recorded[name] for name in names):
+        parser.error(f"--only {options.only}: no case of {', '.join(names)} has this in its name")
     jobs = [(name, start, options.dump) for name in names for start in range(0, len(_recorded[name]), BATCH)]
     before = committed_reports()
     multiplies = {(name, case.name): case.multiplies for name in names for case, _, _ in _recorded[name]}
@@ -318,6 +328,15 @@ def format_code(code: Code) -> str:
     )
     tile = f": {code.loop_matrix} matrix {code.loop_barriers} barriers {code.loop_exponentials} exp"
     return whole + (tile if code.loop_matrix else "")
+
+
+def is_cubin(path: Path) -> bool:
+    """True of a file that can be read and begins as one."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"\x7fELF"
+    except OSError:
+        return False
 
 
 def print_cubin(path: Path, target: Target, only: str) -> int:

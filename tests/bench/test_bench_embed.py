@@ -286,3 +286,10 @@ def test_peers_are_chosen_by_name(folder, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "--model", str(folder), "--only", "("])
     with pytest.raises(SystemExit, match=r"--only '\('"):
         bench_embed.main()
+
+
+def test_no_repetitions_are_no_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_embed", "--model", "nowhere", "--repetitions", "0"])
+    with pytest.raises(SystemExit):
+        bench_embed.main()
+    assert "--repetitions is 0, expected at least 1" in capsys.readouterr().err

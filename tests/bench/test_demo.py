@@ -178,3 +178,9 @@ def test_converted_folder_is_reused_and_a_damaged_one_made_anew(monkeypatch, tmp
     assert len(made) == 2
     out = console.file.getvalue()
     assert "a notice" in out and "converted by an earlier run" in out and "model.safetensors is missing" in out
+
+
+def test_help_is_shown_instead_of_the_demo(capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--help"])
+    assert "run as a text encoder" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashvec.kernels import aot, aot_cases, aot_code, roofline
-from flashvec.kernels.backend import TARGETS, recording
+from flashvec.kernels.backend import TARGETS, recording, triton
 
 VERSIONS = ("3.6.0", "3.9.0")  # of triton: beside torch 2.11 and 2.13
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -239,3 +239,21 @@ def test_roofline_command(capsys):
 
 def test_meta_tensors_have_no_storage():
     assert aot_cases.meta(2, 3).device.type == "meta" and aot_cases.meta(1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "atention"], "--only atention: no case of sm_90 has this in its name"),
+        (["--jobs", "0"], "--jobs is 0, expected at least 1"),
+        (["--read", __file__], "no cubin can be read there"),
+        (["--read", "missing/README.md"], "missing/README.md: no cubin can be read there"),
+        (["--dump", f"{__file__}/figures"], "figures: Not a directory"),
+    ],
+    ids=lambda x: x[0],
+)
+def test_arguments_that_mean_nothing_are_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(SystemExit) as stopped:
+        aot.main(["--check", "--target", "sm_90", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
