@@ -83,6 +83,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu_tanh":
         z = x * (0.7978845608028654 + 0.035677408136300125 * x * x)  # sqrt(2 / pi) (x + 0.044715 x³)
         slope = 2 * (0.7978845608028654 + 0.10703222440890037 * x * x)
+        slope = tl.where(tl.abs(x) < 1e12, slope, 0.0)  # it meets a 0 there, and x times it may be infinite
         exponent = z * -2.885390081777927  # 2 log2(e)
     else:
         slope = 1.0
