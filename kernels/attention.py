@@ -144,7 +144,8 @@ def attention(
             over 256, a negative window, a window that looks right of a causal mask, a scale or softcap that is not
             positive and finite or wants a gradient, dropout without identities, queries of another schedule.
         RuntimeError: inside torch.compile with a schedule that attention has not run with before, forward, and with a
-            gradient if one is wanted: its tile lists are made then.
+            gradient if one is wanted: its tile lists are made then. On a CPU a gradient or dropout breaks the graph,
+            which `fullgraph=True` refuses.
 
     Error: a sequence's result does not depend on what else is in the batch; repeated runs agree bit for bit.
     """

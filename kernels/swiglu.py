@@ -221,5 +221,7 @@ def swiglu(gate_up_T2F: Tensor, activation: str = "silu") -> Tensor:
     if form == "triton" and gate_up_T2F.dtype != torch.float64:
         return _swiglu(gate_up_T2F, activation)
     if form == "cpu" and needs_gradient(gate_up_T2F) and gate_up_T2F.dtype != torch.float64:
+        if torch.compiler.is_compiling():  # the CPU's gradient writes into parts of a tensor, which no graph can say
+            return swiglu_reference(gate_up_T2F, activation)
         return _SwigluCpu.apply(gate_up_T2F, activation)
     return (_swiglu_cpu if form == "cpu" else swiglu_reference)(gate_up_T2F, activation)

@@ -68,3 +68,20 @@ def test_tile_lists_are_made_before(device, interpreted):
     step, leaves = problem(device)
     with pytest.raises(Exception, match="run attention once with this schedule before"):
         torch.compile(step, backend="aot_eager", fullgraph=True)(**leaves)
+
+
+CPU_FORMS = {
+    "rope": lambda x, w, cos, sin: rope(x, cos, sin),
+    "norm_rope": lambda x, w, cos, sin: norm_rope(x, cos, sin, w, 1e-6),
+    "swiglu": lambda x, w, cos, sin: swiglu(x.flatten(1), "gelu_tanh"),
+    "rms_norm": lambda x, w, cos, sin: rms_norm(x, w, 1e-6),
+}
+
+
+@pytest.mark.parametrize("has_gradient", [False, True])
+@pytest.mark.parametrize("name", CPU_FORMS)
+def test_forms_of_the_cpu_are_one_graph(name, has_gradient):
+    tables = rope_table(Rope(), K, T)
+    x, w = torch.randn(T, H, K, requires_grad=has_gradient), torch.rand(K, requires_grad=has_gradient)
+    compiled = torch.compile(CPU_FORMS[name], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, w, *tables), CPU_FORMS[name](x, w, *tables))
