@@ -62,6 +62,15 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
         raise ValueError(f"{name} holds {least if least < 0 else most}, expected 0 to {limit - 1}")
 
 
+def check_spans(spans_S2: Tensor, T: int) -> None:
+    """Raise unless every span has rows, and these are among T; of tensors on the CPU alone."""
+    start_S, stop_S = spans_S2.unbind(1)
+    wrong_S = (start_S < 0) | (start_S >= stop_S) | (stop_S > T)
+    if wrong_S.any():
+        found = spans_S2[wrong_S][0].tolist()
+        raise ValueError(f"spans_S2 holds {found}, expected first row and one past the last, at least one of {T}")
+
+
 def may_look(x: Tensor) -> bool:
     """True if the values of a tensor can be looked at for nothing: on a CPU, and not in a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

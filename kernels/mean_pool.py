@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation, launch, tl, triton
-from flashvec.kernels.checks import INTEGERS, check_eps, check_rows, check_weight, may_look
+from flashvec.kernels.checks import INTEGERS, check_eps, check_rows, check_spans, check_weight, may_look
 from flashvec.kernels.mean_pool_bwd import mean_pool_bwd
 from flashvec.kernels.pool_spans import MODES, ONE_ROW, chunking, finish, first_weight, larger, row_weight, span_rows
 from flashvec.kernels.precision import widen
@@ -374,7 +374,7 @@ def mean_pool(
     """
     _check(x_TD, spans_S2, norm_weight_D, mode, first_weights_S, delta_TD, post_norm_weight_D, truncate_dim, eps)
     if may_look(spans_S2):
-        _check_spans(spans_S2, len(x_TD))
+        check_spans(spans_S2, len(x_TD))
     wanted = (x_TD, delta_TD, norm_weight_D, post_norm_weight_D)
     has_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
     if implementation(x_TD) != "triton" or x_TD.dtype == torch.float64 or (mode == "max" and has_grad):
@@ -446,11 +446,3 @@ def _check(
         check_weight("post_norm_weight_D", post_norm_weight_D, x_TD)
     if truncate_dim is not None and not 0 < truncate_dim <= x_TD.shape[1]:
         raise ValueError(f"truncate_dim is {truncate_dim}, vectors have {x_TD.shape[1]} elements")
-
-
-def _check_spans(spans_S2: Tensor, T: int) -> None:
-    start_S, stop_S = spans_S2.unbind(1)
-    wrong_S = (start_S < 0) | (start_S >= stop_S) | (stop_S > T)
-    if wrong_S.any():
-        found = spans_S2[wrong_S][0].tolist()
-        raise ValueError(f"spans_S2 holds {found}, expected first row and one past the last, at least one of {T}")
