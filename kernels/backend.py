@@ -258,6 +258,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
 # --- registering ops -------------------------------------------------------------------------------
 
 _library = torch.library.Library("flashvec", "FRAGMENT")
+AUTOCAST = ("cpu", "cuda")  # device types whose autocast is kept out; meta tensors have none
 
 
 def _call_as_given(device_type: str, op: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
@@ -271,7 +272,7 @@ def as_given(op: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(op)
     def run(*args: Any, **keywords: Any) -> Any:
         device_type = next(x for x in (*args, *keywords.values()) if isinstance(x, Tensor)).device.type
-        if torch.is_autocast_enabled(device_type):
+        if device_type in AUTOCAST and torch.is_autocast_enabled(device_type):
             return _call_as_given(device_type, op, *args, **keywords)
         return op(*args, **keywords)
 
@@ -304,7 +305,7 @@ def define_op(
     if backward is not None:
         torch.library.register_autograd(f"flashvec::{name}", backward, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.flashvec, name).default
-    for device_type in ("cpu", "cuda"):
+    for device_type in AUTOCAST:
         _library.impl(name, partial(_call_as_given, device_type, op), f"Autocast{device_type.upper()}")
     return op
 

@@ -91,6 +91,7 @@ def test_linear(plan, device):
     with torch.autocast(device, torch.bfloat16):
         got = linear(x_TC=x, weight_NC=w, row_plan=plan)
     assert torch.equal(got, linear(x, w, None, plan))
+    assert linear(x.to("meta"), w.to("meta"), None, plan).shape == (T, D)  # as launches are recorded
 
 
 def test_the_reference_of_attention(device):
