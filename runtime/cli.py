@@ -1,4 +1,4 @@
-"""The command line: `flashvec info`, `convert`, `verify`; `cli_*.py` beside it and `training/cli.py` add the others.
+"""The command line: `flashvec info`, `convert`, `verify`; `cli_*.py` beside it and `training/cli*.py` add the others.
 
 Exit status: 0 done, 1 failed, 2 wrong usage. `--json` prints one object for machines instead of tables.
 """
@@ -20,7 +20,8 @@ from flashvec.bench.cli import bench
 from flashvec.runtime import cli_corpus
 from flashvec.runtime.cli_corpus import Adapters, Attention, Pooling, pooling_modes
 from flashvec.runtime.cli_serve import serve
-from flashvec.training.cli import evaluate_app, mine, pairs, sentences, train_app
+from flashvec.training.cli import mine, pairs, sentences, train_app
+from flashvec.training.cli_evaluate import evaluate_app
 
 SPEAKS_FIRST_S = 3.0
 

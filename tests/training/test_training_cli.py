@@ -7,7 +7,8 @@ from training_runs import config_for, write_pairs
 from typer.testing import CliRunner
 
 from flashvec.runtime.cli import app
-from flashvec.training.cli import evaluate_app, train_app
+from flashvec.training.cli import train_app
+from flashvec.training.cli_evaluate import evaluate_app
 from flashvec.training.config import MntpConfig, read_config
 from flashvec.training.progress import TrainingBar
 from flashvec.training.settings import to_yaml
