@@ -7,6 +7,7 @@ import torch
 
 from flashvec.kernels.add_rms_norm import add_rms_norm
 from flashvec.kernels.attention import Rotation, attention
+from flashvec.kernels.checks import check_range, may_look
 from flashvec.kernels.cross_entropy import cross_entropy
 from flashvec.kernels.info_nce import info_nce
 from flashvec.kernels.lora import lora
@@ -141,6 +142,14 @@ def test_positives_are_looked_at_on_the_cpu():
         with pytest.raises(ValueError, match=rf"positives_B holds {wrong}, expected 0 to {len(documents) - 1}"):
             info_nce(x[:1], documents, torch.tensor([wrong]), 0.1)
     assert info_nce(x[:0], x[:0], rows[:0], 0.1).shape == (0,)
+
+
+def test_values_are_looked_at_where_that_costs_nothing():
+    assert may_look(x) and not may_look(x.to("meta"))
+    check_range("rows", rows, T)
+    check_range("rows", rows[:0], 0)
+    with pytest.raises(ValueError, match="rows holds 3, expected 0 to 2"):
+        check_range("rows", rows, T - 1)
 
 
 def test_both_strides_of_vectors_are_named():
