@@ -44,6 +44,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, as an object."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    below = folder / "encoder" / "config.json"  # where a run that trained the body leaves it
+    if not (folder / "config.json").is_file() and below.is_file():
+        raise CheckpointError(f"{folder / 'config.json'} is missing: the model of this run is {below.parent}")
     return read_object(folder / "config.json")
 
 

@@ -105,8 +105,12 @@ def test_what_is_no_model(model, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors: not a model; give a model folder"):
         open_checkpoint(model / "model.safetensors", Overrides())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"empty/config\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"empty/config\.json is missing$"):
         open_checkpoint(tmp_path / "empty", Overrides())
+    (tmp_path / "run" / "encoder").mkdir(parents=True)
+    (tmp_path / "run" / "encoder" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"run/config\.json is missing: the model of this run is .*run/encoder$"):
+        open_checkpoint(tmp_path / "run", Overrides())
     (tmp_path / "bad.gguf").write_bytes(b"not a gguf file at all")
     with pytest.raises(CheckpointError, match=r"bad\.gguf"):
         open_gguf(tmp_path / "bad.gguf", Overrides())
