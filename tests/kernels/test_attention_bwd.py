@@ -12,6 +12,7 @@ from flashvec.kernels import attention_bwd as bwd
 from flashvec.kernels import backend
 from flashvec.kernels.attention import Rotation, attention, attention_reference, rotate
 from flashvec.kernels.attention_bwd import attention_bwd, backward_tiles
+from flashvec.kernels.attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
 from flashvec.kernels.attention_fwd import attention_op
 from flashvec.kernels.attention_tiles import BackwardConfig, backward_configs, forward_configs
 from flashvec.kernels.dropout import Dropout
@@ -26,11 +27,9 @@ MASKS = {
     "softcap causal window": {"softcap": 0.7, "causal": True, "window": 40},
 }
 DROPOUT = Dropout(0.3, seed=5, step=1, site=2)
-ON_HOPPER = {
-    "_attention_hopper_dq_kernel": "_attention_bwd_dq_kernel",
-    "_attention_hopper_dkv_kernel": "_attention_bwd_dkv_kernel",
-}
-ONE_TILE, SPLIT = {"_attention_bwd_dkv_kernel"}, {"_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel"}
+DKV, DQ = _attention_bwd_dkv_kernel.__name__, _attention_bwd_dq_kernel.__name__
+ON_HOPPER = {"_attention_hopper_dq_kernel": DQ, "_attention_hopper_dkv_kernel": DKV}
+ONE_TILE, SPLIT = {DKV}, {DQ, DKV}
 
 
 def merged_heads(lengths, H, G, K, dtype, device, filling=5):
@@ -228,8 +227,8 @@ def test_one_launch_for_each_class_in_the_batch(K, classes, device, interpreted)
     before = backend.launches.copy()
     gradient(merged, parts, schedule, dout, dropout=DROPOUT)
     ran = backend.launches - before
-    assert ran["_attention_bwd_dq_kernel"] == 1
-    assert ran["_attention_bwd_dkv_kernel"] == classes
+    assert ran[DQ] == 1
+    assert ran[DKV] == classes
 
 
 @pytest.mark.parametrize("rotate_", [False, True])
