@@ -85,7 +85,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def parse_for(cls: type[Any], key: str, text: str, where: str) -> Any:
-    """What an override says: of a setting that is a text this as it stands, in quotes or not; of others its YAML."""
+    """An override's value: of a setting that is a text as it stands, with or without quotes, of others its YAML."""
     hint: Any = cls
     for part in key.split("."):
         hint = get_type_hints(hint).get(part) if is_dataclass(hint) else None
