@@ -12,8 +12,10 @@ A step's rows are a function of seed and step alone: every epoch is a permutatio
 goes on with the rows an uninterrupted one would have seen, and every process knows all of them.
 """
 
+import difflib
 import hashlib
 import json
+import logging
 import math
 import unicodedata
 from collections import deque
@@ -25,11 +27,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+logger = logging.getLogger(__name__)
+
 MAX_LINE_BYTES = 1 << 24
 QUERY_KEYS = ("query", "anchor", "sentence1", "text1")
 POSITIVE_KEYS = ("positive", "pos", "sentence2", "text2")
 SCORED_FILES = (".csv", ".tsv", ".txt")
 NEGATIVE_KEYS = ("negative", "negatives", "neg")
+PAIR_KEYS = (*QUERY_KEYS, *POSITIVE_KEYS, *NEGATIVE_KEYS, "score", "label", "instruction")
 
 
 class DataError(ValueError):
@@ -81,7 +86,7 @@ def read_pairs(paths: Sequence[str], instructions: Mapping[str, Sequence[str]] |
     pairs: list[Pair] = []
     for number, path in enumerate(existing_files(paths, "pairs")):
         if path.suffix == ".jsonl":
-            own = [pair for line in _lines(path) for pair in _pairs(_object(line), number, line.where)]
+            own = _pairs_of(path, number)
         elif path.suffix in SCORED_FILES:
             own = _scored_pairs(path, number)
         else:
@@ -168,6 +173,22 @@ def _object(line: _Line) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DataError(f"{line.where}: expected a JSON object")
     return values
+
+
+def _pairs_of(path: Path, source: int) -> list[Pair]:
+    """Pairs of a .jsonl file. What else its lines hold is passed over, with a word where it looks like a slip."""
+    pairs: list[Pair] = []
+    first: dict[str, str] = {}  # each key, and where it stands first
+    for line in _lines(path):
+        values = _object(line)
+        for key in values:
+            first.setdefault(key, line.where)
+        pairs += _pairs(values, source, line.where)
+    for key, where in first.items():
+        meant = difflib.get_close_matches(key.lower(), PAIR_KEYS, n=1, cutoff=0.8)
+        if meant and key not in PAIR_KEYS and "_" not in key:  # negative_1 is read, positive_id is no slip
+            logger.warning("%s: key %r is not read; is %r meant?", where, key, meant[0])
+    return pairs
 
 
 def _pairs(values: dict[str, Any], source: int, where: str) -> list[Pair]:

@@ -46,6 +46,15 @@ def test_pairs_in_the_forms_that_people_have(tmp_path):
     assert read_pairs([scored])[0].score == 3
 
 
+def test_a_mistyped_key_is_named_once(tmp_path, caplog):
+    line = {"query": "q", "positive": "p", "id": 1, "positive_id": 2, "negative_1": "n", "source": "s"}
+    path = write(tmp_path / "a.jsonl", line, line | {"negatves": ["n"]}, line | {"negatves": ["n"], "Score": 1})
+    assert len(read_pairs([path])) == 3
+    negatives, score = (record.getMessage() for record in caplog.records)
+    assert negatives == "a.jsonl line 2: key 'negatves' is not read; is 'negatives' meant?"
+    assert score == "a.jsonl line 3: key 'Score' is not read; is 'score' meant?"
+
+
 def test_each_positive_of_a_line_is_a_pair(tmp_path):
     path = write(
         tmp_path / "a.jsonl", {"query": "q", "pos": ["p1", "p2", "p3"], "neg": ["n"]}, {"query": "r", "pos": "p4"}
