@@ -286,7 +286,7 @@ def whiten(
     columns = () if text_column is None else (text_column,)
     template = None if text_template is None else text_template.replace("\\n", "\n")
     settings = JobSettings(text_columns=columns, text_template=template, shard_size=RUN_OF_SAMPLE)
-    texts = sample_texts(draft_plan(find_sources(inputs, say), settings, {}), sample)
+    texts = sample_texts(draft_plan(find_sources(inputs, say), settings, {}, note=say), sample)
     encoder = Encoder.load(model, adapters=adapter or (), layers=layers, dtype=dtype)
     encoder.whiten(
         texts,

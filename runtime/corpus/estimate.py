@@ -46,7 +46,8 @@ def estimate_job(
     Raises:
         ValueError: as `embed_corpus` does for bad inputs.
     """
-    plan = draft_plan(find_sources(inputs, note), settings, {})
+    note = note or (lambda text: None)
+    plan = draft_plan(find_sources(inputs, note), settings, {}, note=note)
     texts = sample_texts(plan, SAMPLED_TEXTS)
     if not texts:
         raise ValueError("the sampled rows hold no text")

@@ -19,6 +19,8 @@ from flashvec.runtime.corpus.sources import Source, SourceError
 SAMPLED_LINES = 100  # of a JSON lines file, to see its keys
 THREADS = 16  # footers read at the same time: waiting for storage, not computing
 OPEN = pa.null()  # a type that only the values tell
+DELIMITERS = {"csv": ";\t|", "tsv": ",;|"}  # what separates fields in files that are not as their ending says
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # no UTF-8 text begins so
 
 
 class Inspected:
@@ -124,17 +126,32 @@ def _inspect(source: Source) -> Inspected:
         with open_arrow(source) as reader:
             return Inspected(reader.schema, [len(reader.get_batch(i)) for i in range(reader.num_record_batches)])
     with closing(Stream(source)) as stream:
-        first = stream.read(2)
+        first = stream.read(4)
     if not first:  # also of compressed files
         return Inspected(pa.schema([]), is_empty=True)  # as jobs that write many files leave: no rows, no complaint
-    if first in (BOM_UTF16_LE, BOM_UTF16_BE):
-        raise SourceError(f"{source.uri}: is UTF-16; convert it, as with iconv -f utf-16 -t utf-8")
+    _refuse_other_contents(source, first)
     if source.format in ("csv", "tsv"):
         names, start = csv_header(source)
         return Inspected(pa.schema([(name, pa.large_string()) for name in names]), data_start=start)
     if source.format == "text":
         return Inspected(pa.schema([("text", pa.large_string())]))
     return Inspected(_json_schema(source))
+
+
+def _refuse_other_contents(source: Source, first: bytes) -> None:
+    """Files that are no UTF-8 text: read as such they would be rows of nonsense, some of them with a vector.
+
+    Raises:
+        SourceError: says what the first bytes are of, and the cure.
+    """
+    if first.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise SourceError(f"{source.uri}: is UTF-16; convert it, as with iconv -f utf-16 -t utf-8")
+    if 0 in first[:2]:  # one of two bytes of a Latin letter; every byte of it is valid UTF-8
+        order = "be" if first[0] == 0 else "le"
+        raise SourceError(f"{source.uri}: seems to be UTF-16; convert it, as with iconv -f utf-16{order} -t utf-8")
+    for magic, ending in MAGIC.items():
+        if first.startswith(magic):
+            raise SourceError(f"{source.uri}: is compressed, and its name does not say so: add {ending} to it")
 
 
 def _json_schema(source: Source) -> pa.Schema:
@@ -157,6 +174,11 @@ def _guess_text(source: Source, schema: pa.Schema) -> str:
     if "text" in texts:
         return "text"
     if len(texts) == 1:
+        if found := [c for c in DELIMITERS.get(source.format, "") if len(schema) == 1 and c in texts[0]]:
+            raise SourceError(
+                f"{source.uri}: the only column is {texts[0]!r}. Are its fields separated by {found[0]!r}? "
+                f"Write them as {source.format.upper()}, or name the column with text_columns"
+            )
         return str(texts[0])
     listed = ", ".join(texts) or "no column of text"
     raise SourceError(f"{source.uri}: which column is the text? Name it with text_columns; there is {listed}")

@@ -149,7 +149,7 @@ def embed_corpus(
                 check_unique_ids(plan.settings, plan.sources, spans)
         else:
             check_empty(storage)
-            plan = draft_plan(sources, settings, arguments, unique_ids, reuse, mixed_machines)
+            plan = draft_plan(sources, settings, arguments, unique_ids, reuse, mixed_machines, note=notes.append)
             check_space(plan, storage)
         entries = {i: entry for i in range(len(plan.shards)) if (entry := _done(storage, plan, i)) is not None}
         set_aside: list[int] = []
@@ -206,10 +206,19 @@ def draft_plan(
     unique_ids: bool = False,
     reuse: str | Path | None = None,
     mixed_machines: bool = False,
+    *,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """A plan that lacks the facts that only a loaded model knows."""
+    """A plan that lacks the facts that only a loaded model knows.
+
+    Args:
+        note: told which column was taken for the text, where nothing but its being alone says so.
+    """
     inspected = inspect_sources(sources)
+    given = settings.text_fields()
     settings, columns = resolve_columns(settings, sources, inspected)
+    if not given and settings.text_columns != ("text",):  # a CSV file without a header loses its first row so
+        note(f"the text is the column {settings.text_columns[0]!r}, the only one of text; --text-column names another")
     shards = cut(sources, inspected, settings.shard_size)
     if unique_ids:
         check_unique_ids(settings, sources, (piece for shard in shards for piece in shard.pieces))

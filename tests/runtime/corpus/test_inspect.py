@@ -77,6 +77,32 @@ def test_utf_16_is_refused_with_the_cure(encoding, tmp_path):
         inspect_sources(find_sources([tmp_path / "a.txt"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("le.csv", "text\nwords\n".encode("utf-16-le"), "seems to be UTF-16; convert it, as with iconv -f utf-16le"),
+        ("be.txt", "words\n".encode("utf-16-be"), "seems to be UTF-16; convert it, as with iconv -f utf-16be"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}\n'), "its name does not say so: add .gz to it"),
+        ("a.txt", pa.Codec("zstd").compress(b"x\n").to_pybytes(), "its name does not say so: add .zst to it"),
+    ],
+)
+def test_other_contents_than_the_name_says_are_refused(name, content, named, tmp_path):
+    """UTF-16 without a mark was embedded, a NUL after every letter."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=named):
+        inspect_sources(find_sources([tmp_path / name]))
+
+
+@pytest.mark.parametrize(("name", "header"), [("a.csv", "id;text"), ("b.csv", "id\ttext"), ("c.tsv", "id,text")])
+def test_fields_separated_otherwise_are_no_text(name, header, tmp_path):
+    """Whole lines were embedded, numbers and separators with them, and nothing was said."""
+    path = tmp_path / name
+    path.write_text(f"{header}\n" + header.replace("id", "1").replace("text", "words") + "\n")
+    with pytest.raises(SourceError, match=r"the only column is .*\. Are its fields separated by"):
+        resolve([path])
+    assert resolve([path], text_columns=(header,))[0].text_columns == (header,)
+
+
 def test_unique_ids(tmp_path):
     pq.write_table(pa.table({"id": [1, 2, 2, 3, 1], "text": ["x"] * 5}), tmp_path / "a.parquet")
     sources = find_sources([tmp_path / "a.parquet"])

@@ -167,6 +167,24 @@ def test_too_many_errors_stay_too_many_when_all_shards_are_done(tmp_path):
         assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
+def test_a_text_column_that_was_guessed_is_said(texts_file, tmp_path):
+    """A CSV file without a header loses its first row to it."""
+    said: list[str] = []
+
+    def note(event):
+        if event["event"] == "note":
+            said.append(event["text"])
+
+    (tmp_path / "in.csv").write_text("first row\nsecond row\n")
+    result = embed_with_stand_in(tmp_path / "in.csv", tmp_path / "guessed", on_event=note)
+    assert result.rows == 1
+    assert said == ["the text is the column 'first row', the only one of text; --text-column names another"]
+    said.clear()
+    embed_with_stand_in(tmp_path / "in.csv", tmp_path / "named", on_event=note, text_columns=("first row",))
+    embed_with_stand_in(texts_file, tmp_path / "text", on_event=note)
+    assert said == []
+
+
 def test_ids_are_looked_at_again_where_a_plan_is_there(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 1}\n')
     embed_with_stand_in(tmp_path / "in.jsonl", tmp_path / "out", id_column="id", plan_only=True)
