@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pyarrow.fs as pafs
 
@@ -31,6 +31,7 @@ FORMATS = {
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _GLOB = set("*?[")
 _ENDING = re.compile(r"\.[a-z0-9]{1,8}(\.[a-z0-9]{1,3})?")
+_ESCAPES = re.compile(r"((?:%[0-9A-Fa-f]{2})+)")
 SHOWN_ENDINGS = 5
 _PLAIN = "/=+,:;@&!$'()*~"  # what stands in a URI as it is
 
@@ -87,6 +88,8 @@ def find_sources(inputs: Sequence[str | Path], note: Callable[[str], None] | Non
         found += listed
     seen: set[str] = set()
     for source in found:
+        if (shown := source.uri.encode(errors="surrogateescape").decode(errors="replace")) != source.uri:
+            raise SourceError(f"{shown}: its name is not UTF-8, which a plan cannot hold: rename it")
         place = source.uri if is_uri(source.uri) else os.path.realpath(source.uri)
         if place in seen:
             raise SourceError(f"{source.uri}: named twice, its rows would be embedded twice")
@@ -179,19 +182,29 @@ def _behind_uri(given: str, others: Counter[str]) -> list[Source]:
     first_glob = min((address.find(c) for c in _GLOB if c in address), default=-1)
     start = address if first_glob < 0 else address[: address.rfind("/", 0, first_glob)]
     filesystem, path = open_uri(start + suffix)
-    prefix = start[: len(start.rstrip("/")) - len(path)] if start.rstrip("/").endswith(path) else None
-    if prefix is None:
-        raise SourceError(f"{given}: give the plain path, without escapes")
+    plain = unquote(start).rstrip("/")
+    if not plain.endswith(path):
+        raise SourceError(f"{given}: give the path as it is listed, without empty parts or dots")
+    prefix = plain[: len(plain) - len(path)]
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.File:
         return [stat_source(given)]
     entries = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
-    names = sorted(entry.path for entry in entries if entry.type == pafs.FileType.File)
+    try:
+        names = sorted(entry.path for entry in entries if entry.type == pafs.FileType.File)
+    except UnicodeDecodeError:
+        raise SourceError(f"{given}: the name of a file below it is not UTF-8: rename it") from None
     if first_glob >= 0:
-        pattern = address.split("/")
+        pattern = _unescaped(address).split("/")
         names = [name for name in names if glob_matches((prefix + name).split("/"), pattern)]
     shown = (quote(name, safe=_PLAIN) for name in names if not _hidden(name[len(path) :]))
     return _known((prefix + name + suffix for name in shown), others)
+
+
+def _unescaped(address: str) -> str:
+    """A glob in a URI as one of names; what stands in it escaped, as %5B, means that very character."""
+    pieces = _ESCAPES.split(address)
+    return "".join(glob.escape(unquote(piece)) if i % 2 else piece for i, piece in enumerate(pieces))
 
 
 def glob_matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

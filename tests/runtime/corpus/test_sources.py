@@ -47,6 +47,33 @@ def test_names_that_uris_write_otherwise(tmp_path):
     assert f"file://{tmp_path}/year=2024,x.txt" in {source.uri for source in found}
 
 
+def test_uris_with_escapes_name_what_they_stand_for(tmp_path):
+    """A URI can hold no space, so that a folder with one could not be named at all."""
+    (tmp_path / "a b").mkdir()
+    for name in ("x[1].txt", "x1.txt", "50%.txt"):
+        (tmp_path / "a b" / name).write_text(name)
+    folder = f"file://{tmp_path}/a%20b"
+
+    def contents(given):
+        return [open_source(source).read().decode() for source in find_sources([given])]
+
+    assert contents(folder) == contents(f"file://{tmp_path}/a%20*/*") == ["50%.txt", "x1.txt", "x[1].txt"]
+    assert contents(f"{folder}/50%25.txt") == contents(f"{folder}/5*%25.txt") == ["50%.txt"]
+    assert contents(f"{folder}/x%5B1%5D.*") == ["x[1].txt"]
+    assert contents(f"{folder}/x[1].*") == ["x1.txt"]
+
+
+def test_names_that_are_no_text_are_said(tmp_path):
+    """The error was an encoding's, and named no file."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.write_text("x")
+    for given in (path, tmp_path, f"{tmp_path}/*.txt"):
+        with pytest.raises(SourceError, match="caf\ufffd\\.txt: its name is not UTF-8"):
+            find_sources([given])
+    with pytest.raises(SourceError, match="the name of a file below it is not UTF-8"):
+        find_sources([f"file://{tmp_path}"])
+
+
 def test_links_to_folders_are_not_followed_and_said_to_be_there(tmp_path):
     said: list[str] = []
     (tmp_path / "in").mkdir()
