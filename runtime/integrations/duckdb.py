@@ -22,7 +22,8 @@ def view_job(connection: "duckdb.DuckDBPyConnection", folder: str | Path, name: 
     """Make (or replace) a view of a job's finished parts; nothing is copied, rows are read when they are asked for.
 
     Its columns are the parts' own (file, row, id, passthrough), with `vector` as `FLOAT[d]`, the type that DuckDB's
-    array functions and its HNSW index take, and `source`, the input that `file` numbers.
+    array functions and its HNSW index take, and `source`, the input that `file` numbers (`source_uri` where the job
+    has a column `source` of its own).
 
     Args:
         folder: a job's folder on this machine.
@@ -49,9 +50,13 @@ def view_job(connection: "duckdb.DuckDBPyConnection", folder: str | Path, name: 
     sources = ", ".join(_text(source.uri) for source in plan.sources)
     identifier = '"' + name.replace('"', '""') + '"'
     vector = f"vector::{TYPES[settings.precision]}[{plan.dim}]"
+    own = {name.lower() for name in plan.columns.names}  # to DuckDB case makes no difference
+    if "vector" in own:
+        raise ValueError(f"{storage.location}: a column of this job is named as `vector` but for its case")
+    where = "source_uri" if "source" in own else "source"  # DuckDB would rename the second without a word
     connection.execute(
         f"create or replace view {identifier} as select * replace ({vector} as vector), "
-        f"[{sources}][file + 1] as source from read_parquet([{parts}])"
+        f"[{sources}][file + 1] as {where} from read_parquet([{parts}])"
     )
 
 

@@ -45,6 +45,19 @@ def test_finished_parts_only(source, tmp_path, caplog):
     assert 50 < len(ids) < 80 and {"r0", "r99"} < ids
 
 
+def test_a_column_that_is_named_source_is_the_jobs(tmp_path):
+    """The view's own was `source_1` then, which nothing said, and `source` not the input."""
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"text": "words", "source": "web", "Vector": "up"}) + "\n")
+    embed_with_stand_in(path, tmp_path / "out", columns=("source",))
+    connection = duckdb.connect()
+    view_job(connection, tmp_path / "out")
+    assert connection.execute("select source, source_uri from vectors").fetchall() == [("web", str(path))]
+    embed_with_stand_in(path, tmp_path / "other", columns=("Vector",))
+    with pytest.raises(ValueError, match="is named as `vector` but for its case"):
+        view_job(connection, tmp_path / "other")
+
+
 def test_what_is_refused(source, tmp_path):
     with pytest.raises(PlanError, match="no job to search"):
         view_job(duckdb.connect(), tmp_path)
