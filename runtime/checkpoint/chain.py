@@ -105,4 +105,4 @@ def _local(stated: str, folder: Path) -> Path | None:
 
 
 def _is_model(place: Path) -> bool:
-    return place.is_dir() or (place.suffix == ".gguf" and place.is_file())
+    return place.is_dir() or (place.suffix.lower() == ".gguf" and place.is_file())

@@ -62,7 +62,7 @@ def resolve(model: str | Path, revision: str | None = None, local_files_only: bo
                 f"{name}: revision is {revision!r}, but this is a place on this machine, with no revisions"
             )
         return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == ".gguf":
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix.lower() == ".gguf":
         raise CheckpointError(f"{name}: no such file or folder (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
 
@@ -117,7 +117,7 @@ def _open(path: Path, overrides: Overrides, extra: list[Path], local_files_only:
     from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, open_sentence_transformers
 
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path.name}: not a model; give a model folder or a .gguf file")
         return open_gguf(path, overrides), 0
     base: Path = path

@@ -109,6 +109,14 @@ def test_what_is_no_model(model, tmp_path):
         open_checkpoint(tmp_path / "empty", Overrides())
     (tmp_path / "run" / "encoder").mkdir(parents=True)
     (tmp_path / "run" / "encoder" / "config.json").write_text("{}")
+    (tmp_path / "files").mkdir()
+    for name in ("a-Q4_0.gguf", "a-Q8_0.gguf"):
+        (tmp_path / "files" / name).touch()
+    with pytest.raises(CheckpointError, match=r"files: holds GGUF files .*: give one of them \(a-Q4_0\.gguf, a-Q8_0"):
+        open_checkpoint(tmp_path / "files", Overrides())
+    (tmp_path / "A.GGUF").touch()
+    with pytest.raises(CheckpointError, match="too short for a GGUF file"):
+        open_checkpoint(tmp_path / "A.GGUF", Overrides())
     with pytest.raises(CheckpointError, match=r"run/config\.json is missing: the model of this run is .*run/encoder$"):
         open_checkpoint(tmp_path / "run", Overrides())
     (tmp_path / "bad.gguf").write_bytes(b"not a gguf file at all")
