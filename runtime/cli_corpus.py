@@ -240,6 +240,7 @@ def search(
         stderr.print("note: texts are not shown where the input is gone or has changed since it was embedded")
     for hit in hits:
         place = f"{Path(hit.file).name}:{hit.row}" + ("" if hit.id is None else f" id {hit.id}")
+        place += "" if hit.chunk is None else f" chunk {hit.chunk}"  # the text below is the whole row's beginning
         stdout.print(f"{hit.score:.4f}  {place}", highlight=False)
         if hit.text is not None:
             stdout.print(f"        {' '.join(hit.text.split())[:200]}", highlight=False)

@@ -33,7 +33,8 @@ class Hit(NamedTuple):
     file: str
     row: int
     id: Any  # None where the job has no ids
-    text: str | None  # None where the input is gone or has changed
+    text: str | None  # of the whole row; None where the input is gone or has changed
+    chunk: int | None = None  # of the row, where chunks have rows of their own
 
 
 def search_job(
@@ -106,10 +107,12 @@ def describe_hits(storage: Storage, found: list[tuple[float, int, int]]) -> list
     hits = []
     for score, shard, row in found:
         with storage.open(part_names(plan, shard)[-1]) as file:
-            columns = ["file", "row", *(["id"] if "id" in plan.columns.names else [])]
+            known = (("id", "id" in plan.columns.names), ("chunk", plan.settings.chunks == "rows"))
+            columns = ["file", "row", *(name for name, is_there in known if is_there)]
             facts = pq.read_table(file, columns=columns).slice(row, 1).to_pylist()[0]
         text = _text(plan, facts["file"], facts["row"])
-        hits.append(Hit(score, plan.sources[facts["file"]].uri, facts["row"], facts.get("id"), text))
+        uri = plan.sources[facts["file"]].uri
+        hits.append(Hit(score, uri, facts["row"], facts.get("id"), text, facts.get("chunk")))
     return hits
 
 

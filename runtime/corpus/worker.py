@@ -106,7 +106,15 @@ class ShardRunner:
         return {"ranges": [vectors.min(0).tolist(), vectors.max(0).tolist()]}
 
     def speed(self, texts: list[str], settings: JobSettings) -> dict[str, Any]:
-        """Tokens of some texts, and the seconds that their vectors take."""
+        """Tokens of some texts, and the seconds that their vectors take.
+
+        Raises:
+            ValueError: what the model refuses of the settings; a job asks this first, for that alone.
+        """
+        if settings.long == "chunk":  # a prompt that leaves no room is seen by what cuts, not by what embeds
+            from flashvec.runtime.corpus.chunks import chunk_texts
+
+            chunk_texts(self.encoder, texts[0], settings)
         before = getattr(self.encoder, "num_tokens_run", 0)
         start = time.perf_counter()
         embed_texts(self.encoder, texts, settings)

@@ -17,12 +17,15 @@ from flashvec.runtime.cli import app
 from flashvec.runtime.corpus.chunks import chunk_texts
 from flashvec.runtime.corpus.job import draft_plan, embed_corpus
 from flashvec.runtime.corpus.machine import model_facts
+from flashvec.runtime.corpus.plan import PLAN_FILE
 from flashvec.runtime.corpus.sample import sample_texts
+from flashvec.runtime.corpus.search import describe_hits, search_job
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.shard import run_shard
 from flashvec.runtime.corpus.sources import find_sources
 from flashvec.runtime.corpus.storage import Storage
 from flashvec.runtime.corpus.vectors import Vectors
+from flashvec.runtime.corpus.worker import ShardRunner
 
 
 @pytest.fixture(scope="module")
@@ -154,18 +157,27 @@ def test_chunks(encoder, tmp_path):
         at = long.find(chunk.text, max(at - 40, 0)) + len(chunk.text)
     own = encoder.embed([chunk.text for chunk in chunks], instruction="Query: ")
 
-    entry = run_shard(
-        plan_for(tmp_path / "in.jsonl", encoder, chunks="rows", **settings), 0, encoder, Storage(tmp_path / "rows")
-    )
+    plan, rows = plan_for(tmp_path / "in.jsonl", encoder, chunks="rows", **settings), Storage(tmp_path / "rows")
+    entry = run_shard(plan, 0, encoder, rows)
     table = pq.read_table(tmp_path / "rows" / "part-00000.parquet")
     assert table["chunk"].to_pylist() == [*range(len(chunks)), 0] and entry.errors == 1 and entry.truncated == 0
     np.testing.assert_array_equal(vectors_of(tmp_path / "rows")[:-1], own)
+    rows.write(PLAN_FILE, plan.to_json())
+    (hit,) = describe_hits(rows, search_job(rows, own[3:4], 1)[0])
+    assert hit.row == 0 and hit.chunk == 3 and hit.text == long
 
     run_shard(plan_for(tmp_path / "in.jsonl", encoder, **settings), 0, encoder, Storage(tmp_path / "mean"))
     found = vectors_of(tmp_path / "mean")
     mean = np.average(own.astype(np.float64), axis=0, weights=[chunk.num_tokens for chunk in chunks])
     np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=1e-6)
     np.testing.assert_array_equal(found[1], encoder.embed(["short"], instruction="Query: ")[0])
+
+
+def test_chunks_without_room_are_refused_before_there_is_a_plan(encoder):
+    """The folder was left with a plan that could never go on."""
+    settings = JobSettings(long="chunk", max_length=3)
+    with pytest.raises(ValueError, match="leave 1 tokens of a text"):
+        ShardRunner(encoder, model_facts(encoder, {})).speed(["text"], settings)
 
 
 def test_facts_tell_models_apart(model, encoder, tmp_path):
