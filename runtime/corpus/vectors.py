@@ -101,6 +101,9 @@ class Vectors:
             return int(is_known.sum()), 0
         vectors, truncated = self._embed([fresh[key] for key in keys])
         finite = np.isfinite(vectors).all(1)
+        if self.plan.settings.precision == "float16":  # vectors that are not of unit length may be beyond it
+            with np.errstate(over="ignore"):
+                finite &= np.isfinite(vectors.astype(np.float16)).all(1)
         self.places.update((key, -1) for key, is_finite in zip(keys, finite, strict=True) if not is_finite)
         self._keep(
             [key for key, is_finite in zip(keys, finite, strict=True) if is_finite],

@@ -58,6 +58,23 @@ def test_good_rows_have_vectors_and_bad_ones_reasons(table_file, tmp_path):
     assert NOT_FINITE not in (tmp_path / "out" / "_errors" / "00000.jsonl").read_text()
 
 
+def test_vectors_that_float16_cannot_hold_are_errors(tmp_path):
+    """Infinite values stood in the part, and a search compared them."""
+
+    class Large(StandIn):
+        def embed(self, texts, **settings):
+            scales = np.array([1e6 if text == "large" else 1.0 for text in texts], np.float32)
+            return super().embed(texts, **settings) * scales[:, None]
+
+    (tmp_path / "in.txt").write_text("one\nlarge\ntwo\n")
+    for precision, rows in (("float16", [0, 10]), ("float32", [0, 4, 10])):
+        plan = plan_of(tmp_path / "in.txt", precision=precision, normalize=False)
+        run_shard(plan, 0, Large(), Storage(tmp_path / precision))
+        table = pq.read_table(tmp_path / precision / "part-00000.parquet")
+        assert table["row"].to_pylist() == rows and np.isfinite(table["vector"].to_pylist()).all()
+    assert "not_finite" in (tmp_path / "float16" / "_errors" / "00000.jsonl").read_text()
+
+
 def test_a_window_that_takes_long_is_told_of_in_parts(tmp_path, monkeypatch):
     """Ten texts a pack, each pack longer than between two looks; in the end every row and token is told once."""
 
