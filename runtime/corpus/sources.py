@@ -167,13 +167,16 @@ def _local(given: str, others: Counter[str], linked: list[str]) -> list[Source]:
 
 
 def _walk(folder: Path, linked: list[str]) -> list[Path]:
-    """Files below a folder. Links to folders are not followed, which may lead to where a job writes, but listed."""
+    """Files below a folder, no pipes or sockets.
+
+    Links to folders are not followed, which may lead to where a job writes, but listed.
+    """
     found: list[Path] = []
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         linked += [name for name in folders if os.path.islink(os.path.join(root, name))]
         found += [Path(root) / name for name in files if not name.startswith((".", "_"))]
-    return sorted(found)
+    return sorted(path for path in found if path.is_file() or path.is_symlink())  # a pipe would be waited for
 
 
 def _behind_uri(given: str, others: Counter[str]) -> list[Source]:

@@ -87,6 +87,14 @@ def test_links_to_folders_are_not_followed_and_said_to_be_there(tmp_path):
     assert names(find_sources([tmp_path / "in", tmp_path / "in/year"])) == ["b.txt", "a.txt"]
 
 
+def test_pipes_in_a_folder_are_not_waited_for(folder):
+    os.mkfifo(folder / "pipe.txt")
+    assert names(find_sources([folder])) == ["a.csv.gz", "b.jsonl", "c.txt"]
+    (folder / "gone.txt").symlink_to(folder / "nothing")
+    with pytest.raises(FileNotFoundError):  # an input that was meant is not left out
+        find_sources([folder])
+
+
 def test_what_was_passed_over_is_said(folder):
     said = []
     for name in ("b.md", "notes.MD", "strange.~~~", "Makefile", "c.parquet.gz"):
