@@ -22,6 +22,7 @@ BATCH_ROWS = 4096
 BATCH_BYTES = 16 << 20
 MAX_ROW_GROUP = 4 << 30  # bytes of the columns that are read, decompressed
 THRIFT_LIMIT = 100 << 20
+STREAM_START = b"\xff\xff\xff\xff"  # of an Arrow stream's first message; a file has ARROW1 before it
 
 
 def read_rows(file: int, source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[Rows]:
@@ -77,7 +78,18 @@ def open_arrow(source: Source, columns: Sequence[str] | None = None) -> pa.ipc.R
         fields = [reader.schema.get_field_index(name) for name in columns]
         return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
     except (pa.ArrowException, OSError) as error:
+        if _is_stream(source):
+            raise SourceError(
+                f"{source.uri}: an Arrow stream, as the cache of Hugging Face datasets has them, whose rows cannot be "
+                "found without reading all: write it as a file (pyarrow.ipc.new_file) or as Parquet"
+            ) from None
         raise SourceError(f"{source.uri}: no readable Arrow file ({str(error).splitlines()[0][:200]})") from None
+
+
+def _is_stream(source: Source) -> bool:
+    """Does it begin as an Arrow stream does: with a message, and no word of its own."""
+    with open_source(source) as file:
+        return bool(file.read(len(STREAM_START)) == STREAM_START)
 
 
 def _wanted(settings: JobSettings) -> list[str]:

@@ -153,6 +153,18 @@ def test_truncated_parquet(tmp_path):
         read(tmp_path / "a.parquet")
 
 
+def test_an_arrow_stream_is_told_from_a_damaged_file(tmp_path):
+    """What datasets leaves in its cache has the same ending."""
+    table = pa.table({"id": ["1"], "text": ["words"], "n": ["x"]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(SourceError, match=r"a\.arrow: an Arrow stream, .* write it as a file .* or as Parquet"):
+        read(tmp_path / "a.arrow")
+    (tmp_path / "b.arrow").write_bytes(b"anything else")
+    with pytest.raises(SourceError, match=r"b\.arrow: no readable Arrow file"):
+        read(tmp_path / "b.arrow")
+
+
 def test_messages_never_quote_the_row(tmp_path):
     reasons = [value for value in vars(rows).values() if isinstance(value, rows.Bad)]
     assert len(reasons) >= 9 and len({reason.code for reason in reasons}) == len(reasons)
