@@ -148,9 +148,7 @@ def mine(
     from flashvec.training.mine import mine as mine_pairs
     from flashvec.training.mine import write_pairs
 
-    check_file_or_absent(out, [pairs] if corpus is None else [pairs, corpus])
-    if out.suffix != ".jsonl":
-        raise ValueError(f"{out}: what is written are JSON lines: name a .jsonl file")
+    check_file_or_absent(out, [pairs] if corpus is None else [pairs, corpus], ".jsonl")
     read = read_pairs([str(pairs)])
     texts = [] if corpus is None else read_texts([str(corpus)], "corpus")
     encoder = Encoder.load(model)
@@ -190,7 +188,7 @@ def sentences(
     from flashvec.training.files import check_file_or_absent
     from flashvec.training.sentences import training_lines, write_lines
 
-    check_file_or_absent(out, texts)
+    check_file_or_absent(out, texts, ".txt")
     paths = [str(path) for path in texts]
     lines = training_lines(paths, limit=limit, passages=passages, max_words=max_words, seed=seed)
     if not lines:
@@ -226,7 +224,7 @@ def pairs(
     from flashvec.training.mine import write_pairs
     from flashvec.training.topics import pairs_by_topic
 
-    check_file_or_absent(out, texts)
+    check_file_or_absent(out, texts, ".jsonl")
     if paragraphs and max_asking > 1:
         raise ValueError(
             f"--max-asking is {max_asking}: with --paragraphs a whole paragraph asks; leave one of them out"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flashvec.runtime.checkpoint.placing import naming
+from flashvec.training.data import text_files
 
 
 @contextmanager
@@ -35,17 +36,24 @@ def whole(path: Path) -> Iterator[Path]:
             _remove(partial)
 
 
-def check_file_or_absent(path: Path, inputs: Iterable[str | Path] = ()) -> None:
+def check_file_or_absent(path: Path, inputs: Iterable[str | Path] = (), suffix: str = "") -> None:
     """Refuse, before any work, to write a file where a folder or what it is made from is.
+
+    Args:
+        inputs: files, and folders that stand for the files in them.
+        suffix: how the name must end: training reads a file by it, and would take JSON in a .txt file for texts.
 
     Raises:
         IsADirectoryError: a folder.
-        ValueError: one of `inputs`.
+        ValueError: one of `inputs`, or of another suffix.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder: name a file to write", str(path))
-    if any(path.resolve() == Path(given).resolve() for given in inputs):
+    if any(path.resolve() == file.resolve() for file in text_files(list(map(str, inputs)))):
         raise ValueError(f"{path}: is also read from; name another file to write")
+    if suffix and path.suffix != suffix:
+        kind = {".jsonl": "JSON lines", ".txt": "texts, one a line"}[suffix]
+        raise ValueError(f"{path}: what is written are {kind}: name a {suffix} file")
 
 
 def _remove(path: Path) -> None:

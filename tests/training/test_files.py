@@ -52,6 +52,22 @@ def test_commands_write_over_no_folder_and_no_input(command, tmp_path):
     assert (tmp_path / "in.jsonl").read_text() == "{}\n"
 
 
+@pytest.mark.parametrize("command", ["mine model {} {}", "sentences {} --out {}", "pairs {} --out {}"])
+def test_commands_write_over_no_file_of_a_folder_that_is_read(command, tmp_path):
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    result = CliRunner().invoke(app, command.format(tmp_path, tmp_path / "in.jsonl").split())
+    assert isinstance(result.exception, ValueError) and "is also read from" in str(result.exception)
+    assert (tmp_path / "in.jsonl").read_text() == "{}\n"
+
+
+def test_commands_name_files_by_what_is_in_them(tmp_path):
+    (tmp_path / "in.txt").write_text("It is a short line.\n")
+    for command, out in (("sentences {} --out {}", "a.jsonl"), ("pairs {} --out {}", "a.txt"), ("mine m {} {}", "a")):
+        result = CliRunner().invoke(app, command.format(tmp_path / "in.txt", tmp_path / out).split())
+        assert "what is written are" in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
 def test_a_run_is_not_written_over_its_model(tmp_path):
     config = config_for("mntp", tmp_path)
     model = sorted(path.name for path in Path(config.model).iterdir())
