@@ -272,7 +272,8 @@ def whiten(
 
     Example: `flashvec whiten data/*.jsonl --model ./my-model --out ./my-model-for-data`
     """
-    from flashvec.runtime.checkpoint.export import target_folder
+    from flashvec.runtime.checkpoint.open import resolve
+    from flashvec.runtime.checkpoint.placing import target_folder
     from flashvec.runtime.corpus.job import draft_plan
     from flashvec.runtime.corpus.reporter import counted
     from flashvec.runtime.corpus.sample import sample_texts
@@ -283,7 +284,7 @@ def whiten(
     def say(note: str) -> None:
         stderr.print(f"note: {note}", highlight=False)
 
-    target_folder(out, overwrite)  # before the work, not after it
+    target_folder(out, overwrite, map(resolve, [model, *(adapter or ())]))  # before the work, not after it
     columns = () if text_column is None else (text_column,)
     template = None if text_template is None else text_template.replace("\\n", "\n")
     settings = JobSettings(text_columns=columns, text_template=template, shard_size=RUN_OF_SAMPLE)

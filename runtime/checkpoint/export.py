@@ -90,7 +90,8 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
     path = resolve(model, revision, local_files_only)
-    target = target_folder(folder, overwrite, path)
+    own = [path, *(resolve(str(name), None, local_files_only) for name in adapters)]
+    target = target_folder(folder, overwrite, own)
     checkpoint = open_checkpoint(path, overrides or Overrides(), tuple(map(str, adapters)), local_files_only)
     spec, notices = checkpoint.spec, list(checkpoint.notices)
     if rules := unheld_rules(spec, bool(checkpoint.tokenizer.prefix_ids)):

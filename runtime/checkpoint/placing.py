@@ -1,7 +1,8 @@
 """Where a written model comes to lie: in a folder of its own, whole or not at all, or among other files."""
 
+import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,19 +39,28 @@ def naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def target_folder(folder: str | Path, overwrite: bool, source: Path | None = None) -> Path:
-    """The folder to write, if it may be written."""
+def target_folder(folder: str | Path, overwrite: bool, sources: Iterable[Path] = ()) -> Path:
+    """The folder to write, if it may be written: it is none of `sources`, of which the model is made."""
     target = Path(folder).expanduser().resolve()
-    if source is not None and target == source.resolve():
+    if any(target == source.resolve() for source in sources):
         raise ValueError(f"{folder}: is the model's own folder; write to another")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not overwrite:
             raise ValueError(
                 f"{folder}: exists and is not empty; choose another folder, or overwrite=True (--overwrite)"
             )
-        if not any((target / name).is_file() for name in ("config.json", SPEC_FILE)):
+        if not (_is_model_config(target / "config.json") or (target / SPEC_FILE).is_file()):
             raise ValueError(f"{folder}: is not a model folder, so it is not replaced; choose another")
     return target
+
+
+def _is_model_config(path: Path) -> bool:
+    """Many programs keep a config.json beside what is theirs: a model's names its kind."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:

@@ -85,6 +85,8 @@ def test_merged_adapters_keep_fp32(tmp_path):
     model.bfloat16().save_pretrained(tmp_path / "model")
     tiny_adapter(model.float(), tmp_path / "adapter", target_modules=["q_proj"])
     convert(tmp_path / "model", tmp_path / "out", adapters=[tmp_path / "adapter"])
+    with pytest.raises(ValueError, match="is the model's own folder"):
+        convert(tmp_path / "model", tmp_path / "adapter", adapters=[tmp_path / "adapter"], overwrite=True)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored["layers.0.self_attn.q_proj.weight"].dtype == torch.float32
     assert stored["layers.0.self_attn.k_proj.weight"].dtype == torch.bfloat16

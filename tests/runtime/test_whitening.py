@@ -149,6 +149,8 @@ def test_the_command_writes_an_encoder_for_a_collection(tmp_path):
     assert again.exit_code and "exists and is not empty" in str(again.exception)
     spoken = run(*command, *column, "--overwrite", "--sample", 20)
     assert spoken.exit_code == 0 and "fitted to 20 texts" in spoken.output and "20 texts for 32 axes" in spoken.output
+    own = run(*command[:-1], tmp_path / "model", *column, "--overwrite")
+    assert own.exit_code and "is the model's own folder" in str(own.exception)
     missing = run("whiten", tmp_path / "nowhere.txt", "--model", tmp_path / "model", "--out", tmp_path / "x")
     assert missing.exit_code and "nowhere.txt" in str(missing.exception) and not (tmp_path / "x").exists()
 
