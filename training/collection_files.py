@@ -70,7 +70,9 @@ def read_collection(path: Path) -> Collection:
 def _read_beir(folder: Path) -> Collection:
     documents: dict[str, str] = {}
     for where, row in _json_lines(folder / "corpus.jsonl"):
-        text = f"{row.get('title') or ''} {row.get('text') or ''}".strip()
+        if "text" not in row:  # under another name it would be an empty document, in silence
+            raise DataError(f"{where}: text is missing")
+        text = " ".join(_text(row, key, where) for key in ("title", "text") if row.get(key)).strip()
         _put(documents, _text(row, "_id", where), text, where)
     queries: dict[str, str] = {}
     for where, row in _json_lines(folder / "queries.jsonl"):
@@ -86,6 +88,7 @@ def _read_beir(folder: Path) -> Collection:
 
 def _read_judgements(path: Path) -> Relevance:
     relevance: Relevance = {}
+    contradicted = 0
     for number, line in enumerate(_lines(path), 1):
         parts = line.split("\t")
         if not line.strip() or (number == 1 and parts[0].strip().lower() in HEADERS):
@@ -93,8 +96,12 @@ def _read_judgements(path: Path) -> Relevance:
         try:
             query, document, score = parts[0], parts[-2], _finite(parts[-1])
         except (IndexError, ValueError):
-            raise DataError(f"{path.name} line {number}: expected query, document and score") from None
-        relevance.setdefault(query, {})[document] = score
+            raise DataError(f"{path.name} line {number}: expected query, document and score, by tabs") from None
+        found = relevance.setdefault(query, {})
+        contradicted += found.get(document, score) != score
+        found[document] = score
+    if contradicted:
+        logger.warning("%s: %d lines judge a document anew and otherwise: the last one counts", path.name, contradicted)
     return relevance
 
 
@@ -207,11 +214,16 @@ def _put(texts: dict[str, str], name: str, text: str, where: str) -> None:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Split at line feeds alone: JSON strings may hold the other characters that end a line elsewhere."""
+    """Split at line feeds alone: JSON strings may hold the other characters that end a line elsewhere.
+
+    A mark of UTF-8 before the first is left out.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than is read")
+    encoding = "utf-8-sig"  # of the first line
     with path.open("rb") as file:
         for line in file:
-            yield line.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+            yield line.decode(encoding, "replace").removesuffix("\n").removesuffix("\r")
+            encoding = "utf-8"

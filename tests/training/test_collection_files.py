@@ -28,6 +28,29 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     assert read.documents["d3"] == read.queries["q2"] == odd and read.relevance["q2"] == {"d3": 1.0}
 
 
+def test_a_mark_of_utf_8_is_no_part_of_the_first_line(tmp_path):
+    folder = write_beir(tmp_path / "beir")
+    plain = read_collection(folder)
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    assert read_collection(folder) == plain
+
+
+def test_judgements_that_contradict_others_are_told(tmp_path, caplog):
+    folder = write_beir(tmp_path / "beir")
+    (folder / "qrels/test.tsv").write_text("q1\td1\t1\nq1\td2\t0\nq1\td1\t1\nq1\td1\t2\n")
+    with caplog.at_level("WARNING", logger="flashvec"):
+        assert read_collection(folder).relevance == {"q1": {"d1": 2, "d2": 0}}
+    (told,) = [record.message for record in caplog.records]
+    assert told == "test.tsv: 1 lines judge a document anew and otherwise: the last one counts"
+
+
+def test_a_document_may_be_a_title_alone(tmp_path):
+    folder = write_beir(tmp_path / "beir")
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": "River", "text": null}\n')
+    assert read_collection(folder).documents == {"d1": "River"}
+
+
 def test_a_query_may_be_named_query(tmp_path):
     folder = write_beir(tmp_path / "beir")
     for name, text in (("queries.jsonl", '{"_id": "query1", "text": "x"}\n'), ("qrels/test.tsv", "query1\td1\t1\n")):
@@ -59,6 +82,8 @@ def test_relevant_documents_that_are_not_there_are_told(tmp_path, caplog):
     [
         ("queries.jsonl", "{", "queries.jsonl line 1: expected a JSON object"),
         ("corpus.jsonl", '{"text": "x"}\n', "corpus.jsonl line 1: _id is missing"),
+        ("corpus.jsonl", '{"_id": "d1", "txt": "x"}\n', "corpus.jsonl line 1: text is missing"),
+        ("corpus.jsonl", '{"_id": "d1", "text": ["x"]}\n', "corpus.jsonl line 1: text is missing or no text"),
         ("qrels/test.tsv", "q1\td1\tmuch\n", "test.tsv line 1: expected query, document and score"),
         ("qrels/test.tsv", "q1\td1\tnan\n", "test.tsv line 1: expected query, document and score"),
         ("qrels/test.tsv", "q1\td1\t1e999\n", "test.tsv line 1: expected query, document and score"),
