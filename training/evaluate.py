@@ -1,5 +1,6 @@
 """STS: how well cosines of vectors follow people's scores of pairs (`scored_pairs.py`), Spearman and Pearson x 100."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from flashvec.training.encode import encode, micro_batches, token_rows
 from flashvec.training.model import Model
 from flashvec.training.scored_pairs import ScoredPairs
+
+logger = logging.getLogger("flashvec")
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 
@@ -19,7 +22,7 @@ def sts_score(embed: Embed, pairs: ScoredPairs) -> dict[str, float]:
         embed: texts to vectors [n, d], of any length.
 
     Returns:
-        `spearman` and `pearson`, times 100, and `pairs`.
+        `spearman` and `pearson`, times 100, and `pairs`; both 0, with a warning, where all cosines are alike.
     """
     try:
         from scipy.stats import pearsonr, spearmanr
@@ -30,7 +33,11 @@ def sts_score(embed: Embed, pairs: ScoredPairs) -> dict[str, float]:
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     place = {text: i for i, text in enumerate(texts)}
     left, right = ([place[text] for text in column] for column in (pairs.left, pairs.right))
-    cosines = (vectors[left] * vectors[right]).sum(1)
+    # To fp32, as exact as vectors are: equal vectors tie at 1, whatever the last bits of their products.
+    cosines = (vectors[left] * vectors[right]).sum(1).astype(np.float32).astype(np.float64)
+    if np.ptp(cosines) == 0:
+        logger.warning("all cosines are %.6g: nothing correlates with them; are the vectors all alike?", cosines[0])
+        return {"spearman": 0.0, "pearson": 0.0, "pairs": len(pairs.scores)}
     return {
         "spearman": round(100 * float(spearmanr(cosines, pairs.scores).statistic), 4),
         "pearson": round(100 * float(pearsonr(cosines, pairs.scores).statistic), 4),
