@@ -160,7 +160,7 @@ def embed(
         if result.errors:
             stderr.print(f"note: {counted(result.errors, 'row')} without a vector: _errors/ says which and why")
         if result.truncated:
-            stderr.print(f"note: {result.truncated:,} texts were cut to max_length (--long chunk keeps all of them)")
+            stderr.print(f"note: cut to max_length: {counted(result.truncated, 'text')} (--long chunk keeps all)")
         if result.changes is not None:
             added, edited, deleted = result.changes
             changes = f"{added:,} rows added, {edited:,} edited, {deleted:,} deleted"

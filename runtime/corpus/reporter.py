@@ -57,21 +57,21 @@ class Tally:
         return max(self.rows - self.rows_done - self.rows_now, 0) * elapsed / self.rows_now
 
     def line(self) -> str:
-        """The state of the job."""
+        """The state of the job, what matters most first: a bar of a terminal is cut at its edge."""
         elapsed = max(self.clock() - self.start, 1e-9) if self.start is not None else 1e-9
         left = self.seconds_left
         parts = [
             f"{self.shards_done} of {counted(self.shards, 'shard')}",
             f"{self.rows_done + self.rows_now:,} of about {self.rows:,} rows",
-            f"{self.rows_now / elapsed:,.0f} rows/s",
         ]
+        if left is not None:
+            parts.append(f"{duration(left)} left")
+        if self.errors:
+            parts.append(counted(self.errors, "error"))
+        parts.append(f"{self.rows_now / elapsed:,.0f} rows/s")
         if self.tokens:
             parts.append(f"{self.tokens / elapsed:,.0f} tokens/s")
         parts += [f"model waited {self.waited:.1%}", f"{_size(self.bytes)} written"]
-        if self.errors:
-            parts.append(counted(self.errors, "error"))
-        if left is not None:
-            parts.append(f"{duration(left)} left")
         return ", ".join(parts)
 
 

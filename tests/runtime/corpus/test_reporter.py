@@ -19,8 +19,8 @@ def test_sums():
     for event in EVENTS:
         tally.take(event)
     assert tally.line() == (
-        "2 of 4 shards, 200 of about 400 rows, 10 rows/s, 100 tokens/s, model waited 10.0%, 5 MB written, 1 error, "
-        "20 s left"
+        "2 of 4 shards, 200 of about 400 rows, 20 s left, 1 error, 10 rows/s, 100 tokens/s, model waited 10.0%, "
+        "5 MB written"
     )
 
 
@@ -39,6 +39,7 @@ def test_a_bar_on_a_terminal():
         for event in EVENTS:
             report(event)
     assert "2 of 4 shards" in out.getvalue() and "tried again" in out.getvalue()
+    assert "1 error" in out.getvalue()  # within 80 columns, where the line's end is cut
 
 
 def test_events_for_machines():
