@@ -19,6 +19,7 @@ thread each, share every batch and sum their gradients, all sides alike:
 import argparse
 import ctypes
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ import transformers
 
 from flashvec.bench.embed_worker import forget_peak, peak_mib
 from flashvec.bench.gpu_train import ALPHA, RANK, TEMPERATURE, Peft
-from flashvec.bench.lengths import Texts
+from flashvec.bench.lengths import PROFILES, Texts
 from flashvec.bench.timing import append_rows, interleave, spread
 from flashvec.kernels.info_nce import info_nce
 from flashvec.runtime.batches import TokenRows
@@ -213,11 +214,13 @@ def _step(side: Any, batches: Sequence[Any], world: World, repetition: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("demo-cache/smollm2-135m"))
-    parser.add_argument("--profiles", nargs="*", default=["sentences"])
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=["sentences"])
     parser.add_argument("--dtype", choices=sorted(SAME_LOSS), default="float32")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="append the rows to bench/results")
     options = parser.parse_args()
+    if not (options.model / "config.json").is_file():  # all sides read it, transformers too
+        sys.exit(f"bench_train: {options.model}: no folder of a model in Hugging Face's form")
     world = World()
     for profile in options.profiles:
         rows = bench(options.model, profile, options.repetitions, options.dtype, world)

@@ -52,6 +52,12 @@ def test_a_cached_loss_that_is_another_is_not_timed(tmp_path, monkeypatch):
         bench_train.bench(tmp_path / "tiny", "sentences", 1)
 
 
+def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench_train", "--model", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="nowhere: no folder of a model"):
+        bench_train.main()
+
+
 def test_memory_of_a_step_is_what_it_takes_at_most():
     held = []
 
