@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvec.bench.op_bench import OpBench, Outputs, Size, here, num_bytes
+from flashvec.bench.op_bench import OpBench, Outputs, Size, here, num_bytes, run_file
 from flashvec.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 
 EPS = 1e-6
@@ -52,3 +52,7 @@ def test_forward(benchmark: Any, post: bool, form: str) -> None:
 @pytest.mark.parametrize("post", [False, True], ids=["plain", "post norm"])
 def test_backward(benchmark: Any, post: bool, form: str) -> None:
     problem(here(), post).backward(benchmark, form)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

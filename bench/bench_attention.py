@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flashvec.bench.criterion import distance, wider
+from flashvec.bench.op_bench import run_file
 from flashvec.bench.problems import AttentionShape, Maker, attention_tensors
 from flashvec.kernels.attention import attention, attention_reference
 from flashvec.kernels.attention_cpu import attention_cpu
@@ -128,3 +129,7 @@ def test_backward(benchmark: Any, lengths: str, name: str) -> None:
     device = here()
     form, b = form_for(name, device), batch(lengths, device)
     measure(benchmark, b.gradients(form), 2.5 * b.shape.flops, device)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

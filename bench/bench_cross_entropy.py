@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvec.bench.op_bench import OpBench, Size, here
+from flashvec.bench.op_bench import OpBench, Size, here, run_file
 from flashvec.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 
 FORMS = ("ours", "reference", "torch")
@@ -49,3 +49,7 @@ def test_forward(benchmark: Any, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_backward(benchmark: Any, form: str) -> None:
     problem(here()).backward(benchmark, form)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvec.bench.op_bench import OpBench, Size, here
+from flashvec.bench.op_bench import OpBench, Size, here, run_file
 from flashvec.kernels.info_nce import info_nce, info_nce_reference
 
 FORMS = ("ours", "reference")
@@ -51,3 +51,7 @@ def test_forward(benchmark: Any, prefixes: list[int] | None, form: str) -> None:
 @pytest.mark.parametrize("prefixes", [None, [64, 256]], ids=["all columns", "prefixes"])
 def test_backward(benchmark: Any, prefixes: list[int] | None, form: str) -> None:
     problem(here(), prefixes).backward(benchmark, form)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

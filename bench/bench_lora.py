@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvec.bench.op_bench import OpBench, Size, here
+from flashvec.bench.op_bench import OpBench, Size, here, run_file
 from flashvec.kernels.dropout import Dropout
 from flashvec.kernels.lora import lora, lora_reference, mask_keys
 
@@ -67,3 +67,7 @@ def test_forward(benchmark: Any, dropout: Dropout | None, form: str) -> None:
 @pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["plain", "dropout"])
 def test_backward(benchmark: Any, dropout: Dropout | None, form: str) -> None:
     problem(here(), dropout).backward(benchmark, form)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvec.bench.op_bench import OpBench, Size, here, num_bytes
+from flashvec.bench.op_bench import OpBench, Size, here, num_bytes, run_file
 from flashvec.kernels.mean_pool import mean_pool, mean_pool_reference
 
 EPS = 1e-6
@@ -53,3 +53,7 @@ def test_forward(benchmark: Any, length: int, form: str) -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_backward(benchmark: Any, length: int, form: str) -> None:
     problem(here(), length).backward(benchmark, form)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashvec.bench.bench_rope import tables
-from flashvec.bench.op_bench import OpBench, Size, here, num_bytes
+from flashvec.bench.op_bench import OpBench, Size, here, num_bytes, run_file
 from flashvec.kernels.norm_rope import norm_rope, norm_rope_reference
 from flashvec.kernels.rms_norm import rms_norm
 from flashvec.kernels.rope import rope
@@ -44,3 +44,7 @@ def test_forward(benchmark: Any, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_backward(benchmark: Any, form: str) -> None:
     problem(here()).backward(benchmark, form)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashvec.bench.op_bench import OpBench, Size, here, num_bytes
+from flashvec.bench.op_bench import OpBench, Size, here, num_bytes, run_file
 from flashvec.kernels.rms_norm import rms_norm, rms_norm_reference
 
 EPS = 1e-6
@@ -43,3 +43,7 @@ def test_forward(benchmark: Any, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_backward(benchmark: Any, form: str) -> None:
     problem(here()).backward(benchmark, form)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvec.bench.op_bench import OpBench, Size, here, num_bytes
+from flashvec.bench.op_bench import OpBench, Size, here, num_bytes, run_file
 from flashvec.kernels.rope import Rope, rope, rope_reference, rope_table
 
 FORMS = ("ours", "reference", "torch")
@@ -49,3 +49,7 @@ def test_forward(benchmark: Any, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_backward(benchmark: Any, form: str) -> None:
     problem(here()).backward(benchmark, form)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

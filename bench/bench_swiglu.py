@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvec.bench.op_bench import OpBench, Size, here, num_bytes
+from flashvec.bench.op_bench import OpBench, Size, here, num_bytes, run_file
 from flashvec.kernels.swiglu import ACTIVATIONS, swiglu, swiglu_reference
 
 FORMS = ("ours", "reference", "torch")
@@ -41,3 +41,7 @@ def test_forward(benchmark: Any, activation: str, form: str) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_backward(benchmark: Any, activation: str, form: str) -> None:
     problem(here(), activation).backward(benchmark, form)
+
+
+if __name__ == "__main__":
+    run_file(__file__)

@@ -6,6 +6,7 @@ moves besides. Those that multiply matrices count their FLOPs, those that every 
 most memory that was allocated beside what was there before.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -90,6 +91,13 @@ class OpBench:
         benchmark(once)
         if benchmark.stats is not None:  # None with --benchmark-disable
             benchmark.extra_info[self.unit] = float(f"{work / benchmark.stats.stats.median / 1e9:.4g}")
+
+
+def run_file(path: str) -> None:
+    """What `python -m` does with a benchmark's file, which by itself does nothing: pytest, with the arguments given."""
+    import pytest
+
+    sys.exit(pytest.main([path, *sys.argv[1:]]))
 
 
 def num_bytes(*tensors: Tensor) -> int:

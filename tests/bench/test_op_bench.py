@@ -1,6 +1,7 @@
 """The ops' benchmarks run, on tiny tensors: their forms agree, forward and backward, and a rate is noted."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from flashvec.bench import (
     bench_rms_norm,
     bench_rope,
     bench_swiglu,
+    op_bench,
 )
 from flashvec.bench.op_bench import Size, here
 
@@ -78,3 +80,15 @@ def test_a_form_that_is_wrong_is_not_timed(device):
 
 def test_there_is_a_size_for_this_machine(device):
     assert here().device == device
+
+
+@pytest.mark.parametrize("file", sorted(Path(op_bench.__file__).parent.glob("bench_*.py")), ids=lambda file: file.stem)
+def test_a_benchmarks_file_does_something_when_run(file):
+    assert '\nif __name__ == "__main__":\n' in file.read_text()
+
+
+def test_an_ops_benchmark_is_run_by_pytest(monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["bench_rope", "--collect-only", "-q"])
+    with pytest.raises(SystemExit, match="0"):
+        op_bench.run_file(bench_rope.__file__)
+    assert "bench_rope.py::test_forward[ours]" in capfd.readouterr().out
