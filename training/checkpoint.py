@@ -42,8 +42,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     fingerprint: str,
     keep: int,
+    is_due: Callable[[int], bool] = lambda step: True,
 ) -> Path:
     """Write one checkpoint and remove all but the last `keep`.
+
+    Args:
+        is_due: of a step, whether an uninterrupted run saves it. One of another step, where a run was stopped, takes
+            no due one's place and goes with the next, so that the run ends with the checkpoints of one that was not.
 
     Raises:
         OSError: the disk is full or not writable; names the checkpoint, earlier checkpoints are as they were.
@@ -63,8 +68,12 @@ def save_checkpoint(
         for path in partial.iterdir():
             _sync(path)
     _sync(output)
-    for old in checkpoints(output)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    others = [folder for folder in checkpoints(output) if folder != target]
+    due = [folder for folder in others if is_due(int(folder.name.removeprefix(PREFIX)))]
+    room = keep - is_due(step)
+    for folder in others:
+        if folder not in due[max(len(due) - room, 0) :]:
+            shutil.rmtree(folder, ignore_errors=True)
     return target
 
 

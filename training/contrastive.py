@@ -251,4 +251,7 @@ def _check_columns(gradient: Tensor, columns: Columns) -> None:
     parts = {"queries": gradient[:n], "positives": gradient[n : 2 * n], "negatives": gradient[2 * n :]}
     for name, part in parts.items():
         if len(part) and not bool(part.any()):
-            raise DataError(f"{name} got no gradient in a whole batch: are all its texts alike?")
+            why = "are all its texts alike?"
+            if columns.overlap is not None:
+                why += " With words: 1 texts that share no rare word teach nothing either"
+            raise DataError(f"{name} got no gradient in a whole batch: {why}")

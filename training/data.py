@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("flashvec")
 
 MAX_LINE_BYTES = 1 << 24
 QUERY_KEYS = ("query", "anchor", "sentence1", "text1")

@@ -193,7 +193,7 @@ class _Run:
                     last["sts"] = sts_score(embed, self.scored)["spearman"]
                 if (step + 1) % loop.log_every == 0 or step + 1 == stop or "sts" in last:
                     self._log(last)
-                if (step + 1) % loop.save_every == 0 or step + 1 == stop:
+                if self._is_due(step + 1) or step + 1 == stop:
                     self._save(step + 1)
                 bar.advance(last)
         if stop == loop.steps and loop.average_checkpoints > 1:
@@ -221,7 +221,7 @@ class _Run:
         norm = float(torch.nn.utils.get_total_norm(grads))
         if not math.isfinite(found["loss"]) or not math.isfinite(norm):
             what = "loss" if not math.isfinite(found["loss"]) else "gradient"
-            self._save(step, more=1)  # the one before may be the last whose parameters were good
+            self._save(step)
             raise TrainingStopped(
                 f"step {step + 1}: the {what} is not finite (loss {found['loss']}, gradient {norm}); the state before "
                 "it is saved; begin anew, in another output, with a lower optimizer.learning_rate, or look for the "
@@ -265,11 +265,14 @@ class _Run:
             if self.events is not None:
                 self.events.add(line)
 
-    def _save(self, step: int, more: int = 0) -> None:
+    def _save(self, step: int) -> None:
         if self.world.is_first:
-            keep = self.config.loop.keep_checkpoints + more
-            save_checkpoint(self.output, step, self.parameters, self.optimizer, self.fingerprint, keep)
+            keep = self.config.loop.keep_checkpoints
+            save_checkpoint(self.output, step, self.parameters, self.optimizer, self.fingerprint, keep, self._is_due)
         self.world.barrier()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.config.loop.save_every == 0 or step == self.config.loop.steps
 
     def _write_seen(self) -> None:
         """Hashes of every text of the run and of the sentences in it, and of what was seen before it.

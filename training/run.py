@@ -61,6 +61,8 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
 def _check_output(config: TrainConfig) -> None:
     """What is trained must not be written over what it is trained from, nor over any other model."""
     output = Path(config.output).resolve()
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output is {config.output!r}, a file: name a folder to write")
     written = (output, output / ENCODER_FOLDER) if config.train == "body" else (output,)
     named = [("model", config.model), ("lora.start", config.lora.start)]
     named += [("adapters", adapter) for adapter in config.adapters]

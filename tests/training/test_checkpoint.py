@@ -111,6 +111,27 @@ def test_only_the_last_are_kept(tmp_path):
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["4", "5"]
 
 
+def test_a_stops_own_checkpoint_takes_no_others_place_and_goes_with_the_next(tmp_path):
+    parameters, optimizer = small_state(1.0)
+    kept = []
+    for step in (2, 4, 5, 6, 7, 8):
+        save_checkpoint(tmp_path, step, parameters, optimizer, "own", 2, lambda step: step % 2 == 0)
+        kept.append("".join(path.name[-1] for path in checkpoints(tmp_path)))
+    assert kept == ["2", "24", "245", "46", "467", "68"]
+    save_checkpoint(tmp_path, 3, parameters, optimizer, "own", 5, lambda step: step % 2 == 0)  # those after it damaged
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["3", "6", "8"]
+
+
+def test_the_mean_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path):
+    loop = {"steps": 6, "average_checkpoints": 2}
+    run_training(config_for("mntp", tmp_path, output=str(tmp_path / "whole"), loop=loop))
+    parts = config_for("mntp", tmp_path, output=str(tmp_path / "parts"), loop=loop)
+    for until in (1, 3, 5, None):
+        run_training(parts, until=until)
+    stored = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert stored[0] == stored[1]
+
+
 def test_the_mean_of_the_last_is_the_result(tmp_path):
     run_training(config_for("mntp", tmp_path, loop={"steps": 6, "average_checkpoints": 2}))
     last, before = (load_file(folder / "parameters.safetensors") for folder in checkpoints(tmp_path / "out"))

@@ -87,6 +87,8 @@ def test_a_run_is_not_written_over_its_model(tmp_path):
     (tmp_path / "other" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"a folder that holds a model \(config\.json\): name a new one"):
         run_training(replace(config, output=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="a file: name a folder to write"):
+        run_training(replace(config, output=str(tmp_path / "other" / "config.json")))
     assert sorted(path.name for path in Path(config.model).iterdir()) == model
     assert (tmp_path / "other" / "config.json").read_text() == "{}"
 
