@@ -170,8 +170,9 @@ class _Run:
         self.model.trainable.give_values()
         if self.world.is_first:
             (self.output / SEEN_FILE).unlink(missing_ok=True)
+            with whole(self.output / CONFIG_FILE) as settings:
+                settings.write_text(to_yaml(self.config), encoding="utf-8")
             with naming(self.output):
-                (self.output / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
                 _cut_log(self.output / LOG_FILE, start)
         if loop.tensorboard and self.world.is_first:
             self.events = Events(self.output, start)

@@ -5,14 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig
+from flashvec.training.checkpoint import checkpoints
+from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig, read_config
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distill import Distill
 from flashvec.training.distributed import World, own_device
-from flashvec.training.loop import Objective, finished, train
+from flashvec.training.loop import LOG_FILE, Objective, finished, train
 from flashvec.training.mntp import Mntp
 from flashvec.training.model import ENCODER_FOLDER, Model, load_model
-from flashvec.training.origin import CONFIG_FILE, fingerprint
+from flashvec.training.origin import CONFIG_FILE, SEEN_FILE, fingerprint
 from flashvec.training.settings import ConfigError, to_yaml
 
 MODEL_MARKS = ("config.json", "adapter_config.json", "modules.json")  # of which a model's folder has one
@@ -59,7 +60,7 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
 
 
 def _check_output(config: TrainConfig) -> None:
-    """What is trained must not be written over what it is trained from, nor over any other model."""
+    """What is trained must not be written over what it is trained from, over any other model or another's files."""
     output = Path(config.output).resolve()
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output is {config.output!r}, a file: name a folder to write")
@@ -70,10 +71,22 @@ def _check_output(config: TrainConfig) -> None:
     for name, given in named:
         if given is not None and Path(given).expanduser().resolve() in written:
             raise ConfigError(f"output is {config.output!r}, which {name} names too: name another folder to write")
-    if not (output / CONFIG_FILE).is_file():  # a run's own folder has it from its first step on
-        found = [name for name in MODEL_MARKS if (output / name).is_file()]
-        if found:
+    if not checkpoints(output) and not _is_runs_own(output / CONFIG_FILE, type(config)):
+        if found := [name for name in MODEL_MARKS if (output / name).is_file()]:
             raise ConfigError(f"output is {config.output!r}, a folder that holds a model ({found[0]}): name a new one")
+        if found := [name for name in (CONFIG_FILE, LOG_FILE, SEEN_FILE) if (output / name).exists()]:
+            raise ConfigError(
+                f"output is {config.output!r}, a folder that holds a {found[0]}, which a run would write over: name "
+                "a new one"
+            )
+
+
+def _is_runs_own(settings: Path, kind: type[TrainConfig]) -> bool:
+    """Did a run that saved no checkpoint yet leave this file: is it all settings, written as a run writes them."""
+    try:
+        return to_yaml(read_config(kind, settings)) == settings.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def _check_data(config: TrainConfig) -> None:

@@ -14,7 +14,7 @@ from flashvec.training.files import whole
 from flashvec.training.model import load_model
 from flashvec.training.run import run_training
 from flashvec.training.sentences import write_lines
-from flashvec.training.settings import ConfigError
+from flashvec.training.settings import ConfigError, to_yaml
 
 
 def test_a_file_or_folder_is_replaced_whole(tmp_path):
@@ -91,6 +91,23 @@ def test_a_run_is_not_written_over_its_model(tmp_path):
         run_training(replace(config, output=str(tmp_path / "other" / "config.json")))
     assert sorted(path.name for path in Path(config.model).iterdir()) == model
     assert (tmp_path / "other" / "config.json").read_text() == "{}"
+
+
+def test_a_run_writes_over_no_file_of_ones_own(tmp_path):
+    """`output: .` beside the settings that the run was started by, with notes in them, and a log of something else."""
+    config = config_for("mntp", tmp_path)
+    output = Path(config.output)
+    output.mkdir(parents=True)
+    notes = "# what we found\n" + to_yaml(config)
+    for name, text in (("train.yaml", notes), ("log.jsonl", '{"mine": 1}\n'), ("seen.npy", "mine")):
+        (output / name).write_text(text)
+        with pytest.raises(ConfigError, match=f"a folder that holds a {name}, which a run would write over"):
+            run_training(config)
+        assert [(path.name, path.read_text()) for path in output.iterdir()] == [(name, text)]
+        (output / name).unlink()
+    (output / "train.yaml").write_text(to_yaml(config))  # a run that was killed before its first checkpoint
+    (output / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert run_training(config)["step"] == config.loop.steps
 
 
 def test_the_folder_of_a_file_is_made(tmp_path):
