@@ -132,8 +132,12 @@ def mine(
     out: Annotated[Path, typer.Argument(help=".jsonl file to write.", show_default=False)],
     corpus: Annotated[Path | None, typer.Option(help="Texts to choose from; default the positives.")] = None,
     negatives: Annotated[int, typer.Option(help="For each query.", min=1)] = 4,
-    share: Annotated[float, typer.Option(help="Of the positive's cosine; what has more is left out.")] = 0.95,
-    margin: Annotated[float | None, typer.Option(help="How far below the positive's cosine they must be.")] = None,
+    share: Annotated[
+        float, typer.Option(help="Of the positive's cosine; what has more is left out.", min=0, max=1)
+    ] = 0.95,
+    margin: Annotated[
+        float | None, typer.Option(help="How far below the positive's cosine they must be.", min=0)
+    ] = None,
     skip: Annotated[int, typer.Option(help="Closest candidates to pass over.", min=0)] = 0,
     instruction: Annotated[str | None, typer.Option(help="Before each query that has none of its own.")] = None,
     as_json: Json = False,

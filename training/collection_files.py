@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashvec.training.data import DataError
+from flashvec.training.data import DataError, check_file
 
 logger = logging.getLogger("flashvec")
 
@@ -216,14 +216,20 @@ def _put(texts: dict[str, str], name: str, text: str, where: str) -> None:
 def _lines(path: Path) -> Iterator[str]:
     """Split at line feeds alone: JSON strings may hold the other characters that end a line elsewhere.
 
-    A mark of UTF-8 before the first is left out.
+    A mark of UTF-8 before the first is left out. SMART's files are older than UTF-8: what is none is told, and read as
+    a mark of its own.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than is read")
+    check_file(path, MAX_FILE_BYTES, "a collection's texts")
     encoding = "utf-8-sig"  # of the first line
+    damaged: list[int] = []
     with path.open("rb") as file:
-        for line in file:
-            yield line.decode(encoding, "replace").removesuffix("\n").removesuffix("\r")
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode(encoding)
+            except UnicodeDecodeError:
+                text = line.decode(encoding, "replace")
+                damaged.append(number)
+            yield text.removesuffix("\n").removesuffix("\r")
             encoding = "utf-8"
+    if damaged:
+        logger.warning("%s: %d lines are not UTF-8, line %d first", path.name, len(damaged), damaged[0])

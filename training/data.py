@@ -135,6 +135,23 @@ def existing_files(paths: Sequence[str], key: str) -> Iterator[Path]:
             yield file
 
 
+def check_file(path: Path, max_bytes: int, kind: str) -> None:
+    """A file to read whole: there, and no larger than its kind can be.
+
+    Args:
+        kind: what it is, in the plural.
+
+    Raises:
+        DataError: missing, a folder, or too large.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; name the file of {kind} in it")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if (size := path.stat().st_size) > max_bytes:
+        raise DataError(f"{path.name}: {size} bytes, more than {kind} can have")
+
+
 def _texts_of(path: Path) -> Iterator[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"{path.name}: give .txt (one text a line) or .jsonl files")
@@ -202,12 +219,7 @@ def _pairs(values: dict[str, Any], source: int, where: str) -> list[Pair]:
         raise DataError(f"{where}: has {len(query)} queries; give each a line of its own")
     negatives = _texts_under(values, NEGATIVE_KEYS, where)
     negatives += [values[key] for key in sorted(values) if key.startswith("negative_")]
-    score, instruction = values.get("score", values.get("label")), values.get("instruction")
-    if "score" not in values and isinstance(score, int):  # as natural language inference has them
-        raise DataError(f"{where}: label is {score}, a class: keep the lines of pairs that match, without it")
-    is_number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < math.inf
-    if score is not None and not is_number:
-        raise DataError(f"{where}: score is not a number")
+    score, instruction = score_of(values, where), values.get("instruction")
     if instruction is not None and not isinstance(instruction, str):
         raise DataError(f"{where}: instruction is not a text")
     if score is not None and negatives:
@@ -217,6 +229,22 @@ def _pairs(values: dict[str, Any], source: int, where: str) -> list[Pair]:
     for text in (*query, *positive, *negatives, instruction or ""):
         _check_text(text, where)
     return [Pair(query[0], text, tuple(negatives), score, instruction, source, where) for text in positive]
+
+
+def score_of(values: dict[str, Any], where: str) -> float | None:
+    """How alike a line's two texts are, by its own measure; None where it does not say.
+
+    Raises:
+        DataError: no number, or a class.
+    """
+    score: Any = values.get("score", values.get("label"))
+    if "score" not in values and isinstance(score, int):  # as natural language inference has them
+        raise DataError(f"{where}: label is {score}, a class: keep the lines of pairs that match, without it")
+    if score is not None and (
+        isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < math.inf
+    ):
+        raise DataError(f"{where}: score is not a number")
+    return score
 
 
 def _scored_pairs(path: Path, source: int) -> list[Pair]:

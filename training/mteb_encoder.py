@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashvec.runtime.encoder import Encoder
-from flashvec.training.data import DataError
+from flashvec.training.data import DataError, check_file
 
 try:
     import mteb
@@ -131,10 +131,7 @@ def read_instructions(path: Path) -> dict[str, str]:
     Raises:
         DataError: missing, too large, or something else; names the file.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than instructions can have")
+    check_file(path, MAX_FILE_BYTES, "instructions")
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

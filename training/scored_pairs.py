@@ -4,7 +4,7 @@
        or parted by commas under a header as below
 .txt   SICK's: a header that names sentence_A, sentence_B and relatedness_score
 .tsv   a header that names score, sentence1 and sentence2
-.jsonl objects with sentence1, sentence2 and score, or under the names that `data.py` has for the two
+.jsonl objects with sentence1, sentence2 and score (or label), or under the names that `data.py` has for the two
 """
 
 import csv
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashvec.training.data import POSITIVE_KEYS, QUERY_KEYS, DataError
+from flashvec.training.data import POSITIVE_KEYS, QUERY_KEYS, DataError, check_file, score_of
 
 STSB_COLUMNS = 7
 HEADERS = (("sentence_A", "sentence_B", "relatedness_score"), ("sentence1", "sentence2", "score"))
@@ -73,17 +73,17 @@ def scored_rows(path: Path) -> Iterator[ScoredRow]:
         return
     read = _json_row if path.suffix == ".jsonl" else _table_row(numbered, path.name)
     for number, line in numbered:
+        where = f"{path.name} line {number}"
         try:
-            yield _row(number, read(line))
+            yield _row(number, read(line, where))
+        except DataError:
+            raise
         except (ValueError, IndexError, KeyError, TypeError):
-            raise DataError(f"{path.name} line {number}: expected two texts and a score") from None
+            raise DataError(f"{where}: expected two texts and a score") from None
 
 
 def _read(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than a set of pairs can have")
+    check_file(path, MAX_FILE_BYTES, "scored pairs")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -126,27 +126,29 @@ def _comma_rows(text: str, places: list[int], name: str) -> Iterator[ScoredRow]:
         raise DataError(f"{name} line {first}: expected two texts and a score, parted by commas") from None
 
 
-def _json_row(line: str) -> tuple[str, str, float]:
+def _json_row(line: str, where: str) -> tuple[str, str, float]:
     values = json.loads(line)
     given = [[values[key] for key in keys if key in values] for keys in (QUERY_KEYS, POSITIVE_KEYS)]
     (left,), (right,) = given
     if not isinstance(left, str) or not isinstance(right, str):
         raise TypeError("no text")
-    return left, right, values["score"]
+    if (score := score_of(values, where)) is None:
+        raise TypeError("no score")
+    return left, right, score
 
 
-def _table_row(numbered: list[tuple[int, str]], name: str) -> Callable[[str], tuple[str, str, str]]:
+def _table_row(numbered: list[tuple[int, str]], name: str) -> Callable[[str, str], tuple[str, str, str]]:
     """How a row is read; takes the header, where there is one, off the lines."""
     header = numbered[0][1].split("\t")
     if places := _places(header):
         del numbered[0]
-        return lambda line: _cells(line, len(header), places)
+        return lambda line, _: _cells(line, len(header), places)
     if len(header) < STSB_COLUMNS:
         raise DataError(
             f"{name} line 1: {len(header)} columns parted by tabs, and no header with {', '.join(HEADERS[1])}, "
             "by tabs or commas"
         )
-    return lambda line: (line.split("\t")[5], line.split("\t")[6], line.split("\t")[4])
+    return lambda line, _: (line.split("\t")[5], line.split("\t")[6], line.split("\t")[4])
 
 
 def _cells(line: str, width: int, places: list[int]) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from flashvec.training.chunks import Node, chunk_tags
-from flashvec.training.data import DataError
+from flashvec.training.data import DataError, check_file
 
 Row = TypeVar("Row")
 
@@ -48,10 +48,7 @@ def read_tagged(
     """
     if task not in TASKS:
         raise DataError(f"task is {task!r}; known are {', '.join(TASKS)}")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{path.name}: {path.stat().st_size} bytes, more than a set of tagged sentences can have")
+    check_file(path, MAX_FILE_BYTES, "tagged sentences")
     is_conllu = path.suffix == ".conllu"
     if is_conllu and task == "chunk" and column is None:
         sentences = (_of_trees(rows) for rows in _sentences(path, _read_node))

@@ -36,6 +36,15 @@ def test_a_mark_of_utf_8_is_no_part_of_the_first_line(tmp_path):
     assert read_collection(folder) == plain
 
 
+def test_lines_that_are_not_utf_8_are_told(tmp_path, caplog):
+    folder = write_beir(tmp_path / "beir")
+    with (folder / "corpus.jsonl").open("ab") as file:
+        file.write(b'{"_id": "d3", "text": "caf\xe9"}\n')
+    with caplog.at_level("WARNING", logger="flashvec"):
+        assert read_collection(folder).documents["d3"] == "caf\ufffd"
+    assert [record.message for record in caplog.records] == ["corpus.jsonl: 1 lines are not UTF-8, line 3 first"]
+
+
 def test_judgements_that_contradict_others_are_told(tmp_path, caplog):
     folder = write_beir(tmp_path / "beir")
     (folder / "qrels/test.tsv").write_text("q1\td1\t1\nq1\td2\t0\nq1\td1\t1\nq1\td1\t2\n")

@@ -13,6 +13,7 @@ FILES = {
     "own.tsv": "score\tsentence1\tsentence2\n" + "".join(f"{s}\t{a}\t{b}\n" for a, b, s in ROWS),
     "own.csv": "sentence1,sentence2,score\r\n" + "".join(f'"{a}",{b},{s}\r\n' for a, b, s in ROWS),
     "dpr.jsonl": "".join(json.dumps({"query": a, "positive": b, "score": s}) + "\n" for a, b, s in ROWS),
+    "pairs.jsonl": "".join(json.dumps({"text1": a, "text2": b, "label": s}) + "\n" for a, b, s in ROWS),
     "own.jsonl": "".join(json.dumps({"sentence1": a, "sentence2": b, "score": s}) + "\n" for a, b, s in ROWS),
 }
 
@@ -77,6 +78,7 @@ def test_files_to_train_on_that_are_none_are_named(tmp_path):
         ("a.csv", "score,sentence1,sentence2\n5,A man, in a hat,b\n", "a.csv line 2: 4 columns, the header has 3"),
         ("a.tsv", "score\tsentence1\tsentence2\n5\tA man\tin a hat\tb\n", "a.tsv line 2: expected two texts"),
         ("a.jsonl", '{"query": "a", "score": 1}\n' * 2, "a.jsonl line 1: expected two texts"),
+        ("a.jsonl", '{"text1": "a", "text2": "b", "label": 1}\n' * 2, "a.jsonl line 1: label is 1, a class: keep"),
         ("a.tsv", "score\tsentence1\tsentence2\n1\t \tb\n3\tc\td\n", "a.tsv line 2: a text is empty"),
         ("a.tsv", "score\tsentence1\tsentence2\n3\ta\tb\n3\tc\td\n", "a.tsv: all scores are 3: nothing correlates"),
     ],
@@ -88,3 +90,5 @@ def test_bad_files_are_named(name, text, named, tmp_path):
         read_scored_pairs(tmp_path / name)
     with pytest.raises(DataError, match="no such file"):
         read_scored_pairs(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="a folder; name the file of scored pairs in it"):
+        read_scored_pairs(tmp_path)

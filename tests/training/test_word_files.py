@@ -97,5 +97,5 @@ def test_missing_and_monstrous_files(tmp_path):
         read_tagged(tmp_path / "none.conll", "pos")
     with (tmp_path / "large.conll").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)  # sparse
-    with pytest.raises(DataError, match="more than a set of tagged sentences"):
+    with pytest.raises(DataError, match="more than tagged sentences"):
         read_tagged(tmp_path / "large.conll", "pos")
