@@ -73,6 +73,11 @@ def resolve(model: str | Path, revision: str | None = None, local_files_only: bo
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{name}: no such folder here, and the hub could not give it ({reason})") from None
+    if not any(Path(folder).glob("*.json")):
+        raise CheckpointError(
+            f"{name}: the hub's repository holds no model's config.json; of one of GGUF files download a file "
+            f"(hf download {name} FILE.gguf) and name it here"
+        )
     return Path(folder)
 
 

@@ -71,6 +71,11 @@ def open_saved(folder: Path, overrides: Overrides) -> Checkpoint:
         spec = reference_rules(spec)
     spec = replace(spec, int8_ranges=_ranges_left(saved, spec))
     check_dense_chain(spec, SPEC_FILE)
+    if (folder / dense_folder(len(spec.dense))).is_dir():
+        raise CheckpointError(
+            f"{SPEC_FILE} names {len(spec.dense)} dense heads, but {folder.name} has one more, "
+            f"{dense_folder(len(spec.dense))}: were these files written together?"
+        )
     dense = [read_dense_weights(folder / dense_folder(i), head) for i, head in enumerate(spec.dense)]
     return Checkpoint(spec, SafetensorsSource(folder), Tokenizer.from_folder(folder), dense)
 

@@ -92,6 +92,14 @@ def test_hub_folders_know_their_name(tmp_path):
         adapter_chain(snapshot, local_files_only=True)
 
 
+def test_a_hub_repository_of_gguf_files_says_how_to_take_one(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"owner/some-GGUF: .*\(hf download owner/some-GGUF FILE\.gguf\)"):
+        resolve("owner/some-GGUF")
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve("owner/some-GGUF") == tmp_path
+
+
 def test_what_is_no_model(model, tmp_path):
     for path, named in (
         (tmp_path / "nothing", "no such file or folder"),

@@ -197,6 +197,9 @@ def test_dense_heads_are_not_forgotten_with_their_list(encoder, tmp_path):
     encoder.save(tmp_path / "saved")
     file = tmp_path / "saved" / "flashvec.json"
     values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"dense": []}))
+    with pytest.raises(CheckpointError, match=r"names 0 dense heads, but saved has one more, 2_Dense: were these"):
+        Encoder.load(tmp_path / "saved")
     del values["dense"]
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"flashvec\.json: not a flashvec model spec: dense is missing"):
