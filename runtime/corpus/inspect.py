@@ -17,6 +17,7 @@ from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.sources import Source, SourceError
 
 SAMPLED_LINES = 100  # of a JSON lines file, to see its keys
+MORE_LINES = 100_000  # where a column that was asked for is not among them
 THREADS = 16  # footers read at the same time: waiting for storage, not computing
 OPEN = pa.null()  # a type that only the values tell
 DELIMITERS = {"csv": ";\t|", "tsv": ",;|"}  # what separates fields in files that are not as their ending says
@@ -70,7 +71,10 @@ def resolve_columns(
     wanted = {} if settings.id_column is None else {"id": settings.id_column}
     wanted |= {name: name for name in settings.columns}
     types: dict[str, pa.DataType] = {}
+    named = {*settings.text_fields(), *wanted.values()}
     for source, found in filled:
+        if source.format == "jsonl" and not named <= set(found.schema.names):
+            found.schema = _json_schema(source, MORE_LINES)
         for name in settings.text_fields():
             kind = _column(source, found.schema, name, "the text column")
             if not (_is_text(kind) or kind == OPEN):
@@ -154,10 +158,10 @@ def _refuse_other_contents(source: Source, first: bytes) -> None:
             raise SourceError(f"{source.uri}: is compressed, and its name does not say so: add {ending} to it")
 
 
-def _json_schema(source: Source) -> pa.Schema:
+def _json_schema(source: Source, lines: int = SAMPLED_LINES) -> pa.Schema:
     """Keys of the first lines; a key whose values are all text is text, others are open or of a wrong type."""
     texts: dict[str, set[bool]] = {}
-    for record in islice(read_lines(source, 0), SAMPLED_LINES):
+    for record in islice(read_lines(source, 0), lines):
         try:
             row = json.loads((record.content or b"").decode("utf-8-sig"))
         except (ValueError, RecursionError):
@@ -187,7 +191,8 @@ def _guess_text(source: Source, schema: pa.Schema) -> str:
 def _column(source: Source, schema: pa.Schema, name: str, role: str) -> pa.DataType:
     if name not in schema.names:
         listed = ", ".join(schema.names) or "none"
-        raise SourceError(f"{source.uri}: {role} {name!r} is missing; columns are {listed}")
+        where = f" in its first {MORE_LINES:,} lines" if source.format == "jsonl" else ""
+        raise SourceError(f"{source.uri}: {role} {name!r} is missing{where}; columns are {listed}")
     kind = schema.field(name).type
     return pa.large_string() if source.format == "jsonl" and role == "the column" else kind
 

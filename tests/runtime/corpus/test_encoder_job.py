@@ -95,7 +95,7 @@ def test_command_line(texts_file, model, encoder, tmp_path):
     assert dry.exit_code == 0 and "about 8 rows" in dry.stdout and "tokens/s" in dry.stdout
     assert run("embed", texts_file).exit_code == 2 and run("embed-shard", "--plan", "x").exit_code == 2
     missing = run("embed", texts_file, "--model", model, "--out", tmp_path / "o", "--text-column", "body")
-    assert "'body' is missing; columns are id, text" in str(missing.exception)
+    assert "'body' is missing in its first 100,000 lines; columns are id, text" in str(missing.exception)
 
 
 def test_what_is_not_there_is_said(texts_file, model, tmp_path):

@@ -59,6 +59,15 @@ def test_json_lines_keys(tmp_path):
         resolve([tmp_path / "a.jsonl"])
 
 
+def test_a_key_that_comes_late_is_found_where_it_is_asked_for(tmp_path):
+    """Optional fields: no line of the first hundred has one."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 500 + '{"text": "b", "lang": "de"}\n')
+    _, columns = resolve([tmp_path / "a.jsonl"], columns=("lang",))
+    assert columns == pa.schema([("lang", pa.large_string())])
+    with pytest.raises(SourceError, match="'place' is missing in its first 100,000 lines; columns are text, lang"):
+        resolve([tmp_path / "a.jsonl"], columns=("place",))
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
 def test_empty_files_are_no_complaint_also_compressed(ending, tmp_path):
     texts = {"jsonl": '{"text": "a"}\n', "csv": "text\na\n", "txt": "a\n"}
