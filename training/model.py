@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.backend import has_hardware_bf16
-from flashvec.runtime.checkpoint.chain import adapter_below, adapter_chain
+from flashvec.runtime.checkpoint.chain import adapter_below
 from flashvec.runtime.checkpoint.hf import read_config, read_object
 from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE, first_base, llm2vec_spec, mntp_name
-from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
+from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, parts_of, resolve
 from flashvec.runtime.checkpoint.peft import read_adapter_config
 from flashvec.runtime.checkpoint.placing import naming
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
@@ -192,10 +192,8 @@ def load_model(config: TrainConfig, *, wants_head: bool = False, world: World | 
         CheckpointError, ConfigError: files or settings; the message names them and the cure.
     """
     path = resolve(config.model)
-    folder, chain, has_rules = path, list[Path](), path.is_file()
-    if path.is_dir():
-        folder, chain = (path, []) if states_rules(path) else adapter_chain(path)
-        has_rules = folder.is_file() or states_rules(folder)
+    folder, chain = parts_of(path)
+    has_rules = folder.is_file() or states_rules(folder)
     # Rules that a folder states hold again when it is opened with what was trained: they are not overridden here.
     own = Overrides(None if has_rules else "bidirectional", None if has_rules else config.pooling, config.max_length)
     checkpoint = open_checkpoint(path, own, config.adapters)

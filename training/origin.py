@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from flashvec.runtime.checkpoint.chain import adapter_chain
-from flashvec.runtime.checkpoint.open import resolve
+from flashvec.runtime.checkpoint.open import parts_of, resolve
 from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
 from flashvec.training.config import MntpConfig, TrainConfig, read_config
 from flashvec.training.data import text_files
 from flashvec.training.files import whole
-from flashvec.training.model import ENCODER_FOLDER, states_rules, training_dtype
+from flashvec.training.model import ENCODER_FOLDER, training_dtype
 
 SEEN_FILE, CONFIG_FILE = "seen.npy", "train.yaml"
 MODEL_FILES = (".json", ".safetensors", ".gguf", ".model")  # what is read of a model: weights, settings, tokenizer
@@ -97,12 +96,8 @@ def _content(path: Path, is_text: bool) -> bytes:
 
 def _places(config: TrainConfig) -> Iterator[Path]:
     """The model with what lies below it, and the adapters that the run goes on from or is taught by."""
-    model = resolve(config.model, None, True)
-    if model.is_dir() and not states_rules(model):
-        base, adapters = adapter_chain(model, True)
-        yield from (base, *adapters)
-    else:
-        yield model
+    base, adapters = parts_of(resolve(config.model, None, True), True)
+    yield from (base, *adapters)
     for name in (*config.adapters, config.lora.start, *getattr(config, "teachers", ())):
         if name:
             yield resolve(name, None, True)

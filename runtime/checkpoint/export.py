@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from flashvec.runtime.checkpoint.hf_config import hf_config
-from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
+from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, parts_of, resolve
 from flashvec.runtime.checkpoint.placing import target_folder, write_among_others, write_whole
 from flashvec.runtime.checkpoint.safetensors_files import write_tensors
 from flashvec.runtime.checkpoint.saved import SPEC_FILE, dense_folder
@@ -90,7 +90,8 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
     path = resolve(model, revision, local_files_only)
-    own = [path, *(resolve(str(name), None, local_files_only) for name in adapters)]
+    base, chain = parts_of(path, local_files_only)
+    own = [base, *chain, *(resolve(str(name), None, local_files_only) for name in adapters)]
     target = target_folder(folder, overwrite, own)
     checkpoint = open_checkpoint(path, overrides or Overrides(), tuple(map(str, adapters)), local_files_only)
     spec, notices = checkpoint.spec, list(checkpoint.notices)

@@ -81,6 +81,21 @@ def resolve(model: str | Path, revision: str | None = None, local_files_only: bo
     return Path(folder)
 
 
+def parts_of(path: Path, local_files_only: bool = False) -> tuple[Path, list[Path]]:
+    """What holds a model's base, a folder or .gguf file, and the adapters that its folder leads to, lowest first.
+
+    Raises:
+        CheckpointError: as `adapter_chain`.
+    """
+    from flashvec.runtime.checkpoint.chain import adapter_chain
+    from flashvec.runtime.checkpoint.saved import SPEC_FILE
+    from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE
+
+    if any((path / name).is_file() for name in (SPEC_FILE, MODULES_FILE)):
+        return path, []
+    return adapter_chain(path, local_files_only)
+
+
 def open_checkpoint(
     path: Path, overrides: Overrides, adapters: tuple[str, ...] = (), local_files_only: bool = False
 ) -> Checkpoint:
@@ -114,7 +129,7 @@ def open_checkpoint(
 
 def _open(path: Path, overrides: Overrides, extra: list[Path], local_files_only: bool) -> tuple[Checkpoint, int]:
     """The checkpoint, and how many of the extra adapters are merged into it already."""
-    from flashvec.runtime.checkpoint.chain import adapter_chain, model_name
+    from flashvec.runtime.checkpoint.chain import model_name
     from flashvec.runtime.checkpoint.gguf_encoder import open_gguf
     from flashvec.runtime.checkpoint.hf import open_hf
     from flashvec.runtime.checkpoint.llm2vec import is_llm2vec, open_llm2vec
@@ -125,10 +140,7 @@ def _open(path: Path, overrides: Overrides, extra: list[Path], local_files_only:
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path.name}: not a model; give a model folder or a .gguf file")
         return open_gguf(path, overrides), 0
-    base: Path = path
-    chain: list[Path] = []
-    if not any((path / name).is_file() for name in (SPEC_FILE, MODULES_FILE)):
-        base, chain = adapter_chain(path, local_files_only)
+    base, chain = parts_of(path, local_files_only)
     if base.is_file():
         checkpoint = open_gguf(base, overrides)
     elif (base / SPEC_FILE).is_file():

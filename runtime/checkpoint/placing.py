@@ -40,9 +40,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def target_folder(folder: str | Path, overwrite: bool, sources: Iterable[Path] = ()) -> Path:
-    """The folder to write, if it may be written: it is none of `sources`, of which the model is made."""
+    """The folder to write, if it may be written: none of `sources`, of which the model is made, is it or lies in it."""
     target = Path(folder).expanduser().resolve()
-    if any(target == source.resolve() for source in sources):
+    if any(source.resolve().is_relative_to(target) for source in sources):
         raise ValueError(f"{folder}: is the model's own folder; write to another")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not overwrite:

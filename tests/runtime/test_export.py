@@ -54,6 +54,19 @@ def test_sentence_transformers_folder(tmp_path):
     assert Encoder.load(tmp_path / "model").spec == Encoder.load(tmp_path / "out").spec
 
 
+def test_no_folder_that_holds_what_a_model_is_made_of_is_replaced(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tiny_checkpoint(base, "llama")
+    file = write_quantised(base / "model.gguf")
+    for adapter in (folder, base / "adapter"):
+        tiny_adapter(transformers.AutoModel.from_pretrained(base), adapter, target_modules=["q_proj"])
+    before = names(base)
+    for model, adapters in ((file, ()), (file, [base / "adapter"]), (folder, ())):
+        with pytest.raises(ValueError, match="is the model's own folder"):
+            convert(model, base, adapters=adapters, overwrite=True)
+    assert names(base) == before
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 def test_gguf(architecture, tmp_path):
     path = write_quantised(tmp_path / "model.gguf", architecture)
