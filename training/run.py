@@ -74,9 +74,10 @@ def _check_output(config: TrainConfig) -> None:
     if not checkpoints(output) and not _is_runs_own(output / CONFIG_FILE, type(config)):
         if found := [name for name in MODEL_MARKS if (output / name).is_file()]:
             raise ConfigError(f"output is {config.output!r}, a folder that holds a model ({found[0]}): name a new one")
-        if found := [name for name in (CONFIG_FILE, LOG_FILE, SEEN_FILE) if (output / name).exists()]:
+        names = (CONFIG_FILE, LOG_FILE, SEEN_FILE, *(path.name for path in written[1:]))
+        if found := [name for name in names if (output / name).exists()]:
             raise ConfigError(
-                f"output is {config.output!r}, a folder that holds a {found[0]}, which a run would write over: name "
+                f"output is {config.output!r}, a folder that holds {found[0]}, which a run would write over: name "
                 "a new one"
             )
 

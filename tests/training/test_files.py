@@ -101,13 +101,23 @@ def test_a_run_writes_over_no_file_of_ones_own(tmp_path):
     notes = "# what we found\n" + to_yaml(config)
     for name, text in (("train.yaml", notes), ("log.jsonl", '{"mine": 1}\n'), ("seen.npy", "mine")):
         (output / name).write_text(text)
-        with pytest.raises(ConfigError, match=f"a folder that holds a {name}, which a run would write over"):
+        with pytest.raises(ConfigError, match=f"a folder that holds {name}, which a run would write over"):
             run_training(config)
         assert [(path.name, path.read_text()) for path in output.iterdir()] == [(name, text)]
         (output / name).unlink()
     (output / "train.yaml").write_text(to_yaml(config))  # a run that was killed before its first checkpoint
     (output / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     assert run_training(config)["step"] == config.loop.steps
+
+
+def test_a_trained_body_is_written_over_no_folder_of_ones_own(tmp_path):
+    config = config_for("mntp", tmp_path, train="body")
+    own = Path(config.output) / "encoder"
+    own.mkdir(parents=True)
+    (own / "config.json").write_text('{"model_type": "mine"}')
+    with pytest.raises(ConfigError, match="a folder that holds encoder, which a run would write over"):
+        run_training(config)
+    assert [path.name for path in own.iterdir()] == ["config.json"]
 
 
 def test_the_folder_of_a_file_is_made(tmp_path):
