@@ -106,7 +106,7 @@ def _places(config: TrainConfig) -> Iterator[Path]:
 def _model_files(place: Path) -> list[Path]:
     """Of a folder, those of its modules (1_Pooling) among them; checkpoints and logs of a run are none."""
     found = [place] if place.is_file() else [*place.glob("*"), *place.glob("[0-9]_*/*")]
-    return sorted(path for path in found if path.suffix in MODEL_FILES and path.is_file())
+    return sorted(path for path in found if path.suffix.lower() in MODEL_FILES and path.is_file())
 
 
 def earlier_seen(config: TrainConfig) -> set[int]:

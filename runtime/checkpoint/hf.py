@@ -47,7 +47,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     below = folder / "encoder" / "config.json"  # where a run that trained the body leaves it
     if not (folder / "config.json").is_file() and below.is_file():
         raise CheckpointError(f"{folder / 'config.json'} is missing: the model of this run is {below.parent}")
-    if not (folder / "config.json").is_file() and (found := sorted(path.name for path in folder.glob("*.gguf"))):
+    files = (path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    if not (folder / "config.json").is_file() and (found := sorted(files)):
         listed = ", ".join(found[:3]) + (" and others" if len(found) > 3 else "")
         raise CheckpointError(f"{folder}: holds GGUF files and no other model: give one of them ({listed})")
     return read_object(folder / "config.json")

@@ -118,7 +118,7 @@ def test_what_is_no_model(model, tmp_path):
     (tmp_path / "run" / "encoder").mkdir(parents=True)
     (tmp_path / "run" / "encoder" / "config.json").write_text("{}")
     (tmp_path / "files").mkdir()
-    for name in ("a-Q4_0.gguf", "a-Q8_0.gguf"):
+    for name in ("a-Q4_0.gguf", "a-Q8_0.GGUF"):
         (tmp_path / "files" / name).touch()
     with pytest.raises(CheckpointError, match=r"files: holds GGUF files .*: give one of them \(a-Q4_0\.gguf, a-Q8_0"):
         open_checkpoint(tmp_path / "files", Overrides())

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from gguf_samples import write_quantised
 from tiny_models import tiny_adapter
 from training_runs import config_for, tiny_base
 
@@ -43,6 +44,14 @@ def test_another_adapter_is_another_run(where, tmp_path):
     assert fingerprint(config) == before
     changed = base / "model.safetensors" if where == "below the model" else folder / "adapter_model.safetensors"
     flip(changed, -1)
+    assert fingerprint(config) != before
+
+
+def test_another_gguf_file_is_another_run(tmp_path):
+    file = write_quantised(tmp_path / "base.GGUF")
+    config = config_for("contrastive", tmp_path, model=str(file))
+    before = fingerprint(config)
+    flip(file, -1)
     assert fingerprint(config) != before
 
 
