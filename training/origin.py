@@ -53,8 +53,9 @@ def difference(config: TrainConfig) -> str:
     except (OSError, ValueError):
         return "settings (or files)"
     now = _flat(_fixed(config))
-    changed = [f"{key} ({before.get(key)!r}, now {value!r})" for key, value in now.items() if before.get(key) != value]
-    return ", ".join(changed) or "contents of the files that it reads"
+    changed = [key for key in now | before if before.get(key) != now.get(key)]
+    listed = (f"{key} ({before.get(key)!r}, now {now.get(key)!r})" for key in changed)
+    return ", ".join(listed) or "contents of the files that it reads"
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:

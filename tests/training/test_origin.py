@@ -14,8 +14,9 @@ from training_runs import config_for, tiny_base
 from flashvec.training import origin
 from flashvec.training.checkpoint import ResumeError
 from flashvec.training.loop import finished
-from flashvec.training.origin import earlier_seen, fingerprint
+from flashvec.training.origin import difference, earlier_seen, fingerprint
 from flashvec.training.run import run_training
+from flashvec.training.settings import to_yaml
 
 
 def adapter_over(base, folder, seed=0):
@@ -63,6 +64,13 @@ def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path, monkeypatch):
     for config in configs:
         fingerprint(config)
     assert ["depths" in settings for settings in hashed] == [False, True, True]
+
+
+def test_a_setting_that_is_there_no_more_is_named(tmp_path):
+    config = config_for("mntp", tmp_path, depths=[1])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.yaml").write_text(to_yaml(config))
+    assert difference(config_for("mntp", tmp_path)) == "depths ((1,), now None)"
 
 
 def test_large_weights_are_told_by_blocks_all_over_the_file(tmp_path, monkeypatch):
