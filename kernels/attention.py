@@ -90,9 +90,10 @@ def attention_reference(
         outs.append((probabilities @ v).transpose(0, 1))
         lses.append(scores.logsumexp(-1))
     filling = len(q_THK) - sum(len(o) for o in outs)
+    wide = widen(q_THK[:0])
     nothing = sum(widen(x[:0]).sum() for x in (q_THK, k_TGK, v_TGK))  # 0, with a gradient even without sequences
-    out_THK = torch.cat([*outs, q_THK.new_zeros(filling, *q_THK.shape[1:]) + nothing]).to(q_THK.dtype)
-    return out_THK, torch.cat([*lses, q_THK.new_zeros(num_heads, filling) + nothing], 1)
+    out_THK = torch.cat([*outs, wide.new_zeros(filling, *q_THK.shape[1:]) + nothing]).to(q_THK.dtype)
+    return out_THK, torch.cat([*lses, wide.new_zeros(num_heads, filling) + nothing], 1)
 
 
 def _keep_reference(dropout: Dropout, schedule: Schedule, sequence: int, length: int, num_heads: int) -> Tensor:

@@ -334,6 +334,12 @@ def test_rejects(device):
         attention(q[:, :0], k, v, schedule, scale=1.0)  # no heads
 
 
+def test_the_reference_of_nothing_keeps_its_precision():
+    nothing = torch.zeros(3, 2, 8, dtype=torch.bfloat16)
+    out, lse = attention_reference(nothing, nothing, nothing, build_schedule([], 3), scale=1.0)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_a_single_element_has_no_stride(device, interpreted):
     q, k, v, schedule = heads([5], 2, 1, 8, torch.float32, device)
     plain = [x[..., 3:4].contiguous() for x in (q, k, v)]
