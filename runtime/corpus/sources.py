@@ -176,7 +176,8 @@ def _walk(folder: Path, linked: list[str]) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         linked += [name for name in folders if os.path.islink(os.path.join(root, name))]
         found += [Path(root) / name for name in files if not name.startswith((".", "_"))]
-    return sorted(path for path in found if path.is_file() or path.is_symlink())  # a pipe would be waited for
+    # A pipe would be waited for, behind a link too; a link to nothing stays, to be an error.
+    return sorted(path for path in found if path.is_file() or not path.exists())
 
 
 def _behind_uri(given: str, others: Counter[str]) -> list[Source]:

@@ -89,6 +89,7 @@ def test_links_to_folders_are_not_followed_and_said_to_be_there(tmp_path):
 
 def test_pipes_in_a_folder_are_not_waited_for(folder):
     os.mkfifo(folder / "pipe.txt")
+    (folder / "link.txt").symlink_to(folder / "pipe.txt")
     assert names(find_sources([folder])) == ["a.csv.gz", "b.jsonl", "c.txt"]
     (folder / "gone.txt").symlink_to(folder / "nothing")
     with pytest.raises(FileNotFoundError):  # an input that was meant is not left out
