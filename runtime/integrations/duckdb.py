@@ -23,7 +23,7 @@ def view_job(connection: "duckdb.DuckDBPyConnection", folder: str | Path, name: 
 
     Its columns are the parts' own (file, row, id, passthrough), with `vector` as `FLOAT[d]`, the type that DuckDB's
     array functions and its HNSW index take, and `source`, the input that `file` numbers (`source_uri` where the job
-    has a column `source` of its own).
+    has a column `source` of its own, with another `_uri` for each that it has of these).
 
     Args:
         folder: a job's folder on this machine.
@@ -53,7 +53,9 @@ def view_job(connection: "duckdb.DuckDBPyConnection", folder: str | Path, name: 
     own = {name.lower() for name in plan.columns.names}  # to DuckDB case makes no difference
     if "vector" in own:
         raise ValueError(f"{storage.location}: a column of this job is named as `vector` but for its case")
-    where = "source_uri" if "source" in own else "source"  # DuckDB would rename the second without a word
+    where = "source"
+    while where in own:  # DuckDB would rename the second without a word
+        where += "_uri"
     connection.execute(
         f"create or replace view {identifier} as select * replace ({vector} as vector), "
         f"[{sources}][file + 1] as {where} from read_parquet([{parts}])"

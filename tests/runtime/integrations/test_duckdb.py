@@ -53,6 +53,11 @@ def test_a_column_that_is_named_source_is_the_jobs(tmp_path):
     connection = duckdb.connect()
     view_job(connection, tmp_path / "out")
     assert connection.execute("select source, source_uri from vectors").fetchall() == [("web", str(path))]
+    path.write_text(json.dumps({"text": "words", "source": "web", "source_uri": "own", "Vector": "up"}) + "\n")
+    embed_with_stand_in(path, tmp_path / "both", columns=("source", "source_uri"))
+    view_job(connection, tmp_path / "both", "two")
+    found = connection.execute("select source, source_uri, source_uri_uri from two").fetchall()
+    assert found == [("web", "own", str(path))]
     embed_with_stand_in(path, tmp_path / "other", columns=("Vector",))
     with pytest.raises(ValueError, match="is named as `vector` but for its case"):
         view_job(connection, tmp_path / "other")
