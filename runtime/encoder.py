@@ -82,6 +82,8 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
                 check_whole(name, value)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
+        sizes = (max_length, truncate_dim, layers)
+        max_length, truncate_dim, layers = (None if n is None else int(n) for n in sizes)  # `save` knows no numpy
         check_names("pooling", () if pooling is None else pooling, str)
         check_names("adapters", adapters, str, Path)
         if pooling is not None and not pooling:

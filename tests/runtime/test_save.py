@@ -103,6 +103,13 @@ def test_an_existing_folder_is_replaced_only_on_demand(encoder, tmp_path):
     assert names(tmp_path / "papers") == ["config.json", "thesis.tex"]
 
 
+def test_numpys_whole_numbers_are_saved(encoder, tmp_path):
+    sizes = {"truncate_dim": np.int64(8), "max_length": np.int32(64), "layers": np.int64(1)}
+    Encoder.load(tmp_path / "model", dtype="float32", **sizes).save(tmp_path / "saved")
+    spec = Encoder.load(tmp_path / "saved").spec
+    assert (spec.truncate_dim, spec.max_length, spec.decoder.num_layers) == (8, 64, 1)
+
+
 def test_nothing_half_written_stays(encoder, tmp_path, monkeypatch):
     encoder.save(tmp_path / "saved")
     before = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir() if path.is_file()}
