@@ -50,7 +50,7 @@ def rope_frequencies(rope: Rope, head_size: int) -> Tensor:
     Computed in fp32, in the order of the models' own code: a model was trained with these roundings, and at position
     4,000 a frequency that is exact instead turns a plane by another 2e-4 radians.
     """
-    period = rope.theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    period = rope.theta ** (torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size)
     frequencies = 1.0 / period
     if rope.kind == "linear":
         return frequencies / rope.factor
@@ -84,7 +84,7 @@ def _yarn(period: Tensor, rope: Rope, head_size: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_size - 1)
     width = high - low if high != low else 0.001
-    keep = 1 - ((torch.arange(head_size // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    keep = 1 - ((torch.arange(head_size // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
     return 1.0 / (rope.factor * period) * (1 - keep) + 1.0 / period * keep
 
 
@@ -94,7 +94,7 @@ def rope_table(rope: Rope, head_size: int, num_positions: int) -> tuple[Tensor, 
     Returns:
         Two fp32 [num_positions, K / 2] tensors; angles are fp32 products, as in the models' own code.
     """
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * rope_frequencies(rope, head_size)
+    angles = torch.arange(num_positions, dtype=torch.float32, device="cpu")[:, None] * rope_frequencies(rope, head_size)
     return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
@@ -107,7 +107,7 @@ def rope_reference(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 def _rope_cpu(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor, is_back: bool = False) -> Tensor:
     """The reference in half its passes over memory: two products a half, the second straight into the result."""
     sign = -1 if is_back else 1
-    out_THK = torch.empty(x_THK.shape, dtype=x_THK.dtype)
+    out_THK = torch.empty(x_THK.shape, dtype=x_THK.dtype, device=x_THK.device)
     x0, x1 = widen(x_THK).chunk(2, -1)
     out0, out1 = out_THK.chunk(2, -1)
     cos, sin = cos_TK[:, None], sin_TK[:, None]

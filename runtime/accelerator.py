@@ -80,14 +80,14 @@ class Cuda:
         self._stream: torch.cuda.Stream | None = None
 
     def send(self, values: np.ndarray, into: Tensor | None = None) -> Tensor:
-        pinned = torch.empty(values.shape, dtype=torch.from_numpy(values[:0]).dtype, pin_memory=True)
+        pinned = torch.empty(values.shape, dtype=torch.from_numpy(values[:0]).dtype, device="cpu", pin_memory=True)
         pinned.numpy()[...] = values
         if into is None:
             return pinned.to(self.device, non_blocking=True)
         return into.copy_(pinned, non_blocking=True)
 
     def fetch(self, x: Tensor) -> Tensor:
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
     def mark(self) -> Mark:
         return _CudaMark(self.device)

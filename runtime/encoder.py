@@ -244,7 +244,7 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
         dim = self._check_dim(truncate_dim)
         finished = number_format(self.spec, dim, normalize, precision, output)
         if out is not None:
-            empty = finished(torch.zeros(0, dim))
+            empty = finished(torch.zeros(0, dim, device="cpu"))
             _check_out(out, (len(rows), *empty.shape[1:]), empty.dtype, output)
         instructions = self._instructions(instruction, prompt_name, len(rows))
         result = finished(self._embed_rows(rows, instructions, run, normalize, truncate_dim, output == "torch"))

@@ -53,7 +53,7 @@ def measure(weight_NC: Tensor, counts: Sequence[int] = LADDER) -> list[int]:
         Those of `counts` where any bit of any row differed, on one random input, at its start and shifted.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(LARGEST, weight_NC.shape[1], generator=generator).to(weight_NC.dtype)
+    x = torch.randn(LARGEST, weight_NC.shape[1], generator=generator, device="cpu").to(weight_NC.dtype)
     truth = F.linear(x, weight_NC)
     differing = []
     for rows in counts:

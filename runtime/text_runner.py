@@ -86,7 +86,7 @@ class TextRunner:
     ) -> Tensor:
         """fp32 [n, d], on the device or on the host."""
         dim = truncate_dim or self.spec.embedding_size
-        vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device if on_device else None)
+        vectors = torch.empty(len(rows), dim, dtype=torch.float32, device=self.device if on_device else "cpu")
         program = embedding_program(self.spec, self.heads, normalize=normalize, truncate_dim=truncate_dim)
         for done in self._run(rows, instructions, run, program, on_device=on_device):
             vectors[self._beside(vectors, done.rows)] = done.ran.outputs[0]

@@ -145,7 +145,7 @@ def _check_types(file: GGUFFile) -> None:
         if tensor.kind.name not in ("F32", "F16", "BF16", "F64"):
             block_bytes = GGML_QUANT_SIZES[tensor.kind][1]
             try:
-                _dequantised(torch.zeros(block_bytes, dtype=torch.uint8), tensor.kind)
+                _dequantised(torch.zeros(block_bytes, dtype=torch.uint8, device="cpu"), tensor.kind)
             except NotImplementedError:  # what the gguf package raises for a type it only knows by name
                 raise CheckpointError(
                     f"{file.path}: {name} has type {tensor.kind.name}, which the gguf package does not decode"
@@ -166,7 +166,7 @@ def _dequantised(stored: Tensor, kind: Any) -> Tensor:
 
     block, block_bytes = GGML_QUANT_SIZES[kind]
     blocks = stored.view(-1, block_bytes)
-    out = torch.empty(len(blocks), block, dtype=torch.float32)
+    out = torch.empty(len(blocks), block, dtype=torch.float32, device="cpu")
     for piece, values in zip(blocks.split(CHUNK // block), out.split(CHUNK // block), strict=True):
         # One row: the package loops in Python over groups of 16 rows.
         values.view(-1).copy_(torch.from_numpy(dequantize(piece.reshape(1, -1).numpy(), kind)).view(-1))

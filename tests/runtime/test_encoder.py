@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gguf_samples import write_quantised
 from parity import note
 from tiny_models import TEXTS, hugging_face_states, unit
 from transformers import AutoTokenizer
@@ -284,6 +285,24 @@ def test_workers_and_budget_change_no_bits(folder, enc):
     assert torch.get_num_threads() == threads
     with pytest.raises(ValueError, match="batch_tokens is 0"):
         enc.embed("x", batch_tokens=0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_default_device_of_torch_is_not_where_it_runs(tmp_path, folder, kind):
+    model = folder if kind == "folder" else write_quantised(tmp_path / "model.gguf")
+
+    def results() -> list[np.ndarray]:
+        enc = Encoder.load(model, dtype="float32", device="cpu")
+        enc.whiten(TEXTS)
+        enc.calibrate(TEXTS)
+        vectors = enc.embed(TEXTS, out=np.empty((len(TEXTS), enc.spec.embedding_size), np.float32))
+        parts = enc.embed(TEXTS, spans=[[(0, 1)]] * len(TEXTS))
+        return [vectors, *parts.spans, enc.embed(TEXTS, precision="int8"), enc.similarity(vectors, vectors).numpy()]
+
+    want = results()
+    with torch.device("meta"):
+        found = results()
+    assert all(map(np.array_equal, found, want))
 
 
 def test_counts_what_it_ran(enc):
