@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashvec.kernels.backend import as_given
+from flashvec.runtime.pooling import cut_ranges, dequantize
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import check_truth
 
@@ -94,26 +96,18 @@ class SentenceTransformerNames:
             embeddings1, embeddings2: arrays or tensors [n, d] (or [d]).
 
         Returns:
-            fp32 [n1, n2]: cosine, dot product, or minus the distance, as `spec.similarity` says; higher is closer.
+            fp32 [n1, n2]: cosine, dot product, or minus the distance, as `spec.similarity` says; higher is closer. Of
+            int8 and uint8 vectors it is that of the values they stand for, so that they compare with float ones, too.
 
         Raises:
-            TypeError, ValueError: no vectors, packed signs (`precision="binary"`), or widths that differ.
+            TypeError, ValueError: no vectors, packed signs (`precision="binary"`), int8 ones without this encoder's
+                value ranges, or widths that differ.
         """
-        a, b = self._sides(embeddings1, embeddings2)
-        if self.spec.similarity == "dot":
-            return a @ b.T
-        if self.spec.similarity in ("euclidean", "manhattan"):
-            return -torch.cdist(a, b, p=2 if self.spec.similarity == "euclidean" else 1)
-        return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+        return _scores(*self._sides(embeddings1, embeddings2), self.spec.similarity)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Score of every vector of the first with the one at its place in the second: fp32 [n], as `similarity`."""
-        a, b = self._sides(embeddings1, embeddings2)
-        if self.spec.similarity == "dot":
-            return (a * b).sum(-1)
-        if self.spec.similarity in ("euclidean", "manhattan"):
-            return -torch.linalg.vector_norm(a - b, 2 if self.spec.similarity == "euclidean" else 1, dim=-1)
-        return F.cosine_similarity(a, b)
+        return _pair_scores(*self._sides(embeddings1, embeddings2), self.spec.similarity)
 
     def _sides(self, embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
         sides = []
@@ -123,12 +117,8 @@ class SentenceTransformerNames:
             vectors = torch.atleast_2d(_as_tensor(given))
             if vectors.ndim != 2:
                 raise ValueError(f"{name} has {vectors.ndim} dimensions: give vectors [n, d]")
-            if _holds_bytes(given) and not _may_be_quantised(self.spec, vectors.shape[1]):
-                raise ValueError(
-                    f"{name} holds packed signs (precision='binary' or 'ubinary'), which have no similarity of this "
-                    "kind: count the bits that differ, or give float vectors"
-                )
-            sides.append(vectors)
+            is_steps = vectors.dtype in (torch.int8, torch.uint8)
+            sides.append(_values_of_steps(name, vectors, self.spec) if is_steps else vectors.float())
         a, b = sides
         if a.shape[1] != b.shape[1]:
             raise ValueError(f"embeddings1 has {a.shape[1]} dimensions, embeddings2 {b.shape[1]}: give equal widths")
@@ -187,17 +177,53 @@ def encode(
     return torch.from_numpy(result) if isinstance(inputs, str) else [torch.from_numpy(row) for row in result]
 
 
-def _holds_bytes(given: Any) -> bool:
-    """int8 or uint8: vectors in 256 steps, or packed signs."""
-    return str(getattr(given, "dtype", "")).removeprefix("torch.") in ("int8", "uint8")
+@as_given
+def _scores(a: Tensor, b: Tensor, similarity: str) -> Tensor:
+    if similarity == "dot":
+        return a @ b.T
+    if similarity in ("euclidean", "manhattan"):
+        return -torch.cdist(a, b, p=2 if similarity == "euclidean" else 1)
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
-def _may_be_quantised(spec: ModelSpec, width: int) -> bool:
-    """Vectors in steps are as wide as the model's, or were cut where there are ranges for that."""
-    return width == spec.embedding_size or (spec.int8_ranges is not None and width <= len(spec.int8_ranges[0]))
+@as_given
+def _pair_scores(a: Tensor, b: Tensor, similarity: str) -> Tensor:
+    if similarity == "dot":
+        return (a * b).sum(-1)
+    if similarity in ("euclidean", "manhattan"):
+        return -torch.linalg.vector_norm(a - b, 2 if similarity == "euclidean" else 1, dim=-1)
+    return F.cosine_similarity(a, b)
+
+
+def _values_of_steps(name: str, steps: Tensor, spec: ModelSpec) -> Tensor:
+    """fp32 values of int8 or uint8 vectors, whose steps are counted from each dimension's own lower end.
+
+    Raises:
+        ValueError: packed signs, or steps whose ranges the model does not have.
+    """
+    width = steps.shape[1]
+    possible = (cut_ranges(spec, width, normalize) for normalize in (None, True, False))
+    ranges = next((found for found in possible if found is not None), None)
+    if width == spec.embedding_size and ranges is None:
+        raise ValueError(
+            f"{name} holds steps (precision='int8' or 'uint8') and this encoder has no value ranges of {width} "
+            "dimensions: take the encoder that made them, or give float vectors"
+        )
+    if ranges is None or 8 * width == spec.embedding_size:
+        raise ValueError(
+            f"{name} holds packed signs (precision='binary' or 'ubinary'), which have no similarity of this "
+            "kind: count the bits that differ, or give float vectors"
+        )
+    return torch.from_numpy(dequantize(steps.numpy(force=True), ranges)).to(steps.device)
 
 
 def _as_tensor(x: Any) -> Tensor:
+    """As it is, steps included; fp32 where it has no type of its own."""
     if isinstance(x, list | tuple) and len(x) and isinstance(x[0], Tensor):
-        return torch.stack([row.float() for row in x])
-    return x.float() if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x, dtype=np.float32))
+        return torch.stack(list(x))
+    if isinstance(x, Tensor):
+        return x
+    array = np.asarray(x)
+    if array.dtype not in (np.int8, np.uint8):
+        array = array.astype(np.float32, copy=False)
+    return torch.from_numpy(np.ascontiguousarray(array))  # torch takes no rows in reverse

@@ -246,3 +246,11 @@ def quantize(x: np.ndarray, precision: str, ranges: tuple[Sequence[float], Seque
         steps = np.floor(np.clip((x - low) / np.maximum(high - low, 1e-12) * 255, 0, 255))
         return steps.astype(np.uint8) if precision == "uint8" else (steps - 128).astype(np.int8)
     raise ValueError(f"precision is {precision!r}, known are {', '.join(PRECISIONS)}")
+
+
+def dequantize(steps: np.ndarray, ranges: tuple[Sequence[float], Sequence[float]]) -> np.ndarray:
+    """fp32 [n, d] of int8 or uint8 vectors that `quantize` made with the same ranges: the middle of each step."""
+    low, high = (np.asarray(r, dtype=np.float32) for r in ranges)
+    lowest = 128 if steps.dtype == np.int8 else 0
+    values: np.ndarray = (steps.astype(np.float32) + (lowest + 0.5)) / 255 * (high - low) + low
+    return values

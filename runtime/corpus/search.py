@@ -18,6 +18,7 @@ from flashvec.runtime.corpus.storage import Storage
 from flashvec.runtime.corpus.vectors import embed_settings
 from flashvec.runtime.corpus.writers import part_names
 from flashvec.runtime.drop_in import QUERY_PROMPTS, first_prompt
+from flashvec.runtime.pooling import dequantize
 from flashvec.runtime.whitening import fit_whitening
 
 BLOCK_ROWS = 16_384
@@ -175,12 +176,11 @@ def vector_blocks(storage: Storage, plan: Plan, shard: int) -> Iterator[tuple[in
 
 def comparable(block: np.ndarray, plan: Plan) -> np.ndarray:
     """A block as fp32 rows of unit length."""
-    values = block.astype(np.float32)
     if plan.settings.precision == "int8":
         assert plan.int8_ranges is not None
-        low, high = (np.array(r, np.float32)[: plan.dim] for r in plan.int8_ranges)
-        values = (values + 128.5) / 255 * (high - low) + low  # the middle of a step, of which the lower end was kept
-    return _unit(values)
+        low, high = plan.int8_ranges
+        return _unit(dequantize(block, (low[: plan.dim], high[: plan.dim])))
+    return _unit(block.astype(np.float32))
 
 
 def _signs(queries: np.ndarray, block: np.ndarray) -> np.ndarray:

@@ -89,8 +89,31 @@ def test_similarity_refuses_what_are_no_vectors_of_the_model(folder):
             method(None, vectors)
         with pytest.raises(ValueError, match="embeddings2 has 3 dimensions"):
             method(vectors, vectors[None])
-    enc.calibrate([f"text {i}" for i in range(100)])
-    assert enc.similarity(enc.embed(["a"], precision="int8"), enc.embed(["a"], precision="int8")).item() > 0.99
+
+
+def test_similarity_of_steps_is_that_of_the_values_they_stand_for(folder):
+    enc, texts = Encoder.load(folder, dtype="float32"), ["a river", "a boat", "bread"]
+    enc.calibrate([f"{text} {i}" for text in texts for i in range(50)])
+    vectors, packed = enc.embed(texts), enc.embed(texts, precision="binary")
+    exact, pairs = enc.similarity(vectors, vectors), enc.similarity_pairwise(vectors, vectors)
+    for precision in ("int8", "uint8"):
+        steps = enc.embed(texts, precision=precision)
+        for other in (steps, vectors, list(steps), torch.from_numpy(steps)):
+            torch.testing.assert_close(enc.similarity(steps, other), exact, rtol=0, atol=0.05)
+            torch.testing.assert_close(enc.similarity_pairwise(other, steps), pairs, rtol=0, atol=0.05)
+        with pytest.raises(ValueError, match=r"embeddings2 holds steps .* no value ranges of 32 dimensions"):
+            Encoder.load(folder, dtype="float32").similarity(vectors, steps)
+    with pytest.raises(ValueError, match="embeddings1 holds packed signs"):
+        enc.similarity(packed, packed)  # as wide as steps could be, were they cut
+
+
+def test_similarity_is_fp32_under_autocast_and_of_rows_in_reverse(enc):
+    vectors = enc.embed(["a river", "a boat", "bread"])
+    want = enc.similarity(vectors, vectors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = enc.similarity(vectors, vectors)
+    assert found.dtype == torch.float32 and torch.equal(found, want)
+    torch.testing.assert_close(enc.similarity(vectors[::-1], vectors), want.flip(0))
 
 
 def test_without_conversion_a_list_of_tensors_or_for_a_str_one():

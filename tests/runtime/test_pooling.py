@@ -5,7 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashvec.runtime.pooling import DENSE_FUNCTIONS, DenseHead, cut_ranges, finish, quantize, vector_length
+from flashvec.runtime.pooling import (
+    DENSE_FUNCTIONS,
+    DenseHead,
+    cut_ranges,
+    dequantize,
+    finish,
+    quantize,
+    vector_length,
+)
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
 
 SPEC = ModelSpec(DecoderSpec("llama", 9, 4, 4, 1, 1, 1, 4, 9, 1e-6), "bidirectional", ("mean",), "hf")
@@ -72,6 +80,14 @@ def test_is_sentence_transformers_quantisation():
         # Theirs divides by the size of a step, ours multiplies: a value at a step's edge may fall to either side.
         differences = np.abs(ours.astype(int) - theirs.astype(int))
         assert differences.max() <= (1 if "int" in precision else 0) and differences.mean() < 0.01
+
+
+def test_steps_stand_for_their_middles():
+    x = np.random.default_rng(0).uniform(-1, 2, (50, 16)).astype(np.float32)
+    ranges = (x.min(0), x.max(0))
+    half = (ranges[1] - ranges[0]) / 255 / 2
+    for precision in ("int8", "uint8"):
+        assert (np.abs(dequantize(quantize(x, precision, ranges), ranges) - x) <= 1.01 * half).all()
 
 
 def test_refuses_by_name():
