@@ -41,7 +41,7 @@ class SentenceTransformerNames:
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         output_value: Literal["sentence_embedding", "token_embeddings"] = "sentence_embedding",
-        precision: str = "float32",
+        precision: str | None = "float32",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         device: Any = None,
@@ -171,6 +171,8 @@ def encode(
     if output_value != "sentence_embedding":
         raise ValueError(f"output_value is {output_value!r}, known are sentence_embedding, token_embeddings")
     settings["normalize"] = True if normalize_embeddings else None
+    if settings.get("precision") is None:
+        settings["precision"] = "float32"  # that library's evaluators say None
     result = encoder.embed(inputs, output="torch" if convert_to_tensor else "numpy", **settings)
     if convert_to_numpy or convert_to_tensor:
         return result

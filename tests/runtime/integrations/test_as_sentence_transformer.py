@@ -7,6 +7,7 @@ import pytest
 import torch
 from keybert import KeyBERT
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.util import semantic_search
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -154,6 +155,13 @@ def test_its_functions_take_it(ours):
     corpus = ours.encode(list(TEXTS), convert_to_tensor=True)
     hits = semantic_search(ours.encode("The cat sleeps.", convert_to_tensor=True), corpus, top_k=1)
     assert hits[0][0]["corpus_id"] == TEXTS.index("The cat sleeps.")
+
+
+def test_its_evaluators_take_it(ours, theirs):
+    texts = list(TEXTS)
+    scores = [i / len(texts) for i in range(len(texts))]
+    evaluate = EmbeddingSimilarityEvaluator(texts, texts[::-1], scores)  # asks for the precision None
+    assert evaluate(ours) == pytest.approx(evaluate(theirs))
 
 
 def test_keybert(ours, theirs):
