@@ -159,7 +159,7 @@ def encode(
     check_truth("normalize_embeddings", normalize_embeddings)
     if output_value == "token_embeddings":
         name, prompts = settings.get("prompt_name"), encoder.spec.prompts
-        if name is not None and name not in prompts:
+        if name is not None and not (isinstance(name, str) and name in prompts):
             raise ValueError(f"prompt_name is {name!r}; this model's prompts are: {', '.join(prompts) or 'none'}")
         instruction = settings.get("instruction")
         if name is not None and instruction is not None:

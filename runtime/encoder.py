@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
@@ -33,6 +33,12 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
     The same text gives the same bits alone or in any batch, in any order, under any token budget (CPU; same
     machine, dtype and thread count).
     """
+
+    def __new__(cls, *parts: Any, **named: Any) -> Self:
+        if not (parts and isinstance(parts[0], ModelSpec)):
+            name = repr(parts[0])[:80] if parts else "model"
+            raise TypeError(f"an encoder is not made of a name, it is loaded: Encoder.load({name})")
+        return super().__new__(cls)
 
     @classmethod
     def load(

@@ -59,7 +59,7 @@ class TextRunner:
         if instruction is not None and prompt_name is not None:
             raise ValueError("give instruction or prompt_name, not both")
         if prompt_name is not None:
-            if prompt_name not in prompts:
+            if not isinstance(prompt_name, str) or prompt_name not in prompts:
                 known = ", ".join(prompts) or "none"
                 raise ValueError(f"prompt_name is {prompt_name!r}; this model's prompts are: {known}")
             instruction = prompts[prompt_name]

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from flashvec.runtime.checkpoint.safetensors_files import INDEX_FILE, WEIGHTS_FILE
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
 from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILE
+from flashvec.runtime.texts import check_truth
 
 # A place that takes no file, however much room there is.
 NO_PLACE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
@@ -41,6 +42,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def target_folder(folder: str | Path, overwrite: bool, sources: Iterable[Path] = ()) -> Path:
     """The folder to write, if it may be written: none of `sources`, of which the model is made, is it or lies in it."""
+    check_truth("overwrite", overwrite)
     target = Path(folder).expanduser().resolve()
     if any(source.resolve().is_relative_to(target) for source in sources):
         raise ValueError(f"{folder}: is the model's own folder; write to another")

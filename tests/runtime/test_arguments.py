@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +26,24 @@ def test_what_is_no_name(folder, given):
 def test_what_is_no_model():
     with pytest.raises(TypeError, match=r"model is NoneType: give a folder, a \.gguf file or a hub id"):
         Encoder.load(None)
+
+
+def test_what_is_not_loaded():
+    for given in (("a/model",), ()):
+        with pytest.raises(TypeError, match=r"it is loaded: Encoder\.load\((.a/model.|model)\)"):
+            Encoder(*given)
+
+
+def test_what_is_no_prompts_name(enc):
+    for method in (enc.embed, enc.encode, partial(enc.encode, output_value="token_embeddings")):
+        with pytest.raises(ValueError, match=r"prompt_name is \['query'\]; this model's prompts are: none"):
+            method(["a"], prompt_name=["query"])
+
+
+def test_a_folder_is_not_replaced_for_a_word_that_says_no(enc, tmp_path):
+    enc.save(tmp_path / "saved")
+    with pytest.raises(TypeError, match="overwrite is 'no'; expected True or False"):
+        enc.save(tmp_path / "saved", overwrite="no")
 
 
 @pytest.mark.parametrize(
