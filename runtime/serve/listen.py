@@ -1,7 +1,9 @@
 """The socket that an app listens on, and its end."""
 
+import signal
 import socket
 import sys
+from types import FrameType
 
 try:
     import uvicorn
@@ -17,6 +19,8 @@ BACKLOG = 2048
 def listen(app: FastAPI, host: str, port: int, name: str, end_s: int) -> None:
     """Serve until SIGINT or SIGTERM; then answer what was accepted, for at most `end_s` seconds.
 
+    A second SIGINT ends it at once.
+
     Raises:
         OSError: the address cannot be had; names it.
     """
@@ -24,7 +28,19 @@ def listen(app: FastAPI, host: str, port: int, name: str, end_s: int) -> None:
         at = listening.getsockname()
         print(f"{name} at http://{f'[{at[0]}]' if ':' in at[0] else at[0]}:{at[1]}/v1/embeddings", file=sys.stderr)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=end_s, server_header=False)
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Says why it is still there after Ctrl-C, and ends at the second one without a traceback of every request."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGINT and self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        super().handle_exit(sig, frame)
+        if sig == signal.SIGINT and self.server_state.tasks:
+            print("answering what was accepted; Ctrl-C again ends it at once", file=sys.stderr)
 
 
 def bound_socket(host: str, port: int, unread_s: float = UNREAD_S) -> socket.socket:

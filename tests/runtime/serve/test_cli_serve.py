@@ -94,22 +94,48 @@ def command(tmp_path):
         process.communicate()
 
 
+def asked(url, answers):
+    """A thread that waits for the answer to a long request, whose first round is done."""
+
+    def ask():
+        try:
+            answers.append(httpx.post(f"{url}/v1/embeddings", json=body, timeout=600))
+        except httpx.TransportError as error:
+            answers.append(error)
+
+    body = {"model": "tiny", "input": ["some words to read " * 20] * 2000}
+    thread = threading.Thread(target=ask)
+    thread.start()
+    with httpx.Client(timeout=600) as client:  # one: making them takes the processor that the server needs
+        while "flashvec_round_seconds_count 0.0" in client.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+    assert not answers, "the request was answered before anybody asked it to end"
+    return thread
+
+
 def test_sigterm_ends_it_once_what_it_accepted_is_answered(command):
     process, url = command("--truncate")
     answers = []
-    body = {"model": "tiny", "input": ["some words to read " * 20] * 2000}
-    ask = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/embeddings", json=body, timeout=600)))
-    ask.start()
-    with httpx.Client(timeout=600) as client:  # one: making them takes the processor that the server needs
-        while "flashvec_round_seconds_count 0.0" in client.get(f"{url}/metrics").text:  # until the first round is done
-            time.sleep(0.01)
-    assert not answers, "the request was answered before anybody asked it to end"
+    ask = asked(url, answers)
     process.send_signal(signal.SIGTERM)
     ask.join()
     assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 2000
     process.wait(30)
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in process.stderr.read()
+
+
+def test_a_second_ctrl_c_ends_it_at_once(command):
+    process, url = command("--truncate")
+    answers = []
+    ask = asked(url, answers)
+    process.send_signal(signal.SIGINT)
+    assert "Ctrl-C again ends it at once" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    ask.join()
+    assert isinstance(answers[0], httpx.TransportError)
+    assert process.returncode == -signal.SIGINT and process.stderr.read() == ""
 
 
 def test_an_address_that_is_taken_is_named(tmp_path):
