@@ -16,6 +16,7 @@ from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpo
 from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.fitting import FittedVectors
+from flashvec.runtime.forked import use_threads_that_exist
 from flashvec.runtime.parts import PartVectors
 from flashvec.runtime.placement import choose_devices, choose_dtype
 from flashvec.runtime.pooling import DenseHead, number_format
@@ -126,6 +127,7 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
     def _from_checkpoint(
         cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, layers: int | None
     ) -> "Encoder":
+        use_threads_that_exist()
         spec = _checked(checkpoint.spec, layers)
         if dtype is None:
             dtype = torch.bfloat16 if has_hardware_bf16(device) else torch.float32

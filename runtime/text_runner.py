@@ -12,6 +12,7 @@ from torch import Tensor
 from flashvec.runtime import engine
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.engine import Engine
+from flashvec.runtime.forked import use_threads_that_exist
 from flashvec.runtime.memory import fits
 from flashvec.runtime.non_finite import NonFiniteRows, report
 from flashvec.runtime.pooling import DenseHead
@@ -107,6 +108,7 @@ class TextRunner:
         Yields:
             Packs as they are done. A text that comes again was not finite the first time: the last one counts.
         """
+        use_threads_that_exist()
         limit = self.spec.max_length if settings.max_length is None else settings.max_length
         check_whole("max_length", limit)
         if limit < 1:
