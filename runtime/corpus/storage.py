@@ -142,10 +142,16 @@ class Storage:
             raise
 
     def send(self, name: str, file: IO[bytes]) -> None:
-        """Put a local file's bytes behind the URI."""
-        with self.filesystem.open_output_stream(f"{self.base}/{name}", compression=None) as out:
-            while block := file.read(8 * BLOCK):
-                out.write(block)
+        """Put a local file's bytes behind the URI; nothing is there where this was stopped."""
+        out = self.filesystem.open_output_stream(f"{self.base}/{name}", compression=None)
+        try:
+            with out:
+                while block := file.read(8 * BLOCK):
+                    out.write(block)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the store cannot be reached, which then shows nothing either
+                self.remove(name)  # pyarrow cannot abort: it closes the stream, and a part of the file appears
+            raise
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""

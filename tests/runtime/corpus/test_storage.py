@@ -1,3 +1,4 @@
+import io
 import os
 import stat
 from pathlib import Path
@@ -79,3 +80,21 @@ def test_a_link_in_the_way_is_not_followed(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         Storage(tmp_path).stage("a")
     assert not (tmp_path / "victim").exists()
+
+
+def test_stopped_while_it_sends_nothing_appears_behind_a_uri():
+    """A signal, or a fault of the disk, between two blocks: half a plan would block the job until it is deleted."""
+
+    class Stopped(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise KeyboardInterrupt
+            return super().read(size)
+
+    storage = Storage("mock:///bucket/out")
+    storage.filesystem.create_dir(storage.base)  # which a store needs not
+    with pytest.raises(KeyboardInterrupt):
+        storage.send("plan.json", Stopped(bytes(9 << 20)))
+    assert storage.size("plan.json") is None
+    storage.send("plan.json", io.BytesIO(b"{}"))
+    assert storage.size("plan.json") == 2
