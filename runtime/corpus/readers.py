@@ -15,7 +15,7 @@ from flashvec.runtime.corpus import rows as reasons
 from flashvec.runtime.corpus.records import MAX_RECORD, Record, csv_header, read_records
 from flashvec.runtime.corpus.rows import Bad, Rows, make_rows, sound, strings
 from flashvec.runtime.corpus.settings import JobSettings
-from flashvec.runtime.corpus.sources import Source, SourceError, open_source
+from flashvec.runtime.corpus.sources import Source, SourceError, fault, open_source
 from flashvec.runtime.corpus.storage import is_uri
 
 BATCH_ROWS = 4096
@@ -43,7 +43,7 @@ def read_rows(file: int, source: Source, start: int, stop: int, settings: JobSet
         else:
             yield from _records(file, source, start, stop, settings)
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{source.uri}: damaged ({str(error).splitlines()[0][:200]})") from None
+        raise SourceError(f"{source.uri}: {fault(error)} ({str(error).splitlines()[0][:200]})") from None
 
 
 def open_parquet(source: Source) -> pq.ParquetFile:

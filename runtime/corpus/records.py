@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from flashvec.runtime.corpus.sources import Source, SourceError, open_source
+from flashvec.runtime.corpus.sources import Source, SourceError, fault, open_source
 
 MAX_RECORD = 16 << 20  # bytes
 MAX_RATIO = 250  # decompressed to compressed bytes, past the first MAX_RECORD of them
@@ -52,7 +52,8 @@ class Stream:
         try:
             block: bytes = self._file.read(size)
         except OSError as error:
-            raise SourceError(f"{self.source.uri}: damaged near byte {self.at} ({_first_line(error)})") from None
+            what = f"{fault(error)} near byte {self.at} ({_first_line(error)})"
+            raise SourceError(f"{self.source.uri}: {what}") from None
         self.at += len(block)
         if self.source.compression is not None:
             if not block and self._raw.tell() < self.source.size:

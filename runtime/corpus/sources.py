@@ -143,6 +143,13 @@ def open_source(source: Source) -> Any:
         raise SourceError(f"{source.uri}: {_reason(error)}") from None
 
 
+def fault(error: Exception) -> str:
+    """What a failed read says of a file: that it is damaged, or that the place where it lies gives no bytes now."""
+    # Only the system's errors have an errno, and only what a store or the network answered has the prefix.
+    elsewhere = getattr(error, "errno", None) is not None or "AWS Error" in str(error)
+    return "cannot be read" if elsewhere else "damaged"
+
+
 def _reason(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file; the job goes on where it stopped once the file is back"

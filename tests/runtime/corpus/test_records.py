@@ -1,5 +1,7 @@
 import bz2
+import errno
 import gzip
+import io
 
 import pyarrow as pa
 import pytest
@@ -59,6 +61,24 @@ def test_an_endless_line_is_skipped_in_blocks(tmp_path, monkeypatch):
     found = list(read_lines(source, 0))
     assert [r.content for r in found] == [b"one", None, b"two", None]
     assert [r.start for r in found] == [0, 4, 5005, 5009] and found[-1].stop == source.size
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 52"), OSError(errno.EIO, "I/O")],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_place_that_gives_no_bytes_is_no_damage(tmp_path, monkeypatch, error, name):
+    """A store that is gone for a while, or a mount: the file is as it was, and nobody should look for faults in it."""
+
+    class Gone(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise error
+
+    source = source_of(tmp_path / name, b"a\nb\n")
+    monkeypatch.setattr(module, "open_source", lambda source: pa.PythonFile(Gone(), "r"))
+    with pytest.raises(SourceError, match=f"{name}: cannot be read near byte 0 "):
+        list(read_lines(source, 0))
 
 
 @pytest.mark.parametrize("cut", [-10, -1])
