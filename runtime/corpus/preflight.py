@@ -15,7 +15,7 @@ from flashvec.runtime.corpus.plan import Plan, PlanError
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.shard import LOCKS
 from flashvec.runtime.corpus.sources import Source, glob_matches
-from flashvec.runtime.corpus.storage import Storage, is_uri
+from flashvec.runtime.corpus.storage import Storage, escaped, is_uri
 
 LOCK_FILE = "_lock"
 OWN_FILES = ("part-00000.parquet", "part-00000.ids.parquet", f"{ERRORS}/00000.jsonl")  # of a job, that inputs may be
@@ -61,7 +61,8 @@ def check_apart(given: Sequence[str | Path], sources: Sequence[Source], storage:
     if storage.root is None:
         base = storage.location.split("?")[0].rstrip("/") + "/"
         within = [source.uri for source in sources if source.uri.startswith(base)]
-        around = [g for g in map(str, given) if is_uri(g) and _would_take_uri(g.split("?")[0].rstrip("/"), base)]
+        folders = {g: escaped(g).split("?")[0].rstrip("/") for g in map(str, given) if is_uri(g)}
+        around = [g for g, folder in folders.items() if _would_take_uri(folder, base)]
     else:
         root = storage.root.resolve()
         within = [s.uri for s in sources if (p := _local_path(s.uri)) is not None and p.resolve().is_relative_to(root)]

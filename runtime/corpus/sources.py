@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 import pyarrow.fs as pafs
 
-from flashvec.runtime.corpus.storage import is_uri, open_uri
+from flashvec.runtime.corpus.storage import PLAIN, escaped, is_uri, open_uri
 
 FORMATS = {
     ".parquet": "parquet",
@@ -33,7 +33,6 @@ _GLOB = set("*?[")
 _ENDING = re.compile(r"\.[a-z0-9]{1,8}(\.[a-z0-9]{1,3})?")
 _ESCAPES = re.compile(r"((?:%[0-9A-Fa-f]{2})+)")
 SHOWN_ENDINGS = 5
-_PLAIN = "/=+,:;@&!$'()*~"  # what stands in a URI as it is
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def find_sources(inputs: Sequence[str | Path], note: Callable[[str], None] | Non
     for given in map(str, inputs):
         others: Counter[str] = Counter()
         linked: list[str] = []
-        listed = _behind_uri(given, others) if is_uri(given) else _local(given, others, linked)
+        listed = _behind_uri(escaped(given), others) if is_uri(given) else _local(given, others, linked)
         if not listed:
             seen_there = f", only {_listed(others)}" if others else ""
             raise SourceError(f"{given}: no input file there{seen_there}; known endings are {', '.join(FORMATS)}")
@@ -208,7 +207,7 @@ def _behind_uri(given: str, others: Counter[str]) -> list[Source]:
     if first_glob >= 0:
         pattern = _unescaped(address).split("/")
         names = [name for name in names if glob_matches((prefix + name).split("/"), pattern)]
-    shown = (quote(name, safe=_PLAIN) for name in names if not _hidden(name[len(path) :]))
+    shown = (quote(name, safe=PLAIN) for name in names if not _hidden(name[len(path) :]))
     return _known((prefix + name + suffix for name in shown), others)
 
 

@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import xxhash
 
 BLOCK = 1 << 20
+PLAIN = "/=+,:;@&!$'()*~"  # what stands in a URI as it is
 _SECRET_KEYS = {"access_key", "secret_key", "session_token"}
 _TEMPORARY = re.compile(r"^\..+\.\d+-[0-9a-f]{12}\.tmp$")
 
@@ -26,6 +27,11 @@ _TEMPORARY = re.compile(r"^\..+\.\d+-[0-9a-f]{12}\.tmp$")
 def is_uri(location: str) -> bool:
     """Is this a URI rather than a local path."""
     return "://" in location
+
+
+def escaped(uri: str) -> str:
+    """A URI as it may be written: what none can hold as it is, a space, # or a letter beyond ASCII, stands escaped."""
+    return quote(uri, safe=f"{PLAIN}%?[]", errors="surrogateescape")
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -38,7 +44,9 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     if parts.password or _SECRET_KEYS & {key for key, _ in parse_qsl(parts.query)}:
         raise ValueError(f"the {parts.scheme} URI holds a secret: give credentials through the environment instead")
     try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
+        filesystem, path = pafs.FileSystem.from_uri(escaped(uri))
+    except UnicodeDecodeError:
+        raise ValueError(f"cannot open {uri}: its escapes are not UTF-8. A % in a name is written %25") from None
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"cannot open {uri}: {str(error).splitlines()[0]}") from None
     return filesystem, path.rstrip("/")
@@ -109,6 +117,7 @@ class Storage:
         self.location = str(location)
         self.root: Path | None = None
         if is_uri(self.location):
+            self.location = escaped(self.location)
             self.filesystem, self.base = open_uri(self.location)
             if isinstance(self.filesystem, pafs.LocalFileSystem):
                 self.root = Path(self.base)

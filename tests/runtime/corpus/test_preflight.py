@@ -9,6 +9,7 @@ import pytest
 from stand_in import embed_with_stand_in
 
 from flashvec.runtime.corpus import preflight
+from flashvec.runtime.corpus.storage import Storage
 
 
 @pytest.fixture
@@ -29,6 +30,13 @@ def test_output_among_inputs(texts_file, tmp_path):
         with pytest.raises(ValueError, match="its parts would become inputs"):
             embed_with_stand_in(given, tmp_path / "in" / "out")
     assert not (tmp_path / "in" / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["mock:///bucket/my data/out", "mock:///bucket/my%20data/out"])
+@pytest.mark.parametrize("given", ["mock:///bucket/my data", "mock:///bucket/my%20data/**"])
+def test_output_among_inputs_behind_a_uri_however_it_is_escaped(given, out):
+    with pytest.raises(ValueError, match="its parts would become inputs"):
+        preflight.check_apart([given], [], Storage(out))
 
 
 def test_output_beside_inputs_that_a_glob_names(texts_file, tmp_path, monkeypatch):

@@ -63,6 +63,20 @@ def test_uris_with_escapes_name_what_they_stand_for(tmp_path):
     assert contents(f"{folder}/x[1].*") == ["x1.txt"]
 
 
+def test_uris_as_people_write_them_are_escaped(tmp_path):
+    (tmp_path / "a \u00fc").mkdir()
+    for name in ("b c.txt", "n#1.txt"):
+        (tmp_path / "a \u00fc" / name).write_text(name)
+    folder = f"file://{tmp_path}/a \u00fc"
+    named = [source.uri for source in find_sources([folder])]
+    assert named == [f"file://{tmp_path}/a%20%C3%BC/b%20c.txt", f"file://{tmp_path}/a%20%C3%BC/n%231.txt"]
+    assert [source.uri for source in find_sources([f"{folder}/b c.txt", f"{folder}/n#*"])] == named
+    with pytest.raises(SourceError, match="named twice"):
+        find_sources([f"{folder}/b c.txt", f"{folder}/b%20c.txt"])
+    with pytest.raises(ValueError, match=r"50%ce.txt: its escapes are not UTF-8. A % in a name is written %25"):
+        find_sources([f"{folder}/50%ce.txt"])
+
+
 def test_names_that_are_no_text_are_said(tmp_path):
     """The error was an encoding's, and named no file."""
     path = tmp_path / os.fsdecode(b"caf\xe9.txt")
