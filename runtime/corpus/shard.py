@@ -139,10 +139,15 @@ def run_shard(
         own = {*part_names(plan, shard), f"{shard:05d}.json", f"{shard:05d}.jsonl"}
         for folder in ("", MANIFESTS, ERRORS):
             storage.sweep(folder, own.__contains__)
-        entry = _run(plan, shard, encoder, storage, known, max_errors, on_step)
-        if plan.mixed_machines:
-            entry = replace(entry, machine=machine)
-        storage.write(manifest_name(shard), entry.to_json())
+        try:
+            entry = _run(plan, shard, encoder, storage, known, max_errors, on_step)
+            if plan.mixed_machines:
+                entry = replace(entry, machine=machine)
+            storage.write(manifest_name(shard), entry.to_json())
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, storage.staging) from None  # a failed write names no place
         return entry
 
 

@@ -136,6 +136,13 @@ class Storage:
             for made in missing:
                 sync_folder(made.parent)
 
+    @property
+    def staging(self) -> str:
+        """Where files are written before they appear, in the words of an error message."""
+        if self.root is not None:
+            return str(self.root)
+        return f"{tempfile.gettempdir()}, where parts lie until they are sent (TMPDIR names another place)"
+
     def stage(self, name: str) -> Staged:
         """Begin a file."""
         return Staged(self, name)

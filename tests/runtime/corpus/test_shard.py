@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import re
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from full_disk import full_disk
 from stand_in import NOT_FINITE, StandIn, facts, tree
 
 from flashvec.runtime.corpus import shard as shard_module
@@ -150,6 +153,14 @@ def test_an_input_that_changes_or_goes(table_file, tmp_path):
     with pytest.raises(SourceError, match="written to since"):
         run_shard(plan, 0, StandIn(), Storage(tmp_path / "out"))
     assert is_done(Storage(tmp_path / "out"), 0) is None
+
+
+def test_a_disk_without_room_is_named_behind_a_uri_too(table_file):
+    """Parts lie in a temporary folder before they are sent, of which an output at s3:// says nothing."""
+    storage = Storage("mock:///bucket/out")
+    place = re.escape(tempfile.gettempdir())
+    with full_disk(), pytest.raises(OSError, match=rf"'{place}, where parts lie until they are sent \(TMPDIR names"):
+        run_shard(plan_of(table_file), 0, StandIn(), storage)
 
 
 def test_a_shard_out_of_range(table_file, tmp_path):
