@@ -4,6 +4,7 @@ Ray restarts an actor whose process or node is lost; the shard it had goes to wh
 must be one that all nodes see: a shared file system or a URI.
 """
 
+import logging
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,9 @@ from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.worker import ShardRunner, describe_error
 
 POLL_S = 1.0
+SILENT_S = 60.0  # of waiting for a model to be loaded, before a word about it
+
+logger = logging.getLogger("flashvec")
 
 
 class _Actor:
@@ -76,8 +80,9 @@ class RayFleet:
             address = self.address or os.environ.get("RAY_ADDRESS") or "local"
             here: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
             self.ray.init(address=address, log_to_driver=False, **here)
-        gpus = self.ray.cluster_resources().get("GPU", 0)
-        actor = self.ray.remote(max_restarts=-1, num_cpus=1, num_gpus=1 if gpus else 0, scheduling_strategy="SPREAD")
+        gpus = 1 if self.ray.cluster_resources().get("GPU", 0) else 0
+        self.needs = ("CPU", "GPU") if gpus else ("CPU",)
+        actor = self.ray.remote(max_restarts=-1, num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")
         made = actor(_Actor)
         self.actors = [made.remote(self.make, self.load) for _ in range(self.num_workers)]
         return self
@@ -89,9 +94,19 @@ class RayFleet:
             self.ray.shutdown()
 
     def facts(self) -> ModelFacts:
-        """Facts of the model and machine, from the first actor that has loaded it."""
-        (ready, *_), _ = self.ray.wait([actor.facts.remote() for actor in self.actors], num_returns=1)
-        found: ModelFacts = self._value(self.ray.get(ready), "facts")
+        """Facts of the model and machine, from the first actor that has loaded it; says so where that takes long."""
+        asked = [actor.facts.remote() for actor in self.actors]
+        ready, _ = self.ray.wait(asked, num_returns=1, timeout=SILENT_S)
+        if not ready:
+            logger.warning(
+                "no actor has the model after %.0f s: it is being loaded, or none finds room. An actor takes %s; "
+                "the cluster has %s free. Waiting for as long as it takes",
+                SILENT_S,
+                " and ".join(f"1 {name}" for name in self.needs),
+                " and ".join(self._free(name) for name in self.needs),
+            )
+            ready, _ = self.ray.wait(asked, num_returns=1)
+        found: ModelFacts = self._value(self.ray.get(ready[0]), "facts")
         return found
 
     def ask(self, question: str, texts: list[str], settings: JobSettings) -> Event:
@@ -138,6 +153,10 @@ class RayFleet:
                     yield {"event": "retry" if again else "set_aside", "shard": shard, "message": message}
                     continue
                 yield {"event": "done", "shard": shard, "entry": self._value(answer, "value", f"shard {shard}: ")}
+
+    def _free(self, name: str) -> str:
+        free, there = self.ray.available_resources(), self.ray.cluster_resources()
+        return f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}"
 
     def _value(self, answer: Event, name: str, where: str = "") -> Any:
         if answer["event"] == "failed":

@@ -16,6 +16,7 @@ from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.worker import ShardRunner
 
 ray = pytest.importorskip("ray", reason="needs Ray")
+from flashvec.runtime.corpus import ray as ray_module  # noqa: E402
 from flashvec.runtime.corpus.ray import RayFleet  # noqa: E402
 
 ROWS, SIZE = 300, 10
@@ -99,6 +100,19 @@ def test_actors_that_find_no_room_are_given_nothing(cluster, tmp_path):
     )
     assert result.rows == 30 and not result.set_aside
     assert len((tmp_path / "pids").read_text().splitlines()) <= 2
+
+
+def test_a_cluster_without_room_is_waited_for_with_a_word(cluster, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ray_module, "SILENT_S", 0.2)
+    num_cpus = int(ray.cluster_resources()["CPU"])
+    others = [ray.remote(num_cpus=1)(threading.Event).remote() for _ in range(num_cpus)]
+    ray.get([other.is_set.remote() for other in others])
+    leave = threading.Timer(1.5, lambda: [ray.kill(other) for other in others])
+    leave.start()
+    with RayFleet({"pids": str(tmp_path / "pids")}, make=slow_stand_in) as fleet:
+        assert fleet.facts().dim == facts({}).dim
+    leave.join()
+    assert f"An actor takes 1 CPU; the cluster has 0 of {num_cpus} CPU free" in caplog.text
 
 
 def test_errors_come_through(cluster, tmp_path):
