@@ -52,9 +52,9 @@ def test_a_forked_process_embeds_on_one_thread_instead_of_waiting_for_threads_th
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("first", [None, os.getpid()])
-def test_the_process_that_loaded_keeps_its_threads(monkeypatch, recwarn, first):
+@pytest.mark.parametrize("is_known", [False, True])
+def test_the_process_that_loaded_keeps_its_threads(monkeypatch, recwarn, is_known):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(forked, "_first_used_in", first)
+    monkeypatch.setattr(forked, "_first_used_in", os.getpid() if is_known else None)
     forked.use_threads_that_exist()
     assert torch.get_num_threads() == threads and not recwarn

@@ -91,7 +91,7 @@ def test_utf_16_is_refused_with_the_cure(encoding, tmp_path):
     [
         ("le.csv", "text\nwords\n".encode("utf-16-le"), "seems to be UTF-16; convert it, as with iconv -f utf-16le"),
         ("be.txt", "words\n".encode("utf-16-be"), "seems to be UTF-16; convert it, as with iconv -f utf-16be"),
-        ("a.jsonl", gzip.compress(b'{"text": "x"}\n'), "its name does not say so: add .gz to it"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}\n', mtime=0), "its name does not say so: add .gz to it"),
         ("a.txt", pa.Codec("zstd").compress(b"x\n").to_pybytes(), "its name does not say so: add .zst to it"),
     ],
 )
