@@ -12,7 +12,7 @@ Shape letters: T = packed tokens, D = hidden size, H = query heads, G = kv heads
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from flashvec.kernels.add_rms_norm import add_rms_norm
 from flashvec.kernels.attention import Rotation, attention, rotate
 from flashvec.kernels.backend import implementation
 from flashvec.kernels.dropout import Dropout
-from flashvec.kernels.linear import linear
+from flashvec.kernels.linear import linear, pack
 from flashvec.kernels.lora import lora
 from flashvec.kernels.rms_norm import rms_norm
 from flashvec.kernels.rope import rope_table
@@ -43,7 +43,7 @@ PRODUCTS = ("qkv", "out", "gate_up", "down")
 
 @dataclass
 class Layer:
-    """Weights of one layer: products in the compute dtype, norms in fp32. Absent ones are None."""
+    """Weights of one layer: products in the compute dtype, plain or packed, norms in fp32. Absent ones are None."""
 
     attention_norm: Tensor  # [D]
     qkv: Tensor  # [(H + 2 G) K, D]: query rows, key rows, value rows
@@ -59,6 +59,11 @@ class Layer:
     down: Tensor  # [D, F]
     down_bias: Tensor | None
     mlp_post_norm: Tensor | None  # [D]
+
+
+def packed(layer: Layer) -> Layer:
+    """The layer with its products' weights packed (`kernels/linear.py`), for forward passes on a CPU."""
+    return replace(layer, **{name: pack(getattr(layer, name)) for name in PRODUCTS})
 
 
 class Parts(Protocol):

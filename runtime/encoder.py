@@ -13,6 +13,7 @@ import torch
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime import prepare
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, resolve
+from flashvec.runtime.decoder import packed
 from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.fitting import FittedVectors
@@ -20,6 +21,7 @@ from flashvec.runtime.forked import use_threads_that_exist
 from flashvec.runtime.parts import PartVectors
 from flashvec.runtime.placement import choose_devices, choose_dtype
 from flashvec.runtime.pooling import DenseHead, number_format
+from flashvec.runtime.row_counts import pays_to_pack
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.text_runner import Instruction
 from flashvec.runtime.texts import as_texts, check_names, check_ordered, check_whole, elements
@@ -131,7 +133,8 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
         spec = _checked(checkpoint.spec, layers)
         if dtype is None:
             dtype = torch.bfloat16 if has_hardware_bf16(device) else torch.float32
-        decoder = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device).load(layers)
+        loader = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device)
+        decoder = loader.load(layers, each=lambda _, layer: packed(layer) if pays_to_pack(layer.qkv) else layer)
         decoder.spec = spec.decoder
         heads = [
             DenseHead(weight.to(device), None if bias is None else bias.to(device), dense.activation)

@@ -4,7 +4,7 @@ A text's vector must not depend on what else is in its batch, but a matrix libra
 order of its sums, by the number of rows. So products run only at row counts from `LADDER` that were measured to give
 every row the bits it has in the largest one. `row_counts.json` holds what was measured, by instruction set and
 shape; a shape, machine or thread count it does not know is measured when a row count is first needed (one layer's
-products, once).
+products, once). Weights that are packed (`kernels/linear.py`) run by other kernels and have a table of their own.
 """
 
 import json
@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import instruction_set
+from flashvec.kernels.linear import can_pack, linear
 
 LADDER = (*range(16, 128, 16), *range(128, 512, 32), *range(512, 2049, 128))
 LARGEST = LADDER[-1]
@@ -36,17 +36,26 @@ def _table() -> dict[str, dict[str, dict[str, list[int]]]]:
     return json.loads(TABLE.read_text())["disagree"] if TABLE.exists() else {}
 
 
-def machine_key() -> str:
+def machine_key(packed: bool = False) -> str:
     """What the table's facts hold for: the instruction set, and the library that comes with this torch."""
     major, minor = torch.__version__.split(".")[:2]
-    return f"{instruction_set()} torch-{major}.{minor}"
+    return f"{instruction_set()} torch-{major}.{minor}{' packed' if packed else ''}"
+
+
+def pays_to_pack(weight_NC: Tensor) -> bool:
+    """True where packed weights of this dtype were measured: to be faster, as exact, and to give rows equal bits."""
+    return _dtype(weight_NC) in _table().get(machine_key(packed=True), {}) and can_pack(weight_NC)
+
+
+def _dtype(weight_NC: Tensor) -> str:
+    return str(weight_NC.dtype).removeprefix("torch.")
 
 
 def measure(weight_NC: Tensor, counts: Sequence[int] = LADDER) -> list[int]:
     """The row counts at which a row's product differs from its product among `LARGEST` rows.
 
     Args:
-        weight_NC: [N, C] fp32, bf16 or fp16 on the CPU.
+        weight_NC: [N, C] fp32, bf16 or fp16 on the CPU, plain or packed.
         counts: row counts to try.
 
     Returns:
@@ -54,11 +63,11 @@ def measure(weight_NC: Tensor, counts: Sequence[int] = LADDER) -> list[int]:
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(LARGEST, weight_NC.shape[1], generator=generator, device="cpu").to(weight_NC.dtype)
-    truth = F.linear(x, weight_NC)
+    truth = linear(x, weight_NC)
     differing = []
     for rows in counts:
         starts = {0, (LARGEST - rows) // 2, LARGEST - rows} if rows < LARGEST else {0}
-        if any(not torch.equal(F.linear(x[i : i + rows], weight_NC), truth[i : i + rows]) for i in starts):
+        if any(not torch.equal(linear(x[i : i + rows], weight_NC), truth[i : i + rows]) for i in starts):
             differing.append(rows)
     return differing
 
@@ -78,7 +87,7 @@ class RowCounts:
         return self.known[key]
 
     def _agrees(self, shape: str, weight: Tensor, rows: int) -> bool:
-        tabled = _table().get(machine_key(), {}).get(str(weight.dtype).removeprefix("torch."), {})
+        tabled = _table().get(machine_key(weight.is_mkldnn), {}).get(_dtype(weight), {})
         if shape in tabled and torch.get_num_threads() in TABLED_THREADS:
             return rows not in tabled[shape]
         return not measure(weight, (rows,))

@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from flashvec.kernels.linear import unpacked
 from flashvec.runtime.decoder import Decoder, Layer
 from flashvec.runtime.row_counts import RowCounts
 
@@ -33,7 +34,7 @@ class _WideLayers(Sequence[Layer]):
             return _WideLayers(self.narrow[index])
         layer = self.narrow[index]
         values = {field.name: getattr(layer, field.name) for field in fields(layer)}
-        return replace(layer, **{name: x.float() for name, x in values.items() if isinstance(x, Tensor)})
+        return replace(layer, **{name: unpacked(x).float() for name, x in values.items() if isinstance(x, Tensor)})
 
 
 class _WideDecoder(Decoder):

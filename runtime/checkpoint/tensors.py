@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flashvec.kernels.linear import unpacked
 from flashvec.runtime.checkpoint.source import CheckpointError, TensorSource
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.spec import DecoderSpec
@@ -85,16 +86,16 @@ def decoder_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
             f"{before_mlp}.weight": layer.mlp_norm,
             "self_attn.q_norm.weight": layer.query_norm,
             "self_attn.k_norm.weight": layer.key_norm,
-            "self_attn.o_proj.weight": layer.out,
+            "self_attn.o_proj.weight": unpacked(layer.out),
             "self_attn.o_proj.bias": layer.out_bias,
-            "mlp.down_proj.weight": layer.down,
+            "mlp.down_proj.weight": unpacked(layer.down),
             "mlp.down_proj.bias": layer.down_bias,
         }
         if spec.post_norms:
             found[f"{after_attention}.weight"] = layer.attention_post_norm
             found["post_feedforward_layernorm.weight"] = layer.mlp_post_norm
         for kind, qkv, gate_up in (
-            ("weight", layer.qkv, layer.gate_up),
+            ("weight", unpacked(layer.qkv), unpacked(layer.gate_up)),
             ("bias", layer.qkv_bias, layer.gate_up_bias),
         ):
             if qkv is not None:

@@ -8,6 +8,7 @@ import xxhash
 
 import flashvec
 from flashvec.kernels.backend import instruction_set
+from flashvec.kernels.linear import unpacked
 from flashvec.runtime.corpus.plan import ModelFacts
 
 
@@ -48,7 +49,7 @@ def _weights_digest(encoder: Any) -> str:
     decoder = encoder.decoder
     tensors = [decoder.embedding_VD, decoder.norm_D]
     for layer in decoder.layers:
-        tensors += [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+        tensors += [unpacked(value) for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     for head in encoder.heads:
         tensors += [value for value in (head.weight, head.bias) if value is not None]
     for tensor in tensors:

@@ -100,7 +100,7 @@ def test_the_ceiling_counts_what_was_multiplied(threads, folder, monkeypatch):
     monkeypatch.setattr(ceiling, "CEILING_ROWS", (64, 256))
     monkeypatch.setattr(ceiling, "CEILING_TOKENS", 1024)
     bare, multiplied = ceiling.Ceiling(Encoder.load(folder)), []
-    monkeypatch.setattr(ceiling.F, "linear", lambda x, weight: multiplied.append(len(x)))
+    monkeypatch.setattr(ceiling, "linear", lambda x, weight: multiplied.append(len(x)))
     for form, run in bare.forms.items():
         multiplied.clear()
         run(0)
@@ -225,7 +225,7 @@ def test_measured_row_counts_are_entered_beside_other_machines(tmp_path, monkeyp
     table = tmp_path / "row_counts.json"
     table.write_text(json.dumps({"about": "x", "disagree": {"elsewhere": {"float32": {"8x8": [16]}}}}))
     monkeypatch.setattr(measure_row_counts, "TABLE", table)
-    monkeypatch.setattr(measure_row_counts, "machine_key", lambda: "here")
+    monkeypatch.setattr(measure_row_counts, "machine_key", lambda packed: "here")
     for shape, differing in (("1024x8", []), ("64x8", [32]), ("1024x8", [48])):
         measure_row_counts.enter("bfloat16", shape, differing)
     found = json.loads(table.read_text())["disagree"]

@@ -20,6 +20,10 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "start": (("model", "variant", "dtype"), ("seconds", "peak_mib", "repetitions")),
     "scaling": (("model", "dtype", "sweep", "at"), (*RATE, "texts", "mean_tokens", "ms_per_call")),
+    "packed": (
+        ("model", "variant", "dtype", "texts"),
+        ("ms_per_call", "over_plain", "largest_difference", "spread", "repetitions"),
+    ),
     "verify": (
         ("model", "variant", "dtype", "texts"),
         ("cosine", "top10_overlap", "sign_flips", "max_difference", "passed"),

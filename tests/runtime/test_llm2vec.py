@@ -17,6 +17,7 @@ from tiny_models import PROJECTIONS, TEXTS, tiny_adapter, tiny_model, tiny_token
 from transformers import AutoTokenizer
 
 from flashvec import Encoder
+from flashvec.kernels.linear import unpacked
 from flashvec.runtime.checkpoint.llm2vec import TEMPLATES
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.tokenize import Tokenizer
@@ -285,7 +286,7 @@ def test_merged_once_in_fp32_then_rounded_once(chain):
     folder, decoder = chain
     encoder = Encoder.load(folder / "base-mntp-supervised", dtype="bfloat16")
     truth = decoder.layers[1].self_attn.o_proj.weight
-    out = encoder.decoder.layers[1].out
+    out = unpacked(encoder.decoder.layers[1].out)
     assert torch.isclose(out.float(), truth, rtol=2**-8, atol=1e-6).all()
     assert (out == truth.bfloat16()).float().mean() > 0.99  # but for sums that fall on a rounding border
 
