@@ -190,8 +190,10 @@ def embed_shard(
 
     if shard is None:
         index = os.environ.get("SLURM_ARRAY_TASK_ID", os.environ.get("JOB_COMPLETION_INDEX"))
-        if index is None or not index.isdigit():
+        if index is None:
             raise typer.BadParameter("give --shard: neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX is set")
+        if not (index.isascii() and index.isdigit()):
+            raise typer.BadParameter(f"give --shard: the scheduler's index is {index!r}, no number of a shard")
         shard = int(index)
     location = plan.removesuffix("/" + PLAN_FILE) if plan != PLAN_FILE else "."
     read = read_plan(Storage(location))

@@ -44,9 +44,14 @@ def target_folder(folder: str | Path, overwrite: bool, sources: Iterable[Path] =
     """The folder to write, if it may be written: none of `sources`, of which the model is made, is it or lies in it."""
     check_truth("overwrite", overwrite)
     target = Path(folder).expanduser().resolve()
-    if any(source.resolve().is_relative_to(target) for source in sources):
-        raise ValueError(f"{folder}: is the model's own folder; write to another")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    for source in map(Path.resolve, sources):
+        if source == target:
+            raise ValueError(f"{folder}: is the model's own folder; write to another")
+        if source.is_relative_to(target):
+            raise ValueError(f"{folder}: holds {source.name}, of which the model is made; write to another folder")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{folder}: is a file; name a folder to write")
+    if target.exists() and any(target.iterdir()):
         if not overwrite:
             raise ValueError(
                 f"{folder}: exists and is not empty; choose another folder, or overwrite=True (--overwrite)"

@@ -64,6 +64,8 @@ class FlashvecVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         held = getattr(self, "_loaded", None)
         if held is None or held[0] != wanted:
             arguments = {name: wanted[name] for name in ("max_length", "device", "dtype") if wanted[name] is not None}
+            if twice := [name for name in arguments if name in (self.load or {})]:
+                raise ValueError(f"{twice[0]} is given by itself and in load: leave one of them out")
             self._loaded = held = (wanted, open_encoder(self.model, {**arguments, **(self.load or {})}))
         return held[1]
 

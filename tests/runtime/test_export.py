@@ -61,9 +61,16 @@ def test_no_folder_that_holds_what_a_model_is_made_of_is_replaced(tmp_path):
     for adapter in (folder, base / "adapter"):
         tiny_adapter(transformers.AutoModel.from_pretrained(base), adapter, target_modules=["q_proj"])
     before = names(base)
-    for model, adapters in ((file, ()), (file, [base / "adapter"]), (folder, ())):
-        with pytest.raises(ValueError, match="is the model's own folder"):
+    held = r"base: holds model\.gguf, of which the model is made; write to another folder"
+    for model, adapters, named in (
+        (file, (), held),
+        (file, [base / "adapter"], held),
+        (folder, (), "is the model's own folder"),
+    ):
+        with pytest.raises(ValueError, match=named):
             convert(model, base, adapters=adapters, overwrite=True)
+    with pytest.raises(ValueError, match=r"model\.gguf: is a file; name a folder to write"):
+        convert(base, file)
     assert names(base) == before
 
 

@@ -90,6 +90,8 @@ def test_command_line(texts_file, model, encoder, tmp_path):
     for name, status in (("SLURM_ARRAY_TASK_ID", 0), ("JOB_COMPLETION_INDEX", 0), ("OTHER", 2)):
         command = ["embed-shard", "--plan", str(tmp_path / "out")]
         assert CliRunner().invoke(app, command, env={name: "0"}).exit_code == status
+    odd = CliRunner().invoke(app, command, env={"SLURM_ARRAY_TASK_ID": "x"})
+    assert odd.exit_code == 2 and "the scheduler's index is 'x'" in " ".join(odd.stderr.replace("│", "").split())
 
     dry = run("embed", texts_file, "--model", model, "--dry-run")
     assert dry.exit_code == 0 and "about 8 rows" in dry.stdout and "tokens/s" in dry.stdout

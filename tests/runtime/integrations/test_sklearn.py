@@ -86,5 +86,7 @@ def test_what_is_refused(vectorizer, prompted_folder, prompted):
         FlashvecVectorizer(prompted, prompt_name="title").fit(["a"])
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         FlashvecVectorizer(prompted_folder, colour="red")
+    with pytest.raises(ValueError, match="dtype is given by itself and in load: leave one of them out"):
+        FlashvecVectorizer(prompted_folder, dtype="float32", load={"dtype": "bfloat16"}).fit(["a"])
     with pytest.raises(TypeError, match="loaded already: dtype"):
         FlashvecVectorizer(prompted, dtype="float32").fit(["a"])
