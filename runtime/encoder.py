@@ -18,6 +18,7 @@ from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.fitting import FittedVectors
 from flashvec.runtime.forked import use_threads_that_exist
+from flashvec.runtime.heap import return_freed_memory
 from flashvec.runtime.parts import PartVectors
 from flashvec.runtime.placement import choose_devices, choose_dtype
 from flashvec.runtime.pooling import DenseHead, number_format
@@ -136,6 +137,7 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
         loader = DecoderLoader(checkpoint.spec.decoder, checkpoint.source, dtype, device)
         decoder = loader.load(layers, each=lambda _, layer: packed(layer) if pays_to_pack(layer.qkv) else layer)
         decoder.spec = spec.decoder
+        return_freed_memory()
         heads = [
             DenseHead(weight.to(device), None if bias is None else bias.to(device), dense.activation)
             for (weight, bias), dense in zip(checkpoint.dense, spec.dense, strict=True)

@@ -28,9 +28,25 @@ faults()
 print(told, faults())
 """
 
+LOADING = """
+import torch
+from flashvec.runtime.heap import return_freed_memory
 
-def run(**environment: str) -> list[str]:
-    command = [sys.executable, "-c", PROGRAM]
+def resident_mib():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("RssAnon"))
+
+made = [torch.ones(16_000) for _ in range(4000)]  # 64 KB each: blocks of the heap
+kept = made[::50]
+del made
+before = resident_mib()
+return_freed_memory()
+print(before - resident_mib())
+"""
+
+
+def run(program: str = PROGRAM, **environment: str) -> list[str]:
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=True)
     return done.stdout.split()
 
@@ -40,6 +56,12 @@ def test_freed_memory_is_written_again_without_page_faults():
     assert KEPT_BYTES > 80 << 20  # of the program's two blocks
     told, faults = run()
     assert told == "True" and int(faults) < 41_000  # 164,000 where each page comes from the system every time
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
+def test_what_loading_freed_between_blocks_that_stay_is_given_back():
+    (mib,) = run(LOADING)
+    assert int(mib) > 150  # of the 245 that were freed
 
 
 def test_who_has_chosen_is_left_alone():
