@@ -17,12 +17,10 @@ thread each, share every batch and sum their gradients, all sides alike:
 """
 
 import argparse
-import ctypes
 import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -39,6 +37,7 @@ from flashvec.bench.lengths import PROFILES, Texts
 from flashvec.bench.timing import append_rows, interleave, spread
 from flashvec.kernels.info_nce import info_nce
 from flashvec.runtime.batches import TokenRows
+from flashvec.runtime.heap import return_freed_memory
 from flashvec.training.config import ContrastiveConfig, build
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, encode, micro_batches
@@ -195,8 +194,7 @@ def bench(
 def memory_of(step: Callable[[], Any]) -> int:
     """MiB of resident memory that a step takes at most, beyond what is resident before it."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # glibc's: without it, memory that was freed before would not count
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()  # else what was freed before would not count
     forget_peak()
     before = peak_mib()
     step()

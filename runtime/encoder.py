@@ -39,7 +39,8 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
     """
 
     def __new__(cls, *parts: Any, **named: Any) -> Self:
-        if not (parts and isinstance(parts[0], ModelSpec)):
+        spec = parts[0] if parts else named.get("spec")
+        if not isinstance(spec, ModelSpec):
             name = repr(parts[0])[:80] if parts else "model"
             raise TypeError(f"an encoder is not made of a name, it is loaded: Encoder.load({name})")
         return super().__new__(cls)

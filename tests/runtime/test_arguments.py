@@ -34,6 +34,11 @@ def test_what_is_not_loaded():
             Encoder(*given)
 
 
+def test_parts_may_be_given_by_name(enc):
+    made = Encoder(spec=enc.spec, decoder=enc.decoder, tokenizer=enc.tokenizer, heads=enc.heads)
+    assert np.array_equal(made.embed("A cat."), enc.embed("A cat."))
+
+
 def test_what_is_no_prompts_name(enc):
     for method in (enc.embed, enc.encode, partial(enc.encode, output_value="token_embeddings")):
         with pytest.raises(ValueError, match=r"prompt_name is \['query'\]; this model's prompts are: none"):

@@ -9,6 +9,8 @@ import pytest
 
 from flashvec.runtime.heap import KEPT_BYTES
 
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
+
 PROGRAM = """
 import resource
 import torch
@@ -51,14 +53,14 @@ def run(program: str = PROGRAM, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
+@glibc
 def test_freed_memory_is_written_again_without_page_faults():
     assert KEPT_BYTES > 80 << 20  # of the program's two blocks
     told, faults = run()
     assert told == "True" and int(faults) < 41_000  # 164,000 where each page comes from the system every time
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
+@glibc
 def test_what_loading_freed_between_blocks_that_stay_is_given_back():
     (mib,) = run(LOADING)
     assert int(mib) > 150  # of the 245 that were freed
