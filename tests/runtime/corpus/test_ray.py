@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -27,6 +29,21 @@ def slow_stand_in(load):
     with open(load["pids"], "a") as file:
         file.write(f"{ray.get_runtime_context().get_node_id()} {os.getpid()}\n")
     return ShardRunner(StandIn({"delay_s": 0.02}), facts(load))
+
+
+def lost_while_loading(load):
+    """On a node without the memory for the model: the system ends the process. One may `stay`, and loads it last."""
+    try:
+        os.mkdir(load["stay"])
+    except (KeyError, FileExistsError):
+        with open(load["pids"], "a") as file:
+            file.write(f"{os.getpid()}\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+    pids = Path(load["pids"])
+    while not pids.exists() or len(pids.read_text().splitlines()) < ray_module.LOADS:
+        time.sleep(0.1)
+    time.sleep(2)  # until Ray has seen the last one end
+    return ShardRunner(StandIn(), facts(load))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +148,51 @@ def test_errors_come_through(cluster, tmp_path):
         RayFleet({"model": str(tmp_path / "none")}) as fleet,
     ):
         fleet.facts()
+
+
+def test_a_process_lost_whenever_it_loads_the_model_is_given_up(cluster, tmp_path):
+    pids = tmp_path / "pids"
+    with (
+        pytest.raises(WorkerError, match=r"lost 3 times while it loaded the model .*, and none is left: .* memory"),
+        RayFleet({"pids": str(pids)}, make=lost_while_loading) as fleet,
+    ):
+        fleet.facts()
+    assert len(pids.read_text().splitlines()) == ray_module.LOADS
+    with (
+        pytest.raises(WorkerError, match="speed: no actor was left to answer"),
+        RayFleet({"pids": str(pids)}, make=lost_while_loading) as fleet,
+    ):
+        fleet.ask("speed", ["a text"], JobSettings())
+
+
+def test_others_do_the_work_of_one_that_is_given_up(cluster, tmp_path, caplog):
+    cluster, _ = cluster
+    cluster.add_node(num_cpus=1)  # room for both, also where a node was lost before
+    cluster.wait_for_nodes()
+    (tmp_path / "in.txt").write_text("".join(f"row {i}\n" for i in range(30)))
+    result = embed_corpus(
+        tmp_path / "in.txt",
+        tmp_path / "ray",
+        model="stand-in",
+        load={"pids": str(tmp_path / "pids"), "stay": str(tmp_path / "stay")},
+        settings=JobSettings(shard_size=SIZE),
+        fleet=lambda load: RayFleet(load, num_workers=2, make=lost_while_loading),
+    )
+    assert result.rows == 30 and not result.set_aside
+    assert "has its machine the memory for it? Going on with 1" in caplog.text
+
+
+def test_an_address_where_nothing_listens_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for given in (address, f"ray://{address}"):
+            with pytest.raises(ValueError, match=f"no Ray cluster answers at {given} .*refused.*: is it up"):
+                ray_module.check_reachable(given)
+        taken.listen()
+        ray_module.check_reachable(address)
+    for looked_up in ("auto", "local", "anyscale://cluster"):
+        ray_module.check_reachable(looked_up)
 
 
 def test_a_step_of_a_ray_data_pipeline(cluster):
