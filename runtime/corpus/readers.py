@@ -217,8 +217,6 @@ def _parse(source: Source, record: Record, names: Sequence[str]) -> dict[str, An
         return {"text": text}
     if isinstance(text, bytes):
         return reasons.NOT_UTF8
-    if not text.strip():
-        return reasons.EMPTY
     try:
         value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):

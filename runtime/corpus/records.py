@@ -151,7 +151,12 @@ def read_csv(source: Source, start: int, stop: int | None = None) -> Iterator[Re
 
 def read_records(source: Source, start: int, stop: int | None = None) -> Iterator[Record]:
     """Records that begin in [start, stop), whatever the line-based format."""
-    return read_csv(source, start, stop) if source.format in ("csv", "tsv") else read_lines(source, start, stop)
+    if source.format in ("csv", "tsv"):
+        return read_csv(source, start, stop)
+    lines = read_lines(source, start, stop)
+    if source.format == "text":
+        return lines
+    return (line for line in lines if line.content is None or line.content.strip())  # a blank line is no record
 
 
 def csv_header(source: Source) -> tuple[list[str], int]:

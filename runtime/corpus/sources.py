@@ -77,6 +77,8 @@ def find_sources(inputs: Sequence[str | Path], note: Callable[[str], None] | Non
         linked: list[str] = []
         listed = _behind_uri(escaped(given), others) if is_uri(given) else _local(given, others, linked)
         if not listed:
+            if given == "-":
+                raise SourceError("-: a pipe cannot be read again where a job goes on: write it into a file first")
             seen_there = f", only {_listed(others)}" if others else ""
             raise SourceError(f"{given}: no input file there{seen_there}; known endings are {', '.join(FORMATS)}")
         if others and note is not None:

@@ -126,13 +126,21 @@ class Storage:
             self.filesystem, self.base = pafs.LocalFileSystem(), str(self.root)
 
     def make(self, *folders: str) -> None:
-        """Create the folder and folders in it, durably."""
+        """Create the folder and folders in it, durably.
+
+        Raises:
+            ValueError: a file is in the way.
+        """
         for name in ("", *folders):
             if self.root is None:
                 continue  # object stores have names, not folders
             path = self.root / name if name else self.root
             missing = [p for p in (path, *path.parents) if not p.exists()]
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                file = next(p for p in (path, *path.parents) if p.exists())
+                raise ValueError(f"out is {self.location}, and {file} is a file: give a folder") from None
             for made in missing:
                 sync_folder(made.parent)
 

@@ -36,7 +36,7 @@ def test_json_lines(tmp_path):
         b'{"id": "g", "text": "\xff"}',
         b"[1]",
         b'{"id": "h", ',
-        b"",
+        b"\xe2\x80\x83",  # white space to Unicode, not to JSON
         b'{"text": "no id"}',
         b"[" * 100_000,
         b'{"id": "i", "text": NaN}',
@@ -53,7 +53,7 @@ def test_json_lines(tmp_path):
         6: "invalid_utf8",
         7: "broken_json",
         8: "broken_json",
-        9: "empty",
+        9: "broken_json",
         10: "no_id",
         11: "broken_json",
         12: "broken_json",

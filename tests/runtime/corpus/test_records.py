@@ -112,6 +112,13 @@ def test_csv_places_and_broken_records(tmp_path):
         assert list(read_records(source, record.start, record.start + 1)) == [record]
 
 
+def test_blank_lines_of_json_lines_are_no_records(tmp_path):
+    rows = b'{"a": 1}\n\n \t\r\n{"a": 2}\n\n'
+    found = list(read_records(source_of(tmp_path / "a.jsonl", rows), 0))
+    assert [(record.start, record.content) for record in found] == [(0, b'{"a": 1}'), (14, b'{"a": 2}')]
+    assert [record.content for record in read_records(source_of(tmp_path / "a.txt", b"a\n\nb"), 0)] == [b"a", b"", b"b"]
+
+
 def test_a_stray_quote_takes_no_row_with_it(tmp_path):
     source = source_of(
         tmp_path / "a.csv", b'id,text\n1,"He said\n2,good\n3,also "fine"\n4,ok\n5,"two\nlines"\n6,"open\n7,last\n'

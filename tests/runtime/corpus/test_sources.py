@@ -34,6 +34,8 @@ def test_globs_behind_uris_are_those_of_paths(folder):
         local = {s.uri for s in find_sources([f"{folder}/{pattern}"]) if "/_skip/" not in s.uri}
         behind = {s.uri for s in find_sources([f"file://{folder}/{pattern}"])}
         assert behind == {f"file://{uri}" for uri in local}, pattern
+    with pytest.raises(SourceError, match=r"-: a pipe cannot be read again .* write it into a file first"):
+        find_sources(["-"])
     with pytest.raises(SourceError, match="no input file there"):
         find_sources([f"file://{folder}/*.txt"])  # those further down are not meant
 

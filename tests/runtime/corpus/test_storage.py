@@ -24,6 +24,15 @@ def test_a_file_is_private_until_it_is_whole(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) & 0o177 == stat.S_IMODE(0o666 & ~_umask()) & 0o177
 
 
+def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
+    (tmp_path / "taken").touch()
+    for place in ("taken", "taken/job"):
+        with pytest.raises(
+            ValueError, match=rf"out is {tmp_path}/{place}, and {tmp_path}/taken is a file: give a folder"
+        ):
+            Storage(tmp_path / place).make("_manifest")
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
