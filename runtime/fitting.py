@@ -12,7 +12,7 @@ import torch
 from flashvec.runtime.pooling import DenseHead, vector_length
 from flashvec.runtime.spec import DenseSpec
 from flashvec.runtime.text_runner import TextRunner
-from flashvec.runtime.whitening import POWER, check_power, fit_whitening
+from flashvec.runtime.whitening import POWER, check_finite, check_power, fit_whitening
 from flashvec.runtime.windows import RUN_SETTINGS, check_settings
 
 logger = logging.getLogger("flashvec")
@@ -36,7 +36,8 @@ class FittedVectors(TextRunner):
                 is cut and brought back to unit length needs ranges of its own); those of a run as in `whiten`.
 
         Raises:
-            TypeError, ValueError: a str, fewer than two texts, texts that are all alike, or as `embed`.
+            TypeError, ValueError: a str, fewer than two texts, ones that are all alike or have no finite vector, or as
+                `embed`.
         """
         if isinstance(texts, str):
             raise TypeError("texts is a str: give a list of typical texts")
@@ -44,6 +45,7 @@ class FittedVectors(TextRunner):
         vectors = self.embed(texts, **settings)
         if len(vectors) < 2:
             raise ValueError(f"calibrate needs at least two texts, got {len(vectors)}")
+        check_finite(vectors, "calibrate")
         low, high = vectors.min(0), vectors.max(0)
         if not (high - low).max() > np.abs(vectors).max() * ALIKE:
             raise ValueError("calibrate: the texts' vectors are all alike: give texts that differ")
@@ -72,7 +74,8 @@ class FittedVectors(TextRunner):
                 as in `embed`.
 
         Raises:
-            TypeError, ValueError: a str, fewer than two texts, texts that are all alike, or as `embed`.
+            TypeError, ValueError: a str, fewer than two texts, ones that are all alike or have no finite vector, or as
+                `embed`.
         """
         if isinstance(texts, str):
             raise TypeError("texts is a str: give a list of the collection's texts")

@@ -36,6 +36,15 @@ def check_power(power: float) -> None:
         raise ValueError(f"power is {power}, expected 0 (the mean alone) to {MAX_POWER} (all axes alike)")
 
 
+def check_finite(vectors_ND: np.ndarray, what: str) -> None:
+    """Raises:
+    ValueError: vectors that are not finite, which would be fitted to in place of what the others have in common.
+    """
+    lost = int((~np.isfinite(vectors_ND).all(1)).sum())
+    if lost:
+        raise ValueError(f"{what}: {lost} of {len(vectors_ND)} texts have no finite vector: leave them out")
+
+
 def fit_whitening(vectors_ND: np.ndarray, power: float = POWER) -> tuple[np.ndarray, np.ndarray]:
     """The layer y = x Wᵀ + b for vectors like these.
 
@@ -47,9 +56,10 @@ def fit_whitening(vectors_ND: np.ndarray, power: float = POWER) -> tuple[np.ndar
         W fp32 [d, d], its rows by falling variance, so that y may be cut to its leading dimensions; b fp32 [d].
 
     Raises:
-        ValueError: a power out of range, fewer than two vectors, or vectors that are all alike.
+        ValueError: a power out of range, fewer than two vectors, vectors that are not finite or all alike.
     """
     check_power(power)
+    check_finite(vectors_ND, "whitening")
     count = len(vectors_ND)
     if count < 2:
         raise ValueError(f"whitening needs two texts at least, better some hundreds; here are {count}")

@@ -43,6 +43,8 @@ def naming(path: Path) -> Iterator[None]:
 def target_folder(folder: str | Path, overwrite: bool, sources: Iterable[Path] = ()) -> Path:
     """The folder to write, if it may be written: none of `sources`, of which the model is made, is it or lies in it."""
     check_truth("overwrite", overwrite)
+    if not str(folder):
+        raise ValueError("folder is '': name one to write ('.' is the current one)")
     target = Path(folder).expanduser().resolve()
     for source in map(Path.resolve, sources):
         if source == target:

@@ -83,6 +83,14 @@ def test_integers_are_written_into_what_holds_them(folder):
         enc.embed(["x"], out=[0.0])
 
 
+def test_ranges_are_not_taken_from_vectors_that_are_not_finite(folder, monkeypatch):
+    enc = Encoder.load(folder, dtype="float32")
+    monkeypatch.setattr(enc, "embed", lambda texts, **_: np.array([[1, 2], [np.nan, 2], [3, 4]], np.float32))
+    with pytest.raises(ValueError, match="calibrate: 1 of 3 texts have no finite vector: leave them out"):
+        enc.calibrate(["a", "b", "c"])
+    assert enc.spec.int8_ranges is None
+
+
 def test_ranges_of_few_texts_are_noted_and_of_equal_ones_refused(folder, caplog):
     enc = Encoder.load(folder, dtype="float32")
     with pytest.raises(ValueError, match="calibrate: the texts' vectors are all alike: give texts that differ"):

@@ -95,6 +95,8 @@ def test_an_existing_folder_is_replaced_only_on_demand(encoder, tmp_path):
     (tmp_path / "papers" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not a model folder, so it is not replaced"):
         encoder.save(tmp_path / "papers", overwrite=True)
+    with pytest.raises(ValueError, match="folder is '': name one to write"):
+        encoder.save("")
     with pytest.raises(ValueError, match="is the model's own folder"):
         convert(tmp_path / "model", tmp_path / "model", overwrite=True)
     (tmp_path / "papers" / "config.json").write_text('{"theme": "dark"}')  # of a program, not of a model

@@ -68,6 +68,13 @@ def test_bad_input_is_named(vectors, rows, power, named):
         fit_whitening(vectors[:rows], power)
 
 
+def test_vectors_that_are_not_finite_are_refused(vectors):
+    lost = vectors[:20].copy()
+    lost[3, 1], lost[7] = np.nan, np.inf
+    with pytest.raises(ValueError, match="whitening: 2 of 20 texts have no finite vector: leave them out"):
+        fit_whitening(lost)
+
+
 def test_texts_that_are_all_alike_are_refused(tmp_path):
     tiny_checkpoint(tmp_path)
     encoder = Encoder.load(tmp_path, dtype="float32")
