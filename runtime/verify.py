@@ -5,6 +5,7 @@ everything after it. Hugging Face runs twice: in fp32, which counts as the truth
 shows how much of a difference that dtype makes by itself.
 """
 
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +43,10 @@ def read_texts(path: Path | None, limit: int) -> list[str]:
         return [p for p in paragraphs if 80 <= len(p) <= 2000][:limit]
     if path.stat().st_size > MAX_TEXT_BYTES:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes; verify reads at most {MAX_TEXT_BYTES}")
-    texts = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    content = path.read_bytes()
+    if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise ValueError(f"{path.name} is UTF-16; convert it, as with iconv -f utf-16 -t utf-8")
+    texts = [line.strip() for line in content.decode("utf-8-sig", errors="replace").splitlines()]
     texts = [t for t in texts if t][:limit]
     if len(texts) < 2:
         raise ValueError(f"{path.name} has {len(texts)} texts, one a line; verify compares at least 2")

@@ -57,7 +57,7 @@ class FlashvecFunction(EmbeddingFunction):
         return self._sides().encoder
 
     def ndims(self) -> int:
-        return self.truncate_dim or self.encoder.spec.embedding_size
+        return int(self._sides().documents([]).shape[1])
 
     def compute_query_embeddings(self, query: str, *args: Any, **kwargs: Any) -> list[Any]:
         """fp32 [d] of one query, in a list.

@@ -50,6 +50,9 @@ class TwoSides:
             query_instruction, document_instruction: as `embed`'s instruction; None takes the model's own prompt for
                 that side where it has one ("query"; "document", "passage" or "corpus"), "" takes none.
             settings: further arguments of `Encoder.embed`.
+
+        Raises:
+            TypeError, ValueError: as `embed`, now and not at the first text.
         """
         for name, value in (("query_instruction", query_instruction), ("document_instruction", document_instruction)):
             if value is not None and not isinstance(value, str):
@@ -60,6 +63,8 @@ class TwoSides:
         self._query_settings = {**settings, **_prompt(encoder, query_instruction, QUERY_PROMPTS)}
         self._document_settings = {**settings, **_prompt(encoder, document_instruction, DOCUMENT_PROMPTS)}
         self._lock = threading.Lock()
+        for chosen in (self._query_settings, self._document_settings):
+            encoder.embed([], **chosen)
 
     def query(self, text: str) -> np.ndarray:
         """fp32 [d] of one query.

@@ -99,4 +99,9 @@ def test_reads_texts(tmp_path):
     path.write_text("one\n")
     with pytest.raises(ValueError, match="has 1 texts"):
         read_texts(path, 10)
+    path.write_text("one\ntwo\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"texts\.txt is UTF-16; convert it"):
+        read_texts(path, 10)
+    path.write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert read_texts(path, 10) == ["one", "two"]
     assert len(read_texts(None, 50)) == 50

@@ -53,4 +53,4 @@ def test_what_is_refused(embeddings, prompted_folder, prompted):
     with pytest.raises(TypeError, match="loaded already: device"):
         FlashvecEmbeddings(prompted, device="cpu")
     with pytest.raises(ValueError, match="truncate_dim is 1000"):
-        FlashvecEmbeddings(prompted, truncate_dim=1000).embed_query("a")
+        FlashvecEmbeddings(prompted, truncate_dim=1000)

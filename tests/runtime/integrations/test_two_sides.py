@@ -59,6 +59,8 @@ def test_what_is_refused(prompted, prompted_folder):
         sides.documents(["a", None])
     with pytest.raises(TypeError, match="query_instruction is int"):
         TwoSides(prompted, query_instruction=3)
+    with pytest.raises(ValueError, match="truncate_dim is 1000"):  # at once, not at the first text
+        TwoSides(prompted, truncate_dim=1000)
     with pytest.raises(TypeError, match="model is int: give an Encoder"):
         open_encoder(3, {})
     with pytest.raises(TypeError, match=r"loaded already: dtype must be given to Encoder\.load"):
