@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from flashvec.runtime.corpus.inspect import Inspected
 from flashvec.runtime.corpus.records import next_line_start, read_lines, read_records
-from flashvec.runtime.corpus.sources import Source, SourceError
+from flashvec.runtime.corpus.sources import Source, SourceError, at_once
 
 SAMPLED_BYTES, SAMPLED_PLACES = 256 << 10, 4  # of a line-based file, for the mean length of its lines
 
@@ -34,9 +34,10 @@ def cut(sources: Sequence[Source], inspected: Sequence[Inspected], size: int) ->
         SourceError: a file that is damaged, found by the counting pass.
     """
     shards = [Shard()]
-    for number, (source, found) in enumerate(zip(sources, inspected, strict=True)):
+    means = at_once(lambda source: _mean_line(source) if _is_cut_by_bytes(source) else 0.0, sources)
+    for number, (source, found, mean) in enumerate(zip(sources, inspected, means, strict=True)):
         room = size - shards[-1].num_rows
-        for start, stop, num_rows in _cut_file(source, found, room, size):
+        for start, stop, num_rows in _cut_file(source, found, mean, room, size):
             if shards[-1].num_rows >= size:
                 shards.append(Shard())
             shards[-1].pieces.append(Piece(number, start, stop))
@@ -48,7 +49,12 @@ def cut(sources: Sequence[Source], inspected: Sequence[Inspected], size: int) ->
     return shards
 
 
-def _cut_file(source: Source, found: Inspected, room: int, size: int) -> Iterator[tuple[int, int, int]]:
+def _is_cut_by_bytes(source: Source) -> bool:
+    """Lines of an uncompressed file can be found from any byte; others are counted."""
+    return bool(source.size) and source.compression is None and source.format in ("text", "jsonl")
+
+
+def _cut_file(source: Source, found: Inspected, mean: float, room: int, size: int) -> Iterator[tuple[int, int, int]]:
     """Start, stop and rows of each cut: the first holds up to `room` rows, or `size` where there is no room."""
     room = room or size
     if source.counts_rows:
@@ -57,12 +63,10 @@ def _cut_file(source: Source, found: Inspected, room: int, size: int) -> Iterato
             stop = min(start + room, found.num_rows)
             yield start, stop, stop - start
             start, room = stop, size
-    elif not source.size:
-        return
-    elif source.compression is not None or source.format in ("csv", "tsv"):
+    elif _is_cut_by_bytes(source):
+        yield from _by_bytes(source, mean, room, size)
+    elif source.size:
         yield from _count(source, found.data_start, room, size)
-    else:
-        yield from _by_bytes(source, room, size)
 
 
 def _count(source: Source, start: int, room: int, size: int) -> Iterator[tuple[int, int, int]]:
@@ -76,8 +80,7 @@ def _count(source: Source, start: int, room: int, size: int) -> Iterator[tuple[i
         yield start, stop, num_rows
 
 
-def _by_bytes(source: Source, room: int, size: int) -> Iterator[tuple[int, int, int]]:
-    mean = _mean_line(source)
+def _by_bytes(source: Source, mean: float, room: int, size: int) -> Iterator[tuple[int, int, int]]:
     start = 0
     while start < source.size:
         wanted = start + max(int(room * mean), 1)

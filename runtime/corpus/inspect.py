@@ -3,7 +3,6 @@
 import json
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -14,11 +13,10 @@ import pyarrow as pa
 from flashvec.runtime.corpus.readers import open_arrow, open_parquet, read_rows
 from flashvec.runtime.corpus.records import Stream, csv_header, read_lines
 from flashvec.runtime.corpus.settings import JobSettings
-from flashvec.runtime.corpus.sources import Source, SourceError
+from flashvec.runtime.corpus.sources import Source, SourceError, at_once
 
 SAMPLED_LINES = 100  # of a JSON lines file, to see its keys
 MORE_LINES = 100_000  # where a column that was asked for is not among them
-THREADS = 16  # footers read at the same time: waiting for storage, not computing
 OPEN = pa.null()  # a type that only the values tell
 DELIMITERS = {"csv": ";\t|", "tsv": ",;|"}  # what separates fields in files that are not as their ending says
 MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # no UTF-8 text begins so
@@ -51,8 +49,7 @@ def inspect_sources(sources: Sequence[Source]) -> list[Inspected]:
     Raises:
         SourceError: one of them cannot be read.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(_inspect, sources))
+    return at_once(_inspect, sources)
 
 
 def resolve_columns(

@@ -174,7 +174,7 @@ def _tables(
 
 
 def _records(file: int, source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[Rows]:
-    names = csv_header(source)[0] if source.format in ("csv", "tsv") else []
+    names = _csv_names(source) if source.format in ("csv", "tsv") else ()
     held: list[Record] = []
     size = 0
     for record in read_records(source, start, stop):
@@ -187,7 +187,13 @@ def _records(file: int, source: Source, start: int, stop: int, settings: JobSett
         yield _line_rows(file, source, held, names, settings)
 
 
-def _line_rows(file: int, source: Source, records: list[Record], names: list[str], settings: JobSettings) -> Rows:
+@lru_cache(maxsize=4096)
+def _csv_names(source: Source) -> tuple[str, ...]:
+    """Column names, read once and not for every shard."""
+    return tuple(csv_header(source)[0])
+
+
+def _line_rows(file: int, source: Source, records: list[Record], names: Sequence[str], settings: JobSettings) -> Rows:
     bad: dict[int, Bad] = {}
     objects: list[dict[str, Any]] = []
     for i, record in enumerate(records):

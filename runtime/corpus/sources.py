@@ -6,9 +6,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import pyarrow.fs as pafs
@@ -33,6 +34,9 @@ _GLOB = set("*?[")
 _ENDING = re.compile(r"\.[a-z0-9]{1,8}(\.[a-z0-9]{1,3})?")
 _ESCAPES = re.compile(r"((?:%[0-9A-Fa-f]{2})+)")
 SHOWN_ENDINGS = 5
+THREADS = 16  # that wait for storage at the same time
+_Given = TypeVar("_Given")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,19 @@ def describe_change(planned: Source) -> str | None:
     return None
 
 
-def stat_source(uri: str) -> Source:
+def at_once(function: Callable[[_Given], _Found], items: Sequence[_Given]) -> list[_Found]:
+    """What a function finds of each item, in order; several calls wait for storage at the same time."""
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(THREADS, len(items))) as pool:
+        return list(pool.map(function, items))
+
+
+def stat_source(uri: str, info: pafs.FileInfo | None = None) -> Source:
     """A file's facts as they are now.
+
+    Args:
+        info: what a listing said of a file behind a URI, so that it need not be asked for.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -121,10 +136,13 @@ def stat_source(uri: str) -> Source:
     format_name, compression = _format(uri.split("?")[0] if is_uri(uri) else uri)
     if is_uri(uri):
         filesystem, path = open_uri(uri)
-        info = filesystem.get_file_info(path)
+        info = info or filesystem.get_file_info(path)
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(uri)
-        return Source(uri, format_name, compression, info.size, info.mtime_ns or 0)
+        mtime_ns = info.mtime_ns or 0
+        if not isinstance(filesystem, pafs.LocalFileSystem):  # some stores list fractions that a file's own facts lack
+            mtime_ns -= mtime_ns % 1_000_000_000
+        return Source(uri, format_name, compression, info.size, mtime_ns)
     status = os.stat(uri)
     return Source(uri, format_name, compression, status.st_size, status.st_mtime_ns)
 
@@ -168,9 +186,10 @@ def _local(given: str, others: Counter[str], linked: list[str]) -> list[Source]:
     if path.is_file():
         return [stat_source(str(path))]
     if path.is_dir():
-        return _known((str(p) for p in _walk(path, linked)), others)
+        return _known(((str(p), None) for p in _walk(path, linked)), others)
     if _GLOB & set(given):
-        return _known((p for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p)), others)
+        files = (p for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p))
+        return _known(((p, None) for p in files), others)
     return []
 
 
@@ -203,14 +222,15 @@ def _behind_uri(given: str, others: Counter[str]) -> list[Source]:
         return [stat_source(given)]
     entries = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
     try:
-        names = sorted(entry.path for entry in entries if entry.type == pafs.FileType.File)
+        files = {entry.path: entry for entry in entries if entry.type == pafs.FileType.File}
     except UnicodeDecodeError:
         raise SourceError(f"{given}: the name of a file below it is not UTF-8: rename it") from None
+    names = sorted(files)
     if first_glob >= 0:
         pattern = _unescaped(address).split("/")
         names = [name for name in names if glob_matches((prefix + name).split("/"), pattern)]
-    shown = (quote(name, safe=PLAIN) for name in names if not _hidden(name[len(path) :]))
-    return _known((prefix + name + suffix for name in shown), others)
+    names = [name for name in names if not _hidden(name[len(path) :])]
+    return _known(((prefix + quote(name, safe=PLAIN) + suffix, files[name]) for name in names), others)
 
 
 def _unescaped(address: str) -> str:
@@ -232,12 +252,12 @@ def _hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
-def _known(uris: Iterable[str], others: Counter[str]) -> list[Source]:
+def _known(files: Iterable[tuple[str, pafs.FileInfo | None]], others: Counter[str]) -> list[Source]:
     """Files of a folder or glob whose ending is a format's; others are not texts, and counted by their endings."""
     found = []
-    for uri in uris:
+    for uri, info in files:
         try:
-            found.append(stat_source(uri))
+            found.append(stat_source(uri, info))
         except SourceError:
             stem, ending = os.path.splitext((uri.split("?")[0] if is_uri(uri) else uri).lower())
             if ending in COMPRESSIONS:

@@ -10,7 +10,7 @@ from flashvec.runtime.corpus.cuts import Piece
 from flashvec.runtime.corpus.plan import Plan
 from flashvec.runtime.corpus.readers import read_rows
 from flashvec.runtime.corpus.rows import Bad, Rows
-from flashvec.runtime.corpus.sources import SourceError, describe_change
+from flashvec.runtime.corpus.sources import SourceError, at_once, describe_change
 
 WINDOW_ROWS = 8192  # the encoder's own window
 WINDOW_CHARS = 32 << 20  # of texts, and bytes of the columns that go with them
@@ -61,8 +61,7 @@ def read_windows(plan: Plan, pieces: Sequence[Piece]) -> Iterator[Window]:
 
 
 def _check_unchanged(plan: Plan, files: dict[int, None]) -> None:
-    for file in files:
-        change = describe_change(plan.sources[file])
+    for change in at_once(describe_change, [plan.sources[file] for file in files]):
         if change is not None:
             raise SourceError(f"{change}: finished shards are kept; with the planned file back the job goes on")
 

@@ -1,14 +1,16 @@
 """Inputs and output behind URIs, on a local S3 server."""
 
 import boto3
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 from stand_in import embed_with_stand_in, tree
 
+from flashvec.runtime.corpus import sources as module
 from flashvec.runtime.corpus.manifest import check_job
 from flashvec.runtime.corpus.plan import PlanError
-from flashvec.runtime.corpus.sources import find_sources
+from flashvec.runtime.corpus.sources import find_sources, stat_source
 from flashvec.runtime.corpus.storage import Storage
 
 
@@ -41,6 +43,7 @@ def test_from_and_to_a_bucket(bucket, tmp_path):
     client.put_object(Bucket="bucket", Key="in/readme.md", Body=b"x")
     assert [source.uri for source in find_sources([uri("in")])] == [uri("in/0.txt"), uri("in/1.txt")]
     assert [source.uri for source in find_sources([uri("in/*1.txt")])] == [uri("in/1.txt")]
+    assert find_sources([uri("in")]) == [stat_source(uri("in/0.txt")), stat_source(uri("in/1.txt"))]
 
     result = embed_with_stand_in([uri("in")], uri("out"), shard_size=25)
     assert result.rows == 60 and check_job(Storage(uri("out"))).problems == []
@@ -64,6 +67,20 @@ def test_from_and_to_a_bucket(bucket, tmp_path):
         embed_with_stand_in([f"file://{tmp_path}"], tmp_path / "out2")
     client.put_object(Bucket="bucket", Key="in/a/b.jsonl", Body=b'{"text": "a"}\n')
     assert embed_with_stand_in([uri("in/**/*.jsonl")], uri("in/vectors")).rows == 1  # its own end in .parquet
+
+
+def test_files_are_listed_and_not_asked_for_one_by_one(bucket, monkeypatch):
+    """A thousand small files would be a thousand requests, one after the other."""
+    client, uri = bucket
+    for i in range(3):
+        client.put_object(Bucket="bucket", Key=f"many/{i}.txt", Body=b"x\n")
+    first, *_ = found = find_sources([uri("many")])
+    listed = pafs.FileInfo("bucket/many/0.txt", pafs.FileType.File, size=2, mtime_ns=first.mtime_ns + 123_456_789)
+    assert stat_source(first.uri, listed) == first  # some stores list fractions of a second
+    asked = []
+    monkeypatch.setattr(module, "stat_source", lambda uri, info=None: (asked.append(info), stat_source(uri, info))[1])
+    assert find_sources([uri("many")]) == found
+    assert [info.size for info in asked] == [2, 2, 2]
 
 
 def test_npy_behind_a_uri(bucket, tmp_path):
