@@ -88,6 +88,7 @@ LIMITS = {  # far above every model there is; a config beyond them is damaged or
     "num_key_value_heads": 2**12,
     "head_dim": 2**12,
     "max_position_embeddings": 2**31,
+    "original_max_position_embeddings": 2**31,
     "sliding_window": 2**31,
 }
 
@@ -218,7 +219,9 @@ def standard_config(name: str, config: dict[str, Any], where: str) -> Any:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
             raise CheckpointError(f"{where}: {key} is {value!r}; expected a whole number from 1 to {limit}")
     try:
-        return CONFIG_MAPPING[name](**{key: config[key] for key in READ_KEYS if key in config})
+        hf = CONFIG_MAPPING[name](**{key: config[key] for key in READ_KEYS if key in config})
+        hf.standardize_rope_params()  # as its models do: what stands beside the rule counts, too
+        return hf
     except Exception as error:  # its validators raise types of their own
         raise CheckpointError(f"{where}: {' '.join(str(error).split())}") from None
 

@@ -1,5 +1,6 @@
 """Every family against Hugging Face's own model, and proof that each fact of a family's row matters."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from family_models import (
     CASES,
     CONFIGS,
     WINDOW,
+    ModuleSource,
     final_states,
     hugging_face_states,
     in_fp64,
@@ -21,11 +23,14 @@ from family_models import (
 )
 from parity import note
 from torch import Tensor
+from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flashvec.kernels.mean_pool import MODES
 from flashvec.kernels.rope import Rope
 from flashvec.runtime.checkpoint.source import CheckpointError
 from flashvec.runtime.decoder import Decoder
+from flashvec.runtime.decoder_loader import DecoderLoader
 from flashvec.runtime.families import FAMILIES, decoder_spec, standard_config, stated_attention
 from flashvec.runtime.pooling import finish, pool
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
@@ -214,6 +219,21 @@ def test_yarn_without_a_factor_stretches_to_the_models_length():
     assert found.factor == 4.0 and decoder_spec(
         {**config, "rope_parameters": {**rule, "factor": 4}}, "causal"
     ).ropes == (found,)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "llama3"), ("qwen3", "yarn"), ("ministral3", "yarn")])
+def test_an_original_length_beside_the_rule_counts_as_in_transformers(family, kind):
+    """Some files state it at the top, as Phi-3 does; transformers' models then take it, whatever the rule says."""
+    rule = {"rope_type": kind, "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    rule |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    rule |= {"llama_4_scaling_beta": 0.1} if family == "ministral3" else {}
+    config = {**BASE, "hidden_size": 24, "original_max_position_embeddings": 32, "rope_parameters": rule}
+    model = AutoModel.from_config(CONFIG_MAPPING[family](**deepcopy(config))).eval()
+    spec = decoder_spec({**config, "model_type": family}, "causal")
+    decoder = DecoderLoader(spec, ModuleSource(model), torch.float32, torch.device("cpu")).load()
+    texts = texts_of([70, 200])
+    for got, want in zip(our_states(decoder, texts, True), hugging_face_states(model, texts), strict=True):
+        assert float((unit(got) - unit(want)).abs().max()) <= 1e-5
 
 
 def test_mistral_with_kinds_of_layers_is_ministral_as_in_transformers():
