@@ -104,6 +104,7 @@ READ_KEYS = (
 )
 
 
+LAYER_KINDS = ("full_attention", "sliding_attention")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 NORM_EPS = (1e-30, 1.0)  # beyond these fp32 divides by zero, or what is normalised is lost beside it
 NUMBERS = (1e-6, 1e12)  # likewise for scales and factors: what they make of a vector stays finite
@@ -172,7 +173,7 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
             f"known are {', '.join(ACTIVATION_NAMES)}"
         )
 
-    sliding = _sliding_layers(family, hf)
+    sliding = _sliding_layers(family, hf, where)
     ropes, layer_ropes = _ropes(hf, sliding, where)
     reach = _reach(hf, attention)
     scale_by = _number_of(hf, family.attention_scale_key, where) if family.attention_scale_key else head_size
@@ -230,13 +231,16 @@ def _fact(fact: bool | str, hf: Any) -> bool:
     return bool(getattr(hf, fact, False)) if isinstance(fact, str) else fact
 
 
-def _sliding_layers(family: Family, hf: Any) -> list[bool]:
+def _sliding_layers(family: Family, hf: Any, where: str) -> list[bool]:
     """Which layers see a window only."""
+    kinds = hf.layer_types if family.windows == "layer_types" else []
+    if strange := sorted(set(kinds) - set(LAYER_KINDS)):
+        raise CheckpointError(f"{where}: layer_types holds {strange[0]!r}; known are {', '.join(LAYER_KINDS)}")
     if family.windows == "none" or getattr(hf, "sliding_window", None) is None:
         return [False] * hf.num_hidden_layers
     if family.windows == "all":
         return [True] * hf.num_hidden_layers
-    return [kind == "sliding_attention" for kind in hf.layer_types]
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def _reach(hf: Any, attention: Attention) -> int | None:
@@ -258,11 +262,15 @@ def _reach(hf: Any, attention: Attention) -> int | None:
 def _ropes(hf: Any, sliding: list[bool], where: str) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
     """Rotary tables and which of them each layer reads: one for all, or one per kind of layer (Gemma 3)."""
     parameters = hf.rope_parameters
-    if "full_attention" in parameters:
-        tables = tuple(_rope(parameters[kind], hf, where) for kind in ("full_attention", "sliding_attention"))
+    if hf.model_type == "gemma3_text":
+        tables = tuple(_rope(parameters[kind], hf, where) for kind in LAYER_KINDS)
         # A layer of the sliding kind keeps its own table even where its window is switched off.
         kinds = [kind == "sliding_attention" for kind in hf.layer_types]
         return tables, tuple(int(kind) for kind in kinds)
+    if nested := [key for key, value in parameters.items() if isinstance(value, dict)]:
+        raise CheckpointError(
+            f"{where}: rope_parameters holds a rule of its own for {nested[0]}; {hf.model_type} has one for all layers"
+        )
     return (_rope(parameters, hf, where),), (0,) * len(sliding)
 
 

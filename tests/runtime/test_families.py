@@ -179,6 +179,7 @@ def test_every_family_is_compared():
         ),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type is 'spiral'; known are default"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2}}, "RoPE's rope_theta is 1.0"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "a rule of its own for full_attention; llama"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a number from 1e-30 to 1"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
@@ -190,6 +191,7 @@ def test_every_family_is_compared():
         ({"model_type": "ministral3", "rope_parameters": SCALED_QUERIES}, "RoPE's llama_4_scaling_beta is -1"),
         ({"model_type": ["llama"]}, "model_type is ..llama..; known families"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 4}, "layer_types holds 'linear_attention'"),
     ],
 )
 def test_refuses_by_name(change, message):
