@@ -86,8 +86,9 @@ def _windows(decoder: DecoderSpec, attention: Attention, rule: str, halved: bool
     sliding = [reach is not None for reach in decoder.layer_windows]
     if len(decoder.ropes) == 2:  # a layer of the sliding kind keeps its rotary table where its window is off
         sliding = [table == 1 for table in decoder.layer_ropes]
-        if not reaches and any(sliding):
-            reaches = {decoder.max_positions}
+    forgets = decoder.family in ("qwen2", "qwen3")  # their class has no width unless told to use it
+    if rule == "layer_types" and not reaches and not forgets:  # the others' models make a mask of it, needed or not
+        reaches = {decoder.max_positions}
     width: int | None = None
     if reaches:
         reach = reaches.pop()
@@ -100,8 +101,8 @@ def _windows(decoder: DecoderSpec, attention: Attention, rule: str, halved: bool
         return {"sliding_window": width}
     kinds = ["sliding_attention" if slides else "full_attention" for slides in sliding]
     config: dict[str, Any] = {"sliding_window": width, "layer_types": kinds}
-    if decoder.family in ("qwen2", "qwen3"):
-        config["use_sliding_window"] = width is not None  # these forget the width without it
+    if forgets:
+        config["use_sliding_window"] = width is not None
     return config
 
 

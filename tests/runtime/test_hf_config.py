@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import transformers
 
 from flashvec.kernels.rope import Rope
@@ -56,6 +57,17 @@ def test_config_describes_the_same_decoder(case, attention):
         again, theirs = decoder_spec(written, direction), decoder_spec(config, direction)
         # query_scale_positions is read in every family and used in one
         assert replace(again, query_scale_positions=theirs.query_scale_positions) == theirs
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("family", ["ministral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_transformers_runs_a_model_none_of_whose_layers_has_a_window(family, attention):
+    own = {"sliding_window": 7, "layer_types": ["full_attention"] * SIZES["num_hidden_layers"]}
+    spec, _ = plain_spec({"model_type": family, **SIZES, **own}, Overrides(attention=attention))
+    written = hf_config(spec, "float32")
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**written))
+    assert model(torch.tensor([[1, 2, 3]])).last_hidden_state.isfinite().all()
+    assert decoder_spec(written, attention) == spec.decoder
 
 
 def test_config_refuses_what_its_family_cannot_state():
