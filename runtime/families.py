@@ -175,7 +175,7 @@ def decoder_spec(config: dict[str, Any], attention: Attention, where: str = "con
 
     sliding = _sliding_layers(family, hf, where)
     ropes, layer_ropes = _ropes(hf, sliding, where)
-    reach = _reach(hf, attention)
+    reach = _reach(hf, attention, config.get("sliding_window"))
     scale_by = _number_of(hf, family.attention_scale_key, where) if family.attention_scale_key else head_size
     beta, positions = _query_scale(hf, where) if name == "ministral3" else (0.0, 0)
     return DecoderSpec(
@@ -243,7 +243,7 @@ def _sliding_layers(family: Family, hf: Any, where: str) -> list[bool]:
     return [kind == "sliding_attention" for kind in kinds]
 
 
-def _reach(hf: Any, attention: Attention) -> int | None:
+def _reach(hf: Any, attention: Attention, stated: int | None) -> int | None:
     """Tokens a windowed layer sees to each allowed side, itself not counted.
 
     transformers' masks, read from its source (5.23, `masking_utils.py`, `modeling_gemma3.py`): a causal layer sees
@@ -254,8 +254,8 @@ def _reach(hf: Any, attention: Attention) -> int | None:
     if window is None:
         return None
     if getattr(hf, "use_bidirectional_attention", False) and hf.model_type == "gemma3_text":
-        # The configuration class has halved it already.
-        return window - 1 if attention == "bidirectional" else 2 * (window - 1) - 1
+        # The configuration class has halved it already, and an odd width is not told from its half.
+        return window - 1 if attention == "bidirectional" else (stated or 2 * (window - 1)) - 1
     return window if attention == "bidirectional" else window - 1
 
 

@@ -60,7 +60,10 @@ def open_saved(folder: Path, overrides: Overrides) -> Checkpoint:
     saved = spec = read_spec(folder)
     attention = choose_attention(overrides.attention) or spec.attention
     if attention != spec.attention:  # a window's reach depends on it
-        spec = replace(spec, attention=attention, decoder=decoder_spec(read_config(folder), attention))
+        config = read_config(folder)
+        if spec.direction_key == "use_bidirectional_attention":  # not stated where the model was saved as causal
+            config[spec.direction_key] = True
+        spec = replace(spec, attention=attention, decoder=decoder_spec(config, attention))
     spec = replace(
         spec,
         pooling=choose_pooling(overrides.pooling) or spec.pooling,

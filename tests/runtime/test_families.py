@@ -238,6 +238,13 @@ def test_an_original_length_beside_the_rule_counts_as_in_transformers(family, ki
         assert float((unit(got) - unit(want)).abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("width", [8, 9])
+def test_a_flagged_window_is_whole_again_when_read_causally(width):
+    config = {**BASE, "model_type": "gemma3_text", "sliding_window": width}
+    flagged = decoder_spec({**config, "use_bidirectional_attention": True}, "causal")
+    assert flagged.layer_windows == decoder_spec(config, "causal").layer_windows
+
+
 def test_mistral_with_kinds_of_layers_is_ministral_as_in_transformers():
     config = {**BASE, "model_type": "ministral", "sliding_window": 8}
     config["layer_types"] = ["sliding_attention", "full_attention"] * (BASE["num_hidden_layers"] // 2)

@@ -75,6 +75,14 @@ def test_overrides_on_a_saved_folder(tmp_path):
         Encoder.load(tmp_path / "saved", compat="llm2vec")
 
 
+def test_a_flagged_model_saved_as_causal_keeps_its_windows_for_the_other_direction(tmp_path):
+    """The flag halves them; config.json of a causal model does not state it."""
+    tiny_checkpoint(tmp_path / "model", "gemma3", use_bidirectional_attention=True)
+    Encoder.load(tmp_path / "model", attention="causal").save(tmp_path / "saved")
+    loaded, direct = (Encoder.load(tmp_path / name, attention="bidirectional").spec for name in ("saved", "model"))
+    assert loaded.decoder.layer_windows == direct.decoder.layer_windows
+
+
 @pytest.fixture
 def encoder(tmp_path):
     tiny_checkpoint(tmp_path / "model")
