@@ -28,10 +28,11 @@ class CheckedTensors:
             CheckpointError: the tensor is missing or has another shape.
         """
         if name not in self.untaken:
-            raise CheckpointError(
-                f"{self.source.place(name)}: tensor {name} is missing; the checkpoint is incomplete (fetch it again), "
-                "or its configuration is another family's"
-            )
+            within = next((other for other in sorted(self.untaken) if other.endswith(f".{name}")), None)
+            cure = "the checkpoint is incomplete (fetch it again), or its configuration is another family's"
+            if within is not None:
+                cure = f"it is there as {within}, a part of another model: save the decoder by itself"
+            raise CheckpointError(f"{self.source.place(name)}: tensor {name} is missing; {cure}")
         if self.source.shape(name) != shape:
             raise CheckpointError(
                 f"{self.source.place(name)}: tensor {name} has shape {self.source.shape(name)}, the configuration asks "
@@ -48,7 +49,9 @@ class CheckedTensors:
         if self.untaken:
             raise CheckpointError(
                 f"{len(self.untaken)} tensors fit nowhere in a {self.spec.family} decoder of {self.spec.num_layers} "
-                f"layers: {', '.join(sorted(self.untaken)[:5])}; configuration and weights do not belong together"
+                f"layers: {', '.join(sorted(self.untaken)[:5])}; configuration and weights do not belong together, or "
+                "the model is more than a decoder (a classifier has score.weight): save the decoder by itself, as "
+                "transformers' AutoModel reads it"
             )
 
     def check_finite(self, name: str, converted: Tensor) -> None:

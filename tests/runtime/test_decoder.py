@@ -27,7 +27,12 @@ def loader(change=None):
     ("change", "message"),
     [
         (lambda t: t.pop("layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight is missing"),
+        (
+            lambda t: t.update({f"language_model.{name}": t.pop(name) for name in list(t)}),
+            "embed_tokens.weight is missing; it is there as language_model.embed_tokens.weight, a part",
+        ),
         (lambda t: t.update({"layers.9.x": torch.zeros(1)}), "1 tensors fit nowhere .* layers.9.x"),
+        (lambda t: t.update({"score.weight": torch.zeros(1)}), "score.weight; .* save the decoder by itself"),
         (
             lambda t: t.update({"embed_tokens.weight": t["embed_tokens.weight"] * torch.nan}),
             "embed_tokens.weight holds NaN or infinity",
