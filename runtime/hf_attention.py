@@ -312,12 +312,12 @@ def _packed_layout(layout: Layout, shape: tuple[int, int], kwargs: dict[str, Any
         return _layout_by(cu_seq_lens, shape, lambda: cu_seq_lens.tolist(), is_first)
     if position_ids is None or shape[0] > 1 or position_ids.shape != shape or layout.schedule.num_sequences > 1:
         return layout
-    return _layout_by(position_ids, shape, lambda: [0, *_jumps(position_ids[0]), shape[1]], is_first)
+    return _layout_by(position_ids, shape, lambda: [0, *_restarts(position_ids[0]), shape[1]], is_first)
 
 
-def _jumps(positions: Tensor) -> list[int]:
-    """Where a position does not follow the one before it."""
-    return ((positions.diff() != 1).nonzero().flatten() + 1).tolist()
+def _restarts(positions: Tensor) -> list[int]:
+    """Where positions start anew; one that leaves some out, as in training for long contexts, goes on."""
+    return ((positions.diff() < 1).nonzero().flatten() + 1).tolist()
 
 
 def _layout_by(key: Tensor, shape: tuple[int, int], bounds: Callable[[], list[int]], is_first: bool) -> Layout:

@@ -105,6 +105,17 @@ def test_flattened(name, by):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama bidirectional", "gemma3 two-sided"])
+def test_positions_left_out_end_no_sequence(name):
+    """Training for long contexts skips positions within a text."""
+    ours, eager = variants(name)
+    ids, positions = padded("right")[0][-1:], torch.tensor([[*range(5), *range(40, 48)]])
+    keys = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+    with torch.inference_mode():
+        got, want = (model(**keys).last_hidden_state for model in (ours, eager))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama bidirectional", "gemma3 two-sided"])
 def test_sdpa_sees_the_same(name):
     ours, eager = variants(name)
     eager.set_attn_implementation("sdpa")
