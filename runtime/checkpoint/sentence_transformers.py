@@ -5,7 +5,8 @@
 
 Rules are the library's own (6.2), to the letter: prompt tokens are counted alone, BOS is pooled unless it is
 left out with the prompt, vectors are normalised only where the module is there, a folder that states no
-direction is causal. Modules are told by their class's name; no class path from a folder is ever imported.
+direction is causal. Modules are told by their class's name, which must be the library's own: no class path from a
+folder is ever imported, and a class of the folder's may do anything under such a name.
 """
 
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from flashvec.runtime.tokenize import Tokenizer
 
 MODULES_FILE = "modules.json"
 SETTINGS_FILE = "config_sentence_transformers.json"
+LIBRARY = "sentence_transformers."
 TRANSFORMER_FILE = "sentence_bert_config.json"
 POOLING: dict[str, PoolingMode] = {
     "cls": "cls",
@@ -182,8 +184,14 @@ def _read_modules(folder: Path) -> _Modules:
     entries = read_json(folder / MODULES_FILE)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise CheckpointError(f"{MODULES_FILE}: expected a list of modules")
-    found = [(str(e.get("type", "")).rpartition(".")[2], _module_folder(folder, e.get("path", ""))) for e in entries]
-    names = [name for name, _ in found]
+    types = [str(entry.get("type", "")) for entry in entries]
+    for kind in types:
+        if not kind.startswith(LIBRARY):
+            raise CheckpointError(
+                f"{MODULES_FILE}: module {kind[:80]!r} is not sentence-transformers' own; no code of a model is run"
+            )
+    names = [kind.rpartition(".")[2] for kind in types]
+    found = [(name, _module_folder(folder, e.get("path", ""))) for name, e in zip(names, entries, strict=True)]
     for name in names:
         if name not in ("Transformer", "Pooling", "Dense", "Normalize"):
             raise CheckpointError(

@@ -216,14 +216,19 @@ def test_attention_override_and_direction_from_the_loader(plain):
 
 
 def test_code_named_by_a_folder_is_never_run(plain, tmp_path):
-    """auto_map and a module's class path are read as names; a file beside them is not imported."""
+    """auto_map and a module's class path are read as names; a file beside them is not imported.
+
+    A module of the folder's own is refused: it has a rule of its own, whatever its name.
+    """
     model, folder = plain
     (folder / "model" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Pooling: ...\n")
     edit(folder / "model" / "config.json", auto_map={"AutoModel": "evil.Pooling"})
+    assert difference(folder, model) < TOLERANCE
     modules = json.loads((folder / "model" / "modules.json").read_text())
     modules[1]["type"] = "evil.Pooling"
     (folder / "model" / "modules.json").write_text(json.dumps(modules))
-    assert difference(folder, model) < TOLERANCE
+    with pytest.raises(CheckpointError, match=r"modules.json: module 'evil.Pooling' is not sentence-transformers' own"):
+        Encoder.load(folder / "model")
     assert not (tmp_path / "ran").exists()
 
 
@@ -310,7 +315,10 @@ def test_module_path_through_a_link(dense_folder):
 )
 def test_refuses_other_modules_and_orders(order, named, dense_folder):
     paths = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense", "Normalize": "3_Normalize"}
-    modules = [{"name": str(i), "path": paths.get(n, n), "type": f"x.{n}"} for i, n in enumerate(order)]
+    modules = [
+        {"name": str(i), "path": paths.get(n, n), "type": f"sentence_transformers.models.{n}"}
+        for i, n in enumerate(order)
+    ]
     (dense_folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(CheckpointError, match=named):
         Encoder.load(dense_folder)
