@@ -264,6 +264,8 @@ def _ropes(hf: Any, sliding: list[bool], where: str) -> tuple[tuple[Rope, ...], 
     parameters = hf.rope_parameters
     if hf.model_type == "gemma3_text":
         tables = tuple(_rope(parameters[kind], hf, where) for kind in LAYER_KINDS)
+        if not all(table.truncate for table in tables):  # transformers looks for it beside the kinds, and truncates
+            raise CheckpointError(f"{where}: RoPE's truncate is false, which transformers' Gemma 3 does not read")
         # A layer of the sliding kind keeps its own table even where its window is switched off.
         kinds = [kind == "sliding_attention" for kind in hf.layer_types]
         return tables, tuple(int(kind) for kind in kinds)

@@ -180,6 +180,10 @@ def test_every_family_is_compared():
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type is 'spiral'; known are default"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2}}, "RoPE's rope_theta is 1.0"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "a rule of its own for full_attention; llama"),
+        (
+            {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": False}},
+            "RoPE's truncate is false",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a number from 1e-30 to 1"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
