@@ -260,6 +260,8 @@ def _attend(
         if kwargs.get(name) is not None:
             raise ValueError(f"attn_implementation={NAME!r} does not take {name}: use another for this model")
     B, H, n, K = query.shape
+    if _reads_another_sequence(module):  # of equal length its mask, which is of keys alone, passes for one of queries
+        raise ValueError(f"attn_implementation={NAME!r} knows no cross-attention ({type(module).__name__}): use 'sdpa'")
     if key.shape[2] != n:
         raise ValueError(f"attn_implementation={NAME!r} got {n} queries and {key.shape[2]} keys; it keeps no cache")
     if is_causal is None:  # modules of decoders say True whatever their configuration does
@@ -288,6 +290,13 @@ def _attend(
     if layout.tokens is not None:
         out_THK = out_THK.new_zeros(B * n, H, K).index_copy(0, layout.tokens, out_THK)
     return out_THK.view(B, n, H, K), None
+
+
+def _reads_another_sequence(module: torch.nn.Module) -> bool:
+    """Is this the attention of a decoder to an encoder, by the marks that transformers' models have for it."""
+    if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
+        return True
+    return bool(getattr(module, "is_decoder", False)) and getattr(module, "is_causal", None) is False
 
 
 def _plan(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from compare import assert_as_close_as_torch
 from tiny_models import tiny_checkpoint, tiny_model
-from transformers import AttentionInterface
+from transformers import AttentionInterface, BartConfig, BartModel, BertConfig, BertModel
 
 from flashvec.runtime import hf_attention
 from flashvec.runtime.hf_attention import NAME, register_with_transformers
@@ -102,6 +102,26 @@ def test_flattened(name, by):
     )  # fmt: skip
     for one, (same_dtype, exact) in zip(got, oracle(name), strict=True):
         assert_as_close_as_torch(one, same_dtype, exact)
+
+
+def test_cross_attention_is_refused():
+    """Of texts of one length it gave zeros to tokens whose place is padding in the other text."""
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 420}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    bart = BartModel(BartConfig(**sizes, **heads)).eval()
+    bert = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    decoder = BertModel(BertConfig(**bert, vocab_size=420, is_decoder=True, add_cross_attention=True)).eval()
+    ids, mask = padded("right")
+    other = {"encoder_hidden_states": torch.randn(*ids.shape, 32), "encoder_attention_mask": mask}
+    for model, keys in ((bart, {"attention_mask": mask, "decoder_input_ids": ids}), (decoder, other)):
+        model.set_attn_implementation(NAME)
+        with pytest.raises(ValueError, match="knows no cross-attention"):
+            model(input_ids=ids, use_cache=False, **keys)
+    ours, eager = bart.encoder, copy.deepcopy(bart.encoder)
+    eager.set_attn_implementation("eager")
+    with torch.inference_mode():
+        got, want = (m(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()] for m in (ours, eager))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama bidirectional", "gemma3 two-sided"])
