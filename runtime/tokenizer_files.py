@@ -11,12 +11,12 @@ import tokenizers
 from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
+from flashvec.runtime.checkpoint.json_files import read_object
 from flashvec.runtime.checkpoint.source import CheckpointError
 
 logger = logging.getLogger("flashvec")
 
 MAX_TOKENIZER_BYTES = 200 * 10**6  # the largest vocabularies in use (Gemma 3) take 33 MB
-MAX_CONFIG_BYTES = 16 * 10**6
 
 # Hugging Face's names, in the order in which it adds missing ones to the vocabulary.
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -78,7 +78,8 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
             f"{folder}: has {others[0]} but no tokenizer.json. To make it: `pip install sentencepiece tiktoken`, "
             f"then in Python transformers.AutoTokenizer.from_pretrained({name}).save_pretrained({name})"
         )
-    _check_size(path, MAX_TOKENIZER_BYTES)
+    if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
+        raise CheckpointError(f"{path}: {size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are read")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
@@ -94,7 +95,7 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> SpecialTokens:
     Raises:
         CheckpointError: a damaged or oversized file, or an entry of the wrong type, named.
     """
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _object(folder / "tokenizer_config.json")
     if (side := config.get("truncation_side")) not in (None, "right"):
         logger.warning("%s: truncation_side is %.80r; here long texts keep their starts", folder.name, side)
     for key in ("add_bos_token", "add_eos_token"):
@@ -102,7 +103,7 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> SpecialTokens:
             raise CheckpointError(
                 f"{folder / 'tokenizer_config.json'}: {key} is {repr(config[key])[:80]}; expected true or false"
             )
-    older = _read_json(folder / "special_tokens_map.json")
+    older = _object(folder / "special_tokens_map.json")
     is_old_form = "added_tokens_decoder" not in config
     entries = {**config, **older} if is_old_form else {**older, **config}
     named = {name: _token(entries[name], name, folder, special=True) for name in _NAMES if name in entries}
@@ -118,7 +119,7 @@ def read_config(folder: Path, backend: tokenizers.Tokenizer) -> SpecialTokens:
     listed = _by_id(list(decoder.items()), folder)
     if is_old_form:
         by_name = {token.content for token in named.values() if token is not None}
-        older = _read_json(folder / "added_tokens.json")
+        older = _object(folder / "added_tokens.json")
         listed += _by_id([(i, {"content": token, "special": token in by_name}) for token, i in older.items()], folder)
     added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
     wanted = [
@@ -248,20 +249,6 @@ def _by_id(tokens: list[tuple[Any, Any]], folder: Path) -> list[AddedToken | Non
     return [_token(token, f"added token {i}", folder) for i, token in ordered]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    _check_size(path, MAX_CONFIG_BYTES)
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def _check_size(path: Path, most: int) -> None:
-    size = path.stat().st_size
-    if size > most:
-        raise CheckpointError(f"{path}: {size:,} bytes; at most {most:,} are read")
+def _object(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing where there is none."""
+    return read_object(path) if path.is_file() else {}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashvec.runtime.checkpoint.hf import read_json, read_object
+from flashvec.runtime.checkpoint.json_files import read_json, read_object
 from flashvec.runtime.checkpoint.peft import CONFIG_FILE as ADAPTER_FILE
 from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, OLD_POOLING_KEYS, TRANSFORMER_FILE
 from flashvec.runtime.prepare import PLACEHOLDER, char_span_to_tokens

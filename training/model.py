@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime.checkpoint.chain import adapter_below
-from flashvec.runtime.checkpoint.hf import read_config, read_object
+from flashvec.runtime.checkpoint.hf import read_config
+from flashvec.runtime.checkpoint.json_files import read_object
 from flashvec.runtime.checkpoint.llm2vec import SETTINGS_FILE, first_base, llm2vec_spec, mntp_name
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, parts_of, resolve
 from flashvec.runtime.checkpoint.peft import read_adapter_config

@@ -39,13 +39,13 @@ from flashvec.runtime.checkpoint.sentence_transformers import (
     TRANSFORMER_FILE,
 )
 from flashvec.runtime.checkpoint.tensors import CheckedTensors, decoder_shapes, decoder_tensors
+from flashvec.runtime.placement import choose_dtype
 from flashvec.runtime.spec import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
     from flashvec.runtime.encoder import Encoder
 
 SHARD_BYTES = 5 * 10**9
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = (torch.float16, torch.bfloat16, torch.float32)  # later: wider, for config.json's dtype
 MODULE_TYPES = "sentence_transformers.models."
 PROMPT_NOTICE = (
@@ -87,8 +87,7 @@ def convert(
         ValueError: a rule that does not fit in such a folder, named; a dtype; a folder that may not be
             replaced.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
+    stored = None if dtype is None else choose_dtype(dtype)
     path = resolve(model, revision, local_files_only)
     base, chain = parts_of(path, local_files_only)
     own = [base, *chain, *(resolve(str(name), None, local_files_only) for name in adapters)]
@@ -106,7 +105,7 @@ def convert(
         spec = plain_rules(spec)
     if spec.span == "offsets" and not _pools_ends_only(spec):
         notices.append(PROMPT_NOTICE)
-    tensors = _stored_tensors(checkpoint, None if dtype is None else DTYPES[dtype])
+    tensors = _stored_tensors(checkpoint, stored)
 
     def write(into: Path) -> None:
         _write_model(into, spec, tensors, checkpoint.tokenizer, checkpoint.dense)

@@ -1,9 +1,9 @@
 """A plain Hugging Face decoder folder: config.json, safetensors, tokenizer.json."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
+from flashvec.runtime.checkpoint.json_files import read_object
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides
 from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
 from flashvec.runtime.checkpoint.source import CheckpointError
@@ -11,33 +11,8 @@ from flashvec.runtime.families import decoder_spec, stated_attention
 from flashvec.runtime.spec import ATTENTIONS, POOLING_MODES, Attention, ModelSpec, PoolingMode
 from flashvec.runtime.tokenize import Tokenizer
 
-MAX_JSON_BYTES = 16 * 2**20
 DEFAULT_MAX_LENGTH = 512  # tokens, where neither the layout nor the caller says; long enough for passages
 HF_POOLING = {"avg": "mean", "mean": "mean", "cls": "cls", "last": "last", "weighted_mean": "weighted_mean"}
-
-
-def read_json(path: Path) -> Any:
-    """A configuration file, untrusted: bounded in size, parsed, nothing else.
-
-    Raises:
-        CheckpointError: missing, too large or not JSON; names the file.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path.name}: {path.stat().st_size} bytes, more than a configuration can have")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name}: not valid JSON ({error})") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A configuration file that holds an object."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path.name}: expected an object")
-    return values
 
 
 def read_config(folder: Path) -> dict[str, Any]:

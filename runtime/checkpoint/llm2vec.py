@@ -21,8 +21,8 @@ from flashvec.runtime.checkpoint.hf import (
     choose_pooling,
     direction_key,
     read_config,
-    read_object,
 )
+from flashvec.runtime.checkpoint.json_files import read_object
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides
 from flashvec.runtime.checkpoint.peft import CONFIG_FILE, AdapterSource, read_adapter_config
 from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashvec.runtime.checkpoint.hf import read_object
+from flashvec.runtime.checkpoint.json_files import read_object
 from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
 from flashvec.runtime.checkpoint.source import CheckpointError, TensorSource
 

@@ -14,8 +14,8 @@ from flashvec.runtime.checkpoint.hf import (
     choose_max_length,
     choose_pooling,
     read_config,
-    read_object,
 )
+from flashvec.runtime.checkpoint.json_files import read_object
 from flashvec.runtime.checkpoint.llm2vec import reference_rules
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides
 from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource

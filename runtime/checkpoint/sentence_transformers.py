@@ -21,9 +21,8 @@ from flashvec.runtime.checkpoint.hf import (
     choose_pooling,
     plain_spec,
     read_config,
-    read_json,
-    read_object,
 )
+from flashvec.runtime.checkpoint.json_files import read_json, read_object
 from flashvec.runtime.checkpoint.llm2vec import has_tokenizer
 from flashvec.runtime.checkpoint.open import Checkpoint, Overrides
 from flashvec.runtime.checkpoint.peft import AdapterSource
@@ -80,24 +79,9 @@ NEUTRAL = {
 # Arguments that a folder passes on to transformers: those that change no vector here, and those that are
 # followed.
 HARMLESS_ARGUMENTS = (
-    *(
-        "attn_implementation",
-        "trust_remote_code",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "device_map",
-        "use_safetensors",
-    ),
-    *(
-        "revision",
-        "low_cpu_mem_usage",
-        "padding_side",
-        "use_fast",
-        "model_max_length",
-        "clean_up_tokenization_spaces",
-    ),
-)
+    "attn_implementation", "trust_remote_code", "torch_dtype", "dtype", "use_cache", "device_map", "use_safetensors",
+    "revision", "low_cpu_mem_usage", "padding_side", "use_fast", "model_max_length", "clean_up_tokenization_spaces",
+)  # fmt: skip
 FOLLOWED_ARGUMENTS = ("is_causal", "use_bidirectional_attention")
 
 
