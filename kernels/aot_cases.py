@@ -193,7 +193,7 @@ def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, An
             table,
             identities,
             K**-0.5,
-            *numbers,
+            *(*numbers, specialised),
         )
         return
     plain = attention_hopper.takes(q, k, v, max(numbers[:2]) >= 0, softcap > 0, threshold > 0, shift_stop is not None)

@@ -26,7 +26,6 @@ from torch import Tensor
 from flashvec.kernels import attention_hopper_bwd as specialised
 from flashvec.kernels.attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
 from flashvec.kernels.attention_tiles import (
-    BackwardConfig,
     backward_configs,
     fp32_precision,
     has_far_heads,
@@ -59,6 +58,7 @@ def _attention_bwd_launch(
     threshold: int,
     key_a: int,
     key_b: int,
+    by_hand: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]
     dout_THK = dout_THK.contiguous()
@@ -73,8 +73,8 @@ def _attention_bwd_launch(
     # A head's halves are at hand in registers where it is one power of two; dk of wider ones leaves none free for it.
     unrotate, unrotate_keys = rotate and K == K0, rotate and K == K0 <= 128
     row, far_heads = max(H * K, q_THK.stride(0), k_TGK.stride(0), v_TGK.stride(0)), has_far_heads(q_THK)
-    configs = _configs(q_THK, k_TGK, v_TGK, rotate, threshold > 0, softcap > 0, max(left, right) >= 0)
-    packed = packed_heads(H, G)
+    packed, options = packed_heads(H, G), (threshold > 0, softcap > 0, max(left, right) >= 0)
+    configs = backward_configs(target(q_THK), q_THK.dtype, K, packed, rotate, *options, by_hand)
     turned_THK = q_THK.new_empty(q_THK.shape) if rotate and any(config.ring for config in configs) else None
     for config, tile_list in zip(configs, tiles, strict=True):
         if config.ring:
@@ -118,13 +118,6 @@ def _attention_bwd_launch(
     return dq_THK, dk_TGK, dv_TGK
 
 
-def _configs(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, rotate: bool, *options: bool) -> tuple[BackwardConfig, ...]:
-    """The table's choice; options: is there dropout, a soft-cap, a window?"""
-    packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
-    by_hand = specialised.takes(q_THK, k_TGK, v_TGK, rotate, *options)
-    return backward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, *options, by_hand)
-
-
 def _attention_bwd_fake(
     dout_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +127,7 @@ def _attention_bwd_fake(
 attention_bwd = define_op(
     "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] tiles, "
     "SymInt num_tokens, Tensor? cos, Tensor? sin, Tensor? identities, float scale, SymInt left, SymInt right, "
-    "float softcap, SymInt threshold, SymInt key_a, SymInt key_b) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "float softcap, SymInt threshold, SymInt key_a, SymInt key_b, bool by_hand) -> (Tensor dq, Tensor dk, Tensor dv)",
     _attention_bwd_launch,
     _attention_bwd_fake,
 )
@@ -151,13 +144,16 @@ def backward_tiles(
     Args:
         options: is there dropout, a soft-cap, a window?
     """
-    configs = _configs(q_THK, k_TGK, v_TGK, rotate, *options)
+    packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
+    by_hand = specialised.takes(q_THK, k_TGK, v_TGK, rotate, *options)
+    configs = backward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, *options, by_hand)
     return [schedule.tiles(config.tile_class) for config in configs]
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q_THK, k_TGK, v_TGK, rotated_TGK, tiles, later_tiles, num_tokens, cos_TK, sin_TK, query_norm_K, *_ = inputs
     identities, shift_stop, *ctx.numbers = inputs[12:]
+    _, left, right, softcap, threshold, *_ = ctx.numbers
     out_THK, lse_HT = output
     if query_norm_K is not None or shift_stop is not None:
         raise RuntimeError("attention has no gradient through head norms or for selected queries; see attention()")
@@ -165,6 +161,9 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
         raise RuntimeError("attention's gradient needs rotated keys together with cos and sin, or neither")
     # The rotated keys, a tenth of what is saved, spare the backward a pass over k; q is rotated as it is loaded.
     keys_TGK = k_TGK if rotated_TGK is None else rotated_TGK
+    # Decided here, as the tile lists were: hooks on saved tensors (`save_on_cpu`) may bring them back in other strides.
+    options = threshold > 0, softcap > 0, max(left, right) >= 0
+    ctx.by_hand = specialised.takes(q_THK, k_TGK, v_TGK, cos_TK is not None, *options)
     ctx.num_tokens, ctx.num_tiles = num_tokens, len(tiles)
     ctx.save_for_backward(q_THK, keys_TGK, v_TGK, out_THK, lse_HT, cos_TK, sin_TK, identities, *later_tiles)
     ctx.mark_non_differentiable(lse_HT)
@@ -177,6 +176,6 @@ def gradients(ctx: Any, dout_THK: Tensor | None, _: None) -> tuple[Any, ...]:
     if dout_THK is not None:
         wanted = attention_bwd(
             *(dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, tiles, ctx.num_tokens),
-            *(cos_TK, sin_TK, identities, *ctx.numbers),
+            *(cos_TK, sin_TK, identities, *ctx.numbers, ctx.by_hand),
         )
     return *wanted, None, [None] * ctx.num_tiles, [None] * len(tiles), *(None,) * 15

@@ -231,6 +231,28 @@ def test_one_launch_for_each_class_in_the_batch(K, classes, device, interpreted)
     assert ran[DKV] == classes
 
 
+LAUNCHED = {  # and the tiles of 40 and of 300 tokens that each walks
+    "interleaved": [(DKV, 1), (DQ, 5), (DKV, 5)],
+    "apart": [(DKV, 1), *((name, 3) for name in ON_HOPPER)],
+}
+
+
+@pytest.mark.parametrize("layout", LAUNCHED)
+def test_saved_tensors_of_other_strides_do_not_change_how_tiles_are_walked(layout):
+    """`save_on_cpu` brings rows back contiguous; the tile lists were cut for the kernels chosen before."""
+    schedule = build_schedule([40, 300])
+    q, k, v = torch.randn(340, 2, 3, 64, dtype=torch.bfloat16, requires_grad=True).unbind(2)
+    if layout == "apart":
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    with backend.recording(backend.TARGETS["sm_90"]) as recorder:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().contiguous(), lambda x: x):
+            out = attention(q, k, v, schedule, scale=0.125)
+        recorder.launches.clear()
+        out.sum().backward()
+    ran = [(launch.kernel.__name__, len(launch.arguments["tile_ptr"])) for launch in recorder.launches]
+    assert ran == LAUNCHED[layout]
+
+
 @pytest.mark.parametrize("rotate_", [False, True])
 def test_is_a_well_behaved_torch_op(rotate_, device, small_tiles):
     merged, parts, schedule = merged_heads([2, 20], 2, 1, 16, torch.float32, device)
@@ -247,7 +269,7 @@ def test_is_a_well_behaved_torch_op(rotate_, device, small_tiles):
     out, lse = torch.randn_like(q), torch.randn(2, 27, device=device)
     torch.library.opcheck(
         attention_bwd,
-        (out, *(x.detach() for x in (q, k, v)), out, lse, later, 22, table, table, None, *numbers),
+        (out, *(x.detach() for x in (q, k, v)), out, lse, later, 22, table, table, None, *numbers, False),
     )
 
 
