@@ -38,6 +38,7 @@ from flashvec.kernels.schedule import Queries, Schedule
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the last by the reference alone
 MAX_HEAD_SIZE = 256
 MAX_ROTATED_HEAD = 128  # larger heads are rotated by a pass of their own
+FARTHEST = 1 << 30  # that a kernel's window reaches: past any sequence, and a token's number more still fits 32 bits
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ def _attention_triton(
         # The op turns the gradient of these keys back itself: no pass, and no node, of its own.
         tables = rotation.cos_TK, rotation.sin_TK
         rotated_TGK = _rotate(k_TGK.detach(), rotation.key_norm_K, tables, rotation)
-    left, right = (-1 if side is None else side for side in reach)
+    left, right = (-1 if side is None else min(side, FARTHEST) for side in reach)
     threshold, key, identities = 0, (0, 0), None
     if dropout is not None and dropout.p:
         threshold, key, identities = dropout.threshold, dropout.key(), schedule.identities

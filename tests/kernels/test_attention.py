@@ -80,7 +80,7 @@ def test_kernel_masks(mask, dtype, device, kernel_ran):
     assert_matches_reference(*heads([5, 150, 70], 4, 2, 16, dtype, device), **MASKS[mask])
 
 
-@pytest.mark.parametrize("window", [40, 64, (100, 10), (0, 90)], ids=str)
+@pytest.mark.parametrize("window", [40, 64, (100, 10), (0, 90), 2**31 - 1], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_kernel_windows_wider_than_a_tile(window, causal, device, kernel_ran):
     if causal and isinstance(window, tuple):

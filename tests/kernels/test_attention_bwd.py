@@ -24,6 +24,7 @@ MASKS = {
     "causal": {"causal": True},
     "window": {"window": 3},
     "window of two sizes": {"window": (20, 50)},
+    "window past any text": {"window": 2**31 - 1},
     "softcap causal window": {"softcap": 0.7, "causal": True, "window": 40},
 }
 DROPOUT = Dropout(0.3, seed=5, step=1, site=2)
