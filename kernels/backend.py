@@ -279,6 +279,18 @@ def as_given(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _without_gradient(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of an op that has no gradient: where one is wanted torch would warn, and take zeros for it."""
+
+    @wraps(forward)
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            raise RuntimeError(f"flashvec::{name} has no gradient: first derivatives alone, no create_graph=True")
+        return forward(*args)
+
+    return run
+
+
 def define_op(
     schema: str,
     forward: Callable[..., Any],
@@ -296,11 +308,13 @@ def define_op(
         schema: as in `torch.library.Library.define`, e.g. "swiglu(Tensor gate_up, str activation) -> Tensor".
         forward: launches the kernel; may not mutate or return its inputs.
         fake: the same shapes, strides and dtypes, without computing.
-        setup_context, backward: as in `torch.library.register_autograd`; `backward` calls ops.
+        setup_context, backward: as in `torch.library.register_autograd`; `backward` calls ops. An op without them, as
+            those are, refuses tensors whose gradient is wanted.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
-    _library.impl(name, forward, "CompositeExplicitAutograd")
+    run = _without_gradient(name, forward) if backward is None else forward
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashvec::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"flashvec::{name}", backward, setup_context=setup_context, lib=_library)
