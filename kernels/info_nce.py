@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from flashvec.kernels.backend import define_op, implementation
-from flashvec.kernels.checks import check_positive, check_range, may_look
+from flashvec.kernels.checks import INTEGERS, check_positive, check_range, may_look
 from flashvec.kernels.info_nce_tiles import gradient_tiles, loss_tiles
 from flashvec.kernels.precision import widen
 
@@ -240,7 +240,7 @@ def info_nce(
     Args:
         queries_BD: [B, D] fp32, bf16 or fp16, contiguous. They are normalised here; lengths from 1e-18 to 1e18, or 0.
         documents_MD: [M, D], same dtype: positives and hard negatives, of this process or gathered from all.
-        positives_B: int [B]: each query's document. On a GPU values are trusted: checking them would wait.
+        positives_B: int32 or int64 [B]: each query's document. On a GPU values are trusted: checking them would wait.
         temperature: divides the cosines; positive. It has no gradient: to learn it, scale what the loss is made of.
         document_ids_M: integers [M] that name texts: candidates with the positive's id are left out. Queries put among
             the documents (a query-query term) are kept from themselves by their positive's id.
@@ -288,8 +288,9 @@ def _check(
     if not q.is_floating_point() or not q.is_contiguous() or not c.is_contiguous():
         found = f"{q.dtype}, strides {q.stride()} and {c.stride()}"
         raise ValueError(f"queries and documents must be contiguous floats, got {found}")
-    if positives.shape != q.shape[:1] or positives.is_floating_point():
-        raise ValueError(f"positives_B is {tuple(positives.shape)} {positives.dtype}, expected {len(q)} integers")
+    if positives.shape != q.shape[:1] or positives.dtype not in INTEGERS:  # torch takes bool and uint8 for a mask
+        found = f"{tuple(positives.shape)} {positives.dtype}"
+        raise ValueError(f"positives_B is {found}, expected {len(q)} integers, int32 or int64")
     if ids is not None and (ids.shape != c.shape[:1] or ids.is_floating_point()):
         raise ValueError(f"document_ids_M is {tuple(ids.shape)} {ids.dtype}, expected {len(c)} integers")
     for name, x in (("documents_MD", c), ("positives_B", positives), ("document_ids_M", ids)):

@@ -153,6 +153,12 @@ def test_positives_are_looked_at_on_the_cpu():
     assert info_nce(x[:0], x[:0], rows[:0], 0.1).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.float32], ids=str)
+def test_positives_are_indices(dtype):
+    with pytest.raises(ValueError, match=rf"positives_B is \(2,\) {dtype}, expected 2 integers, int32 or int64"):
+        info_nce(x[:2], x[:2], rows[:2].to(dtype), 0.1)
+
+
 def test_values_are_looked_at_where_that_costs_nothing():
     assert may_look(x) and not may_look(x.to("meta"))
     check_range("rows", rows, T)
