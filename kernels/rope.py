@@ -235,7 +235,7 @@ _rope = define_op(
 
 
 def check_heads(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> None:
-    """Raise ValueError unless heads have an even size and the tables a row for each token, a column for each plane."""
+    """Raise ValueError unless heads have an even size, and fp32 tables a row for each token and a column a plane."""
     shape = tuple(x_THK.shape)
     if len(shape) != 3 or shape[2] % 2 or cos_TK.shape != (shape[0], shape[2] // 2) or sin_TK.shape != cos_TK.shape:
         raise ValueError(f"x_THK is {shape}, cos_TK {tuple(cos_TK.shape)}, sin_TK {tuple(sin_TK.shape)}")
@@ -246,6 +246,8 @@ def check_heads(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> None:
                 f"{name} must be contiguous on {x_THK.device}, got strides {table.stride()} on {table.device}"
             )
         check_constant(name, table)
+        if table.dtype not in (torch.float32, torch.promote_types(x_THK.dtype, torch.float32)):
+            raise ValueError(f"{name} is {table.dtype}, expected torch.float32: narrower angles turn far tokens wrong")
 
 
 def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:

@@ -128,6 +128,18 @@ def test_second_derivatives_are_refused(name, interpreted):
         torch.autograd.grad(sum(o.sum() for o in (out if isinstance(out, tuple) else (out,))), leaf, create_graph=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.float64], ids=str)
+def test_rotary_tables_are_fp32(dtype):
+    for run in (
+        lambda cos, sin: rope(heads, cos, sin),
+        lambda cos, sin: norm_rope(heads, cos, sin, weight, 1e-6),
+        lambda cos, sin: attend(heads, rotation=Rotation(cos, sin)),
+    ):
+        for cos, sin, name in ((table.to(dtype), table, "cos_TK"), (table, table.to(dtype), "sin_TK")):
+            with pytest.raises(ValueError, match=f"{name} is {dtype}, expected torch.float32"):
+                run(cos, sin)
+
+
 @pytest.mark.parametrize("wrong", [[-3, 2], [1, 1], [3, 2], [0, T + 1], [0, 0]])
 @pytest.mark.parametrize("mode", ["mean", "max", "last"])
 def test_spans_are_looked_at_on_the_cpu(wrong, mode):
