@@ -22,8 +22,8 @@ from flashvec.kernels import (
     cross_entropy,
     info_nce,
     lora,
-    mean_pool,
     mean_pool_bwd,
+    mean_pool_fwd,
     norm_rope,
     rms_norm,
     rope,
@@ -260,7 +260,7 @@ def _row_ops(D: int, F: int, H: int, G: int, K: int) -> Iterator[tuple[str, Call
     yield "geglu bwd", lambda: swiglu.launch_swiglu_bwd(meta(T, F), gate_up, "gelu_tanh")
     for mode, post in (("mean", None), ("last", w)):
         facts = y, post, w, spans, None, 1e-6, 0.0, mode
-        yield f"mean_pool {mode}", partial(mean_pool.launch_mean_pool, h, *facts, D, True, 2048)
+        yield f"mean_pool {mode}", partial(mean_pool_fwd.launch_mean_pool, h, *facts, D, True, 2048)
         yield f"mean_pool bwd {mode}", partial(mean_pool_bwd.launch_mean_pool_bwd, pooled, h, *facts, False, False)
 
 

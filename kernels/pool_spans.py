@@ -7,6 +7,7 @@ from flashvec.kernels.backend import tl, triton
 
 MODES = ("mean", "weighted_mean", "mean_sqrt_len", "max", "last", "cls")
 ONE_ROW = ("last", "cls")
+SHORTEST = 1e-12  # divides a zero vector, which stays zero, as in torch.nn.functional.normalize
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from gradients import HALVES, assert_op_and_gradients, dense_past_2_31, far_apar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashvec.kernels import backend, mean_pool_bwd
+from flashvec.kernels import backend, mean_pool_bwd, mean_pool_fwd
 from flashvec.kernels.mean_pool import mean_pool, mean_pool_reference
 from flashvec.kernels.pool_spans import MODES
 from flashvec.kernels.rms_norm import rms_norm
@@ -116,7 +116,7 @@ LONG_SPANS = [[0, 4], [2, 3], [5, 38], [38, 39], [9, 21]]  # of one chunk, two, 
 def short_chunks(monkeypatch):
     """Spans of 40 rows are long ones: chunks of 8 rows or more, four rows a step, at most three chunks."""
     for name, value in {"CHUNK": 8, "MAX_CHUNKS": 3, "TILE": 256}.items():
-        monkeypatch.setattr(f"flashvec.kernels.mean_pool.{name}", value)
+        monkeypatch.setattr(mean_pool_fwd, name, value)
 
 
 def pooled(form, spans, delta, **options):
@@ -173,7 +173,7 @@ def test_kernel_gives_the_same_bits_in_any_batch(mode, device, interpreted, shor
     for i, longest in enumerate((4, 10 * ROWS, None, 1, 12)):
         alone = mean_pool(x, spans[i : i + 1], w, 1e-6, longest=longest, **options)
         assert torch.equal(together[i], alone[0])
-    monkeypatch.setattr("flashvec.kernels.mean_pool.PARTIAL_BYTES", 2 * 3 * 48 * 4)  # room for two spans' chunks
+    monkeypatch.setattr(mean_pool_fwd, "PARTIAL_BYTES", 2 * 3 * 48 * 4)  # room for two spans' chunks
     order = torch.tensor([4, 2, 0, 3, 1], device=device)
     assert torch.equal(together[order], mean_pool(x, spans[order].to(torch.int32), w, 1e-6, **options))
 

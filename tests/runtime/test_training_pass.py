@@ -100,7 +100,7 @@ def test_kernels_train_as_the_references_do(name, interpreter, monkeypatch):
     decoder = shallow(models(name, "bidirectional")[1])
     is_longer = name in LONGER
     if is_longer:
-        monkeypatch.setattr("flashvec.kernels.mean_pool.CHUNK", 32)
+        monkeypatch.setattr("flashvec.kernels.mean_pool_fwd.CHUNK", 32)
     texts, before = texts_of([*LENGTHS[:-1], 40] if is_longer else LENGTHS), backend.launches.copy()
     want = one_pass(decoder, texts, updates(decoder))
     assert backend.launches == before
