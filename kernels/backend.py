@@ -151,6 +151,8 @@ def _device_target(index: int | None) -> Target:
         return TARGETS["gfx942"]
     major, minor = torch.cuda.get_device_capability(device)
     capability = major * 10 + minor
+    if capability == 86:  # made later than sm_80 and with as little shared memory as sm_89
+        return TARGETS["sm_89"]
     known = [t for t in TARGETS.values() if isinstance(t.arch, int) and t.arch <= capability]
     return max(known, key=lambda t: int(t.arch))
 

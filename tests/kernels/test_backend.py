@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tiny_models import tiny_checkpoint
 
@@ -68,6 +69,17 @@ def test_a_gpu_that_is_too_old_runs_torch_with_one_notice(monkeypatch, caplog):
     assert forms == {5: "torch", 6: "triton"}
     (record,) = caplog.records
     assert record.getMessage().startswith("Tesla T4 is older than the kernels support (compute capability 8.0)")
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_89"), ((8, 7), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 3), "sm_100"),
+     ((12, 1), "sm_120")],
+)  # fmt: skip
+def test_a_gpu_takes_the_options_of_one_like_it(monkeypatch, capability, name):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert backend._device_target.__wrapped__(0).name == name
 
 
 def test_cpu_tensors_take_the_cpu_form():
