@@ -142,6 +142,7 @@ def attention(
         q, k and v; with head norms in `rotation` in their weights too.
 
     Raises:
+        TypeError: a schedule that is none.
         ValueError: shapes, dtypes or devices that do not fit together, one head norm without the other, a head size
             over 256, a negative window, a window that looks right of a causal mask, a scale or softcap that is not
             positive and finite or wants a gradient, dropout without identities, queries of another schedule.
@@ -253,6 +254,9 @@ def _check(
     softcap: float | None,
     queries: Queries | None,
 ) -> None:
+    if not isinstance(schedule, Schedule):
+        made = "build_schedule(lengths, device=...) makes one, of cu_seqlens build_schedule(cu_seqlens.diff().tolist())"
+        raise TypeError(f"schedule is {type(schedule).__name__}: {made}")
     tensors = {"q_THK": q_THK, "k_TGK": k_TGK, "v_TGK": v_TGK}
     for name, x in tensors.items():
         rows = len(schedule.positions) if queries is None or name != "q_THK" else len(queries.rows)

@@ -308,6 +308,9 @@ def test_rejects(device):
     ]:
         with pytest.raises(ValueError, match=message):
             attention(k, k, v, schedule, **{"scale": 1.0, **options})
+    for bounds in (schedule.cu_seqlens, [0, 3]):
+        with pytest.raises(TypeError, match=r"schedule is \w+: build_schedule\(lengths, device=\.\.\.\) makes one"):
+            attention(k, k, v, bounds, scale=1.0)
     with pytest.raises(ValueError, match="int32"):
         attention(*(x.int() for x in (k, k, v)), schedule, scale=1.0)
     with pytest.raises(ValueError, match="float16"):
