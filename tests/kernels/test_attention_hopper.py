@@ -206,6 +206,7 @@ def test_what_they_take():
     assert not takes(q.float(), k.float(), v.float())
     assert not takes(q, k, torch.empty(10, 2, 72, dtype=torch.bfloat16)[..., 8:])  # heads with gaps between them
     assert not takes(*(x[..., 1:] for x in (q, k, v)))  # not aligned
+    assert not takes(q, k, v[:1].expand_as(v))
     for num_tokens, fits in ((2**23, False), (2**22, True)):  # each head's tokens in a place of their own
         heads_TK = torch.empty(4, num_tokens, 64, dtype=torch.bfloat16, device="meta").transpose(0, 1)
         assert takes(heads_TK, k, v) == fits
