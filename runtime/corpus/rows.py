@@ -105,8 +105,9 @@ def _join(values: dict[str, Any], settings: JobSettings) -> str | Bad:
 def strings(array: pa.Array) -> list[Any]:
     """Values of a text column: str, None, or bytes where a value is not UTF-8."""
     if pa.types.is_dictionary(array.type):  # a value that comes often is one str, however large it is
-        values = strings(array.dictionary)
-        return [None if i is None else values[i] for i in array.indices.to_pylist()]
+        used = array.indices.drop_null().unique()  # few of a dictionary that serves a whole file
+        values = dict(zip(used.to_pylist(), strings(array.dictionary.take(used)), strict=True))
+        return [values.get(i) for i in array.indices.to_pylist()]
     try:
         array.validate(full=True)
         found: list[Any] = array.to_pylist()

@@ -8,6 +8,7 @@ import pytest
 
 from flashvec.runtime.corpus import readers, records, rows
 from flashvec.runtime.corpus.readers import read_rows
+from flashvec.runtime.corpus.rows import strings
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.sources import SourceError, find_sources
 
@@ -113,6 +114,16 @@ def test_invalid_utf8_in_parquet(tmp_path):
     pq.write_table(pa.table({"text": invalid_strings()}), tmp_path / "a.parquet")
     _, texts, bad = read(tmp_path / "a.parquet", JobSettings(text_columns=("text",)))
     assert texts == ["good", "", ""] and bad == {1: "invalid_utf8", 2: "null"}
+
+
+def test_of_a_dictionary_only_what_is_used_is_read(monkeypatch):
+    read_values = []
+    monkeypatch.setattr(rows, "strings", lambda array: (read_values.append(array), strings(array))[1])
+    dictionary = pa.array([b"good", b"\xff\xfe", *[b"of others"] * 1000], pa.binary()).view(pa.string())
+    array = pa.DictionaryArray.from_arrays(pa.array([1, None, 0, 1], pa.int32()), dictionary)
+    found = rows.strings(array)
+    assert found == [b"\xff\xfe", None, "good", b"\xff\xfe"] and found[0] is found[3]
+    assert [len(values) for values in read_values] == [4, 2]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
