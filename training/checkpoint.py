@@ -104,6 +104,7 @@ def load_checkpoint(
     for place, folder in reversed(list(enumerate(found))):
         try:
             state, tensors, moments = _read(folder)
+            step, written = int(state["step"]), state["fingerprint"]
         except DAMAGE as error:
             if not place:
                 which = f"all {len(found)} checkpoints are" if len(found) > 1 else "the only checkpoint is"
@@ -112,7 +113,7 @@ def load_checkpoint(
                 ) from None
             logger.warning("%s is damaged (%s); going back to the one before it", folder.name, error)
             continue
-        if state["fingerprint"] != fingerprint:
+        if written != fingerprint:
             raise ResumeError(
                 f"{folder.name} was written with other {difference()}: give the run another output, or what it had"
             )
@@ -122,7 +123,7 @@ def load_checkpoint(
             for name, x in parameters.items():
                 x.copy_(tensors[name])
         _give_optimizer(parameters, optimizer, moments)
-        return int(state["step"])
+        return step
     return 0
 
 
@@ -175,6 +176,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     state = read_state(folder)
+    if folder.name != f"{PREFIX}{int(state['step']):08d}":
+        raise ValueError(f"{STATE_FILE}: step is {state['step']}, which is not that of its folder")
     for name in TENSOR_FILES:
         if _digest(folder / name) != state["digests"][name]:
             raise ValueError(f"{name} is not what was written")

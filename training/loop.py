@@ -94,7 +94,7 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
             return None
         last: dict[str, Any] = json.loads((output / LOG_FILE).read_text(encoding="utf-8").splitlines()[-1])
         return last
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None  # not whole: training finds out what is missing
 
 

@@ -80,6 +80,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(file, damage, tm
     assert torch.equal(parameters["x"].detach(), small_state(1.0)[0]["x"].detach())
 
 
+@pytest.mark.parametrize("change", [{"step": 1}, {"step": -2}, {"step": "two"}, {"step": None}, {"fingerprint": ...}])
+def test_a_state_that_was_edited_is_damage(change, tmp_path, caplog):
+    saved(tmp_path)
+    path = checkpoints(tmp_path)[-1] / "state.json"
+    state = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in state.items() if value is not ...}))
+    assert load_checkpoint(tmp_path, *small_state(9.0), "own") == 1
+    assert "checkpoint-00000002 is damaged" in caplog.text
+
+
 def test_all_damaged_is_an_error_and_no_checkpoint_is_a_start(tmp_path):
     parameters, optimizer = small_state()
     assert load_checkpoint(tmp_path, parameters, optimizer, "own") == 0
@@ -173,6 +183,11 @@ def test_a_run_that_has_ended_is_not_begun_again(tmp_path, monkeypatch):
         weights.write_bytes(kept)
         assert loop.finished(config) == last == loop.finished(replace(config, device="cpu"))
         assert loop.finished(config_for("mntp", tmp_path, loop={"steps": 4})) is None
+        state = checkpoints(tmp_path / "out")[-1] / "state.json"
+        kept = state.read_bytes()
+        state.write_text("[2]")
+        assert loop.finished(config) is None
+        state.write_bytes(kept)
     run_training(config_for("mntp", tmp_path, loop={"steps": 2}, lora={"saved_as": "bfloat16"}))
     assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 0.7 * whole
     (tmp_path / "texts.txt").write_text("another text\nand one more\n")
