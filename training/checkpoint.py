@@ -63,18 +63,27 @@ def save_checkpoint(
         for name, tensors in contents.items():
             write_tensors(tensors, partial / name)
         digests = {name: _digest(partial / name) for name in TENSOR_FILES}
-        state = {"step": step, "fingerprint": fingerprint, "digests": digests, "torch": torch.__version__}
+        state = {"step": step, "is_due": is_due(step), "fingerprint": fingerprint, "digests": digests}
+        state["torch"] = torch.__version__
         (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
         for path in partial.iterdir():
             _sync(path)
     _sync(output)
     others = [folder for folder in checkpoints(output) if folder != target]
-    due = [folder for folder in others if is_due(int(folder.name.removeprefix(PREFIX)))]
+    due = [folder for folder in others if _was_due(folder, is_due)]
     room = keep - is_due(step)
     for folder in others:
         if folder not in due[max(len(due) - room, 0) :]:
             shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _was_due(folder: Path, is_due: Callable[[int], bool]) -> bool:
+    """As its state says: `loop.save_every` may be another since. Older ones, and damaged ones, do not say."""
+    try:
+        return bool(read_state(folder)["is_due"])
+    except DAMAGE:
+        return is_due(int(folder.name.removeprefix(PREFIX)))
 
 
 def checkpoints(output: Path) -> list[Path]:

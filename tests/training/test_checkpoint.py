@@ -132,6 +132,13 @@ def test_a_stops_own_checkpoint_takes_no_others_place_and_goes_with_the_next(tmp
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["3", "6", "8"]
 
 
+def test_a_checkpoint_that_was_due_stays_so_where_the_next_are_due_at_other_steps(tmp_path):
+    parameters, optimizer = small_state(1.0)
+    for step, every in ((2, 2), (4, 2), (5, 2), (7, 7), (8, 7)):
+        save_checkpoint(tmp_path, step, parameters, optimizer, "own", 3, lambda step, every=every: step % every == 0)
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["2", "4", "7", "8"]
+
+
 def test_the_mean_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path):
     loop = {"steps": 6, "average_checkpoints": 2}
     run_training(config_for("mntp", tmp_path, output=str(tmp_path / "whole"), loop=loop))
