@@ -210,7 +210,8 @@ def _check(config: TrainConfig, places: Places) -> None:
          + ", ".join(PROJECTIONS)),
         ("lora.start", lora.start, lora.start is None or config.train == "lora",
          "null with train: body, which has no updates to go on with; adapters: merges it first"),
-        ("optimizer.learning_rate", optimizer.learning_rate, optimizer.learning_rate > 0, "a positive number"),
+        ("optimizer.learning_rate", optimizer.learning_rate, 0 < optimizer.learning_rate <= 1,
+         "above 0, up to 1: AdamW moves every number by about so much a step"),
         ("optimizer.warmup_steps", optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
         ("optimizer.decay_steps", optimizer.decay_steps, optimizer.decay_steps is None
          or optimizer.warmup_steps < optimizer.decay_steps, "more than optimizer.warmup_steps, or null"),

@@ -45,6 +45,7 @@ from flashvec.training.settings import to_yaml
 
 logger = logging.getLogger("flashvec")
 
+LEARNT = 1e-3  # a loss below it may well have no gradient left in fp32
 CHECK_EVERY = 100  # steps between two looks at whether all processes hold the same parameters
 LOG_FILE = "log.jsonl"
 MASTERS_KEY = "model/"
@@ -125,8 +126,8 @@ def train(
         The last line of the log.
 
     Raises:
-        TrainingStopped: a loss or gradient that is not finite, attention that is causal, a parameter that a step
-            leaves as it was.
+        TrainingStopped: a loss or gradient that is not finite, a gradient that is zero while the loss is not,
+            attention that is causal, a parameter that a step leaves as it was.
     """
     _check_schedule(config, world)
     return _Run(config, objective, world).run(show, until)
@@ -157,6 +158,7 @@ class _Run:
         )
         self.fingerprint = fingerprint(config)
         self.was_checked = False  # that a step changes what it should
+        self.steps_lost = 0  # the last ones, which had a loss and no gradient
         self.events: Events | None = None
         self.scored = None if config.sts is None else read_scored_pairs(Path(config.sts))
 
@@ -227,6 +229,13 @@ class _Run:
                 f"step {step + 1}: the {what} is not finite (loss {found['loss']}, gradient {norm}); the state before "
                 "it is saved; begin anew, in another output, with a lower optimizer.learning_rate, or look for the "
                 "rows of this step"
+            )
+        self.steps_lost = self.steps_lost + 1 if norm == 0 and found["loss"] > LEARNT else 0
+        if self.steps_lost > 1:  # one may be of texts that are all alike where they are cut
+            raise TrainingStopped(
+                f"steps {step} and {step + 1}: the loss is {found['loss']:.4g} and its gradient zero: all states are "
+                "alike, and nothing is learnt any more; begin anew, in another output, with a lower "
+                "optimizer.learning_rate"
             )
         adam = self.config.optimizer
         if adam.clip is not None:

@@ -53,6 +53,10 @@ def test_file_overrides_and_printed_settings_agree(tmp_path):
         ({**LEAST, "attention_dropout": 0.999}, r"attention_dropout is 0\.999; expected 0, or a rate from 1/256"),
         ({**LEAST, "optimizer": {"schedule": "step"}}, r"optimizer\.schedule is 'step'; one of constant, linear"),
         ({**LEAST, "optimizer": {"learning_rate": float("nan")}}, r"optimizer\.learning_rate is nan"),
+        (
+            {**LEAST, "optimizer": {"learning_rate": 2e4}},
+            r"learning_rate is 20000\.0; expected above 0, up to 1: AdamW",
+        ),
         ({**LEAST, "optimizer": {"betas": [0.9]}}, r"optimizer\.betas"),
         ({**LEAST, "temperature": 0}, "temperature is 0"),
         ({**LEAST, "attention_dropout": 1.0}, "attention_dropout is 1"),

@@ -117,6 +117,30 @@ def test_a_gradient_that_is_not_finite_stops(tmp_path):
     assert "step 1: the gradient is not finite" in stopping(tmp_path, change)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_model_that_a_rate_too_high_has_ended_stops(objective, tmp_path, monkeypatch):
+    """Overflowed states are zero behind a norm: the loss is finite, and stays as it is."""
+    config = config_for(objective, tmp_path)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e9, schedule="constant"))
+    with pytest.raises(TrainingStopped, match=r"steps 2 and 3: the loss is .* its gradient zero: .*, with a lower"):
+        run_training(config)
+
+
+def test_a_single_step_without_a_gradient_does_not_stop(tmp_path):
+    config = config_for("contrastive", tmp_path)
+    objective = Contrastive(load_model(config), config, World())
+    step = objective.step
+
+    def changed(number):
+        found = step(number)
+        for x in objective.model.trainable.parameters().values():
+            x.grad.mul_(number % 2 == 0)
+        return {**found, "loss": 1.0}
+
+    objective.step = changed
+    assert train(config, objective, World())["step"] == 4
+
+
 def test_causal_attention_stops(tmp_path):
     def change(objective):
         run = objective.model.decoder.streams
