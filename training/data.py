@@ -218,7 +218,8 @@ def _pairs(values: dict[str, Any], source: int, where: str) -> list[Pair]:
     if len(query) > 1:
         raise DataError(f"{where}: has {len(query)} queries; give each a line of its own")
     negatives = _texts_under(values, NEGATIVE_KEYS, where)
-    negatives += [values[key] for key in sorted(values) if key.startswith("negative_")]
+    numbered = sorted(key for key, value in values.items() if key.startswith("negative_") and value is not None)
+    negatives += [values[key] for key in numbered]  # null where a table has columns for more
     score, instruction = score_of(values, where), values.get("instruction")
     if instruction is not None and not isinstance(instruction, str):
         raise DataError(f"{where}: instruction is not a text")

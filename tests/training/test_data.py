@@ -27,6 +27,11 @@ def test_texts_of_both_kinds_of_files(tmp_path):
     assert read_texts([first, second]) == ["one", "two", "three"]
 
 
+def test_columns_of_negatives_may_be_null_where_a_row_has_fewer(tmp_path):
+    rows = [{"anchor": "q", "positive": "p", "negative_1": "n1", "negative_2": other} for other in ("n2", None)]
+    assert [pair.negatives for pair in read_pairs([write(tmp_path / "a.jsonl", *rows)])] == [("n1", "n2"), ("n1",)]
+
+
 def test_pairs_in_the_forms_that_people_have(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
