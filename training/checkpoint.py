@@ -6,12 +6,14 @@ state.json comes last and holds the digests of the other two. A folder is writte
 that is damaged is passed over for the one before it, with a notice.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,28 @@ logger = logging.getLogger("flashvec")
 
 class ResumeError(ValueError):
     """A run that cannot be resumed; says why and what to do."""
+
+
+@contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Keep a run's folder from other runs of this machine until this process ends, however it does.
+
+    Raises:
+        ResumeError: another process has it.
+    """
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResumeError(
+                f"{output}: another process trains there now; wait until it has ended, or give the run another output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_checkpoint(

@@ -25,6 +25,7 @@ from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
 from flashvec.training.checkpoint import (
     average_parameters,
     checkpoints,
+    held,
     load_checkpoint,
     read_state,
     save_checkpoint,
@@ -165,6 +166,10 @@ class _Run:
     def run(self, show: bool | None, until: int | None) -> dict[str, Any]:
         check_bidirectional(self.model)
         self.output.mkdir(parents=True, exist_ok=True)
+        with held(self.output) if self.world.is_first else nullcontext():
+            return self._run(show, until)
+
+    def _run(self, show: bool | None, until: int | None) -> dict[str, Any]:
         loop = self.config.loop
         differs = partial(difference, self.config)
         start = load_checkpoint(self.output, self.parameters, self.optimizer, self.fingerprint, differs)

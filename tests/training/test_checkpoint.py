@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,30 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(file, damage, tm
     assert load_checkpoint(tmp_path, parameters, optimizer, "own") == 1
     assert "checkpoint-00000002 is damaged" in caplog.text
     assert torch.equal(parameters["x"].detach(), small_state(1.0)[0]["x"].detach())
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    config = config_for("mntp", tmp_path, loop={"steps": 2})
+    with held_by_another_process(tmp_path / "out"), pytest.raises(ResumeError, match="out: another process trains"):
+        run_training(config)
+    assert run_training(config)["step"] == 2  # a lock ends with its process
+
+
+@contextmanager
+def held_by_another_process(folder):
+    folder.mkdir()
+    code = (
+        "import pathlib, sys, time; from flashvec.training.checkpoint import held\n"
+        "with held(pathlib.Path(sys.argv[1])): print(flush=True), time.sleep(300)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("change", [{"step": 1}, {"step": -2}, {"step": "two"}, {"step": None}, {"fingerprint": ...}])
