@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+logger = logging.getLogger("flashvec")
+
 
 def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module arguments` in so many processes that find each other, as torchrun would, and wait.
@@ -28,8 +30,14 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     try:
         torchrun(["--standalone", "--nproc-per-node", str(processes), "--module", module, *arguments])
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return max(1, failure.exitcode)  # a signal's number is negative
+        for failure in error.failures.values():
+            # A signal's number: it could say nothing itself, others only that it is gone. SIGTERM is the launcher's.
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                name = signal.Signals(-failure.exitcode).name
+                place = f"process {failure.local_rank + 1} of {processes}"
+                logger.warning("%s was ended by %s (is memory short?): the same command goes on", place, name)
+        _, first = error.get_first_failure()
+        return max(1, first.exitcode)
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error

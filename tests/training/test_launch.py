@@ -43,6 +43,14 @@ def test_processes_find_each_other_and_a_failure_is_told(status, tmp_path, monke
     assert [(tmp_path / name).read_text() for name in "01"] == ["5 1", "5 1"]
 
 
+def test_a_process_that_was_killed_is_named(tmp_path, caplog):
+    (tmp_path / "killed.py").write_text(
+        "import os, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), 9); time.sleep(300)"
+    )
+    assert launch(2, "killed", []) == 1
+    assert "process 2 of 2 was ended by SIGKILL" in caplog.text and "process 1" not in caplog.text
+
+
 def test_an_interrupt_stops_them_all(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path)], start_new_session=True)
     for _ in range(600):
