@@ -54,11 +54,26 @@ def read_tagged(
         sentences = (_of_trees(rows) for rows in _sentences(path, _read_node))
     else:
         read = _read_conllu(task, column) if is_conllu else _read_columns(task, column)
-        sentences = (TaggedSentence(*map(list, zip(*rows, strict=True))) for rows in _sentences(path, read))
+        sentences = (_of_words(words) for words in _sentences(path, read))
     found = list(islice(sentences, max_sentences))
     if not found:
         raise DataError(f"{path.name}: holds no sentence")
     return found
+
+
+class _Word(NamedTuple):
+    """A word, its tag and the place it was read from."""
+
+    where: str
+    word: str
+    tag: str
+    is_first: bool = False  # of a sentence, as it says itself
+
+
+def _of_words(words: list[_Word]) -> TaggedSentence:
+    if late := [word.where for word in words[1:] if word.is_first]:
+        raise DataError(f"{late[0]}: word 1 within a sentence; an empty line ends a sentence")
+    return TaggedSentence([word.word for word in words], [word.tag for word in words])
 
 
 NOTHING = ""  # read from a line that holds no word and ends nothing
@@ -98,8 +113,8 @@ def _conllu_fields(line: str, where: str) -> list[str] | None:
     return fields
 
 
-def _read_conllu(task: str, column: str | None) -> Callable[[str, str], tuple[str, str] | str]:
-    def read(line: str, where: str) -> tuple[str, str] | str:
+def _read_conllu(task: str, column: str | None) -> Callable[[str, str], _Word | str]:
+    def read(line: str, where: str) -> _Word | str:
         fields = _conllu_fields(line, where)
         if fields is None:
             return NOTHING
@@ -110,7 +125,7 @@ def _read_conllu(task: str, column: str | None) -> Callable[[str, str], tuple[st
             place = CONLLU_COLUMNS.index(name.lower())
         else:
             place = _place(name, len(fields), where, f"{', '.join(CONLLU_COLUMNS)} or ")
-        return _word_and_tag(fields[1], fields[place], task, where)
+        return _word(fields[1], fields[place], task, where)._replace(is_first=int(fields[0]) == 1)
 
     return read
 
@@ -145,10 +160,10 @@ def _of_trees(lines: list[_Line]) -> TaggedSentence:
     return TaggedSentence([line.node.word for line in lines], chunk_tags([line.node for line in lines]))
 
 
-def _read_columns(task: str, column: str | None) -> Callable[[str, str], tuple[str, str] | str]:
+def _read_columns(task: str, column: str | None) -> Callable[[str, str], _Word | str]:
     num_columns = 0
 
-    def read(line: str, where: str) -> tuple[str, str] | str:
+    def read(line: str, where: str) -> _Word | str:
         nonlocal num_columns
         if line.startswith("-DOCSTART-"):
             return NOTHING
@@ -162,7 +177,7 @@ def _read_columns(task: str, column: str | None) -> Callable[[str, str], tuple[s
             place = KNOWN_ORDERS.get(num_columns, {}).get(task, num_columns - 1)
         else:
             place = _place(column, num_columns, where)
-        return _word_and_tag(fields[0], fields[place], task, where)
+        return _word(fields[0], fields[place], task, where)
 
     return read
 
@@ -173,7 +188,7 @@ def _place(column: str, num_columns: int, where: str, names: str = "") -> int:
     return int(column) - 1
 
 
-def _word_and_tag(word: str, tag: str, task: str, where: str) -> tuple[str, str]:
+def _word(word: str, tag: str, task: str, where: str) -> _Word:
     word, tag = word.strip(), tag.strip()
     if not word or tag in ("", "_"):
         raise DataError(f"{where}: a {'word without its tag' if word else 'tag without its word'}")
@@ -181,4 +196,4 @@ def _word_and_tag(word: str, tag: str, task: str, where: str) -> tuple[str, str]
         raise DataError(
             f"{where}: the {task} tag {tag[:40]!r} is not O, B-kind or I-kind; do the tags stand elsewhere?"
         )
-    return word, tag
+    return _Word(where, word, tag)

@@ -84,6 +84,7 @@ def test_conllu_without_multiword_tokens_and_empty_nodes(tmp_path):
         ("a.conllu", CONLLU.replace("nsubj", "_"), {"task": "chunk"}, "line 3: no deprel; chunks are cut from trees"),
         ("a.conllu", CONLLU.replace("PRON", "_"), {"task": "chunk"}, "line 3: no upos"),
         ("a.conllu", CONLLU.replace("\n\n", "\n"), {"task": "chunk"}, "line 9: word 1 where 4 is next; an empty line"),
+        ("a.conllu", CONLLU.replace("\n\n", "\n"), {}, "line 9: word 1 within a sentence; an empty line ends a"),
     ],
     ids=str,
 )
