@@ -135,8 +135,10 @@ def train(
 
 
 def _check_schedule(config: TrainConfig, world: World) -> None:
-    """Say where the schedule's end and the run's have nothing to do with each other."""
+    """Say where the schedule's end and the run's have nothing to do with each other, or its evaluations with either."""
     optimizer, steps = config.optimizer, config.loop.steps
+    if world.is_first and config.loop.evaluate_every > steps:
+        logger.warning("loop.evaluate_every is %d of %d steps: sts is not looked at", config.loop.evaluate_every, steps)
     if world.is_first and optimizer.warmup_steps >= steps:
         logger.warning("optimizer.warmup_steps is %d of %d steps: the rate only rises", optimizer.warmup_steps, steps)
     if world.is_first and optimizer.schedule != "constant" and (optimizer.decay_steps or steps) < steps:

@@ -248,6 +248,17 @@ def test_schedules(schedule, want):
     assert learning_rate(longer, 6, 5) == pytest.approx(55 / 60)
 
 
+def test_what_a_run_never_comes_to_is_told(tmp_path, caplog):
+    (tmp_path / "dev.jsonl").write_text(
+        "".join(f'{{"query": "{x}", "positive": "b", "score": 0.{x}}}\n' for x in (1, 2))
+    )
+    late = {"warmup_steps": 2, "schedule": "linear"}
+    scored = {"sts": str(tmp_path / "dev.jsonl"), "loop": {"steps": 2, "evaluate_every": 3}}
+    run_training(config_for("mntp", tmp_path, optimizer=late, **scored))
+    assert "loop.evaluate_every is 3 of 2 steps: sts is not looked at" in caplog.text
+    assert "optimizer.warmup_steps is 2 of 2 steps: the rate only rises" in caplog.text
+
+
 def test_a_run_is_scored_under_the_instruction_that_it_trains_with(tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl", scored=True, negatives=0)
     renamed = pairs.read_text().replace("query", "sentence1").replace("positive", "sentence2")
