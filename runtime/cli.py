@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -196,8 +197,17 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _show(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
+    """A warning of this package is a note to whoever runs a command; others' are shown with the line they come from."""
+    if category.__module__.startswith("flashvec."):
+        stderr.print(f"note: {message}", highlight=False)
+    else:
+        stderr.print(warnings.formatwarning(message, category, *place[:2]), highlight=False, end="")
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr, never a traceback."""
+    warnings.showwarning = _show
     logging.basicConfig(format="note: %(message)s", level=logging.WARNING)
     for noisy in ("transformers", "huggingface_hub", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -50,7 +50,7 @@ def mine(
     if num_negatives < 1 or skip < 0:
         raise ValueError(f"num_negatives is {num_negatives} and skip {skip}; expected at least 1, and 0")
     if share is not None and not 0 < share <= 1:
-        raise ValueError(f"share is {share}, expected a number up to 1")
+        raise ValueError(f"share is {share}, expected a number above 0, up to 1")
     if margin is not None and not 0 <= margin < math.inf:
         raise ValueError(f"margin is {margin}, expected at least 0")
     if scored := [pair for pair in pairs if pair.score is not None]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,9 @@ from tiny_models import tiny_checkpoint
 
 import flashvec
 from flashvec import Encoder
+from flashvec.runtime import cli
 from flashvec.runtime.cli import app, main
+from flashvec.runtime.texts import TruncationWarning
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,17 @@ def test_version_and_help(run_here):
     for command in ("info", "convert", "verify"):
         done = run_here(command, "--help")
         assert done.returncode == 0 and "Example" in done.stdout
+
+
+def test_a_warning_of_this_package_is_a_note(run_here, monkeypatch):
+    def command():
+        warnings.simplefilter("always")
+        warnings.warn("2 of 3 texts [long] were cut", TruncationWarning, stacklevel=1)
+        warnings.warn("of another", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", command)
+    note, other, *_ = run_here().stderr.splitlines()
+    assert note == "note: 2 of 3 texts [long] were cut" and other.endswith("FutureWarning: of another")
 
 
 def test_info(folder, run_here):
