@@ -60,7 +60,8 @@ def topic_vectors(texts: Sequence[str]) -> np.ndarray:
     if not columns:
         return np.zeros((len(texts), 1), np.float32)
     entries = torch.from_numpy(np.stack([np.repeat(np.arange(len(texts)), sizes), np.frombuffer(columns, np.int64)]))
-    words_NW = torch.sparse_coo_tensor(entries, torch.tensor(weights), (len(texts), len(place)), check_invariants=False)
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # torch 2.11 warns where it is not said so
+        words_NW = torch.sparse_coo_tensor(entries, torch.tensor(weights), (len(texts), len(place)))
     with torch.random.fork_rng(devices=[]):  # it draws from torch's own generator
         torch.manual_seed(0)
         left, scale, _ = torch.svd_lowrank(words_NW.coalesce(), q=min(DIMENSIONS, *words_NW.shape))
