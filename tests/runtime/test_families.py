@@ -181,7 +181,15 @@ def test_every_family_is_compared():
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2}}, "RoPE's rope_theta is 1.0"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "a rule of its own for full_attention; llama"),
         (
-            {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": False}},
+            {
+                "model_type": "gemma3_text",
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 2,
+                    "original_max_position_embeddings": 64,
+                    "truncate": False,
+                },
+            },
             "RoPE's truncate is false",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
