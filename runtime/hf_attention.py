@@ -57,7 +57,7 @@ _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def register_with_transformers() -> None:
-    """Make `attn_implementation="flashvec"` known to transformers (5.3 or later); calling it again changes nothing.
+    """Make `attn_implementation="flashvec"` known to transformers (5.4 or later); calling it again changes nothing.
 
     Then `AutoModel.from_pretrained(..., attn_implementation="flashvec")`, `model.set_attn_implementation("flashvec")`
     and `SentenceTransformer(..., model_kwargs={"attn_implementation": "flashvec"})` run and train on it;
