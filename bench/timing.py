@@ -91,7 +91,7 @@ def device_name() -> str:
 def append_rows(rows: Sequence[dict[str, Any]]) -> Path:
     """Add rows, each with the machine's facts, to this device's results."""
     path = write_rows(rows, machine(), RESULTS)
-    print(f"{len(rows)} rows added to {path.relative_to(RESULTS.parents[1])}", file=sys.stderr)
+    print(f"{len(rows)} rows added to {path}", file=sys.stderr)
     return path
 
 
@@ -138,10 +138,14 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Short hash of the checkout, with + where it has uncommitted changes; outside one, a digest of the code."""
+    """Short hash of the checkout, with + where it has uncommitted changes; outside one, a digest of the code.
+
+    A checkout around an installed package, as of a project whose environment lies in its folder, is not the package's.
+    """
     here = Path(__file__).resolve().parent
     try:
         run = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        run("ls-files", "--error-unmatch", Path(__file__).name)
         dirty = any(not line.endswith(".jsonl") for line in run("status", "--porcelain", "-uno").splitlines())
         return run("rev-parse", "--short", "HEAD").strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,5 +1,6 @@
 import json
 import re
+import subprocess
 
 from flashvec.bench import timing
 
@@ -12,7 +13,7 @@ def test_variants_take_turns_in_an_order_that_rotates():
     assert all(len(times) == 3 and min(times) >= 0 for times in seconds.values())
 
 
-def test_rows_are_appended_with_the_machines_facts(tmp_path, monkeypatch):
+def test_rows_are_appended_with_the_machines_facts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "RESULTS", tmp_path / "bench" / "results")
     (tmp_path / "bench").mkdir()
     for value in (1, 2):
@@ -20,6 +21,7 @@ def test_rows_are_appended_with_the_machines_facts(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["value"] for row in rows] == [1, 2]
     assert {"cpu", "instructions", "cores", "threads", "torch", "commit", "date"} <= set(rows[0])
+    assert f"1 rows added to {path}" in capsys.readouterr().err
 
 
 def test_spread():
@@ -27,4 +29,15 @@ def test_spread():
 
 
 def test_this_machine_has_a_name():
-    assert timing.device_name() and re.fullmatch(r"[0-9a-f]{7,}\+?|unknown", timing.machine()["commit"])
+    assert timing.device_name() and re.fullmatch(r"[0-9a-f]{7,}\+?|code-[0-9a-f]{8}", timing.machine()["commit"])
+
+
+def test_another_projects_commit_is_not_taken_for_this_ones(tmp_path, monkeypatch):
+    for words in (["init"], ["commit", "--allow-empty", "--message", "theirs"]):
+        who = ["-c", "user.name=they", "-c", "user.email=they@example.org"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+    installed = tmp_path / ".venv" / "flashvec" / "bench" / "timing.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(timing, "__file__", str(installed))
+    assert re.fullmatch(r"code-[0-9a-f]{8}", timing.machine()["commit"])
