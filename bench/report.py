@@ -203,6 +203,8 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="of --rerun: file or folder of prose")
     parser.add_argument("--repetitions", type=int, default=3, help="of --rerun")
     options = parser.parse_args()
+    if not (ROOT / "README.md").is_file():  # an installed package has neither pages nor rows
+        sys.exit(f"report: {ROOT} holds no README.md: run it in a checkout of the repository, whose pages these are")
     if options.rerun:
         if not options.model:
             parser.error("--rerun needs --model: the folder that `flashvec convert` wrote")

@@ -188,6 +188,14 @@ def test_starting_is_shown_quickest_first():
     assert fullest_run([*rows, alone]) == rows
 
 
+@pytest.mark.parametrize("words", [[], ["--check"], ["--rerun", "--model", "m"]])
+def test_an_installed_package_has_no_pages(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", *words])
+    with pytest.raises(SystemExit, match=r"holds no README\.md: run it in a checkout"):
+        report.main()
+
+
 def test_an_unmarked_readme_stays_as_it_is():
     assert report.render("# Title\n\n| a | b |\n") == "# Title\n\n| a | b |\n"
 
