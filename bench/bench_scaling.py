@@ -133,9 +133,9 @@ def main() -> None:
     options = parser.parse_args()
     try:
         encoder = Encoder.load(options.model, dtype=options.dtype)
-    except ValueError as error:  # the model's files, or the dtype: says what and where
+        texts = Texts.for_encoder(options.texts, encoder)
+    except (ValueError, OSError) as error:  # the model's files, the dtype, the texts: says what and where
         sys.exit(f"bench_scaling: {error}")
-    texts = Texts.for_encoder(options.texts, encoder)
     found = points(encoder, Path(options.model).name, texts, options.shapes, options.repetitions)
     rows = measure(found, options.repetitions)
     for row in rows:

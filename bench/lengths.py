@@ -14,10 +14,15 @@ PROFILES = {  # mean tokens of a text: what it stands for
     "long tail": 0,
 }
 LONGEST_TEXT = 8000  # tokens, of a long tail
+LEAST_WORDS = 1000  # of prose; of fewer, most texts of a page would be mostly the same
 
 
 class Texts:
-    """Texts of a wanted length, never the same twice, cut from running prose at word boundaries."""
+    """Texts of a wanted length, new ones at every draw, cut from running prose at word boundaries.
+
+    Raises:
+        ValueError: too little prose.
+    """
 
     def __init__(self, path: Path | None, tokens_per_word: float) -> None:
         if path is None:
@@ -25,10 +30,12 @@ class Texts:
 
             prose = "\n\n".join(topics.values())
         else:
-            files = sorted(path.glob("*")) if path.is_dir() else [path]
+            files = sorted(file for file in path.glob("*") if file.is_file()) if path.is_dir() else [path]
             prose = "\n\n".join(f.read_text(encoding="utf-8", errors="replace") for f in files)
         prose = re.sub(r"<[^>\n]*>", " ", prose)
         self.words = prose.split()
+        if len(self.words) < LEAST_WORDS:
+            raise ValueError(f"{path} holds {len(self.words)} words: texts are cut from {LEAST_WORDS:,} or more")
         self.tokens_per_word = tokens_per_word
 
     @classmethod

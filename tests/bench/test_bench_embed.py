@@ -15,7 +15,7 @@ from tiny_models import TEXTS, tiny_checkpoint
 from flashvec.bench import bench_embed, bench_fidelity, ceiling, embed_tables, measure_row_counts, peers, report, timing
 from flashvec.bench.bench_embed import bench_profile
 from flashvec.bench.ceiling import Ceiling
-from flashvec.bench.lengths import PROFILES, Texts
+from flashvec.bench.lengths import LEAST_WORDS, PROFILES, Texts
 from flashvec.bench.own_process import ProcessEndedError
 from flashvec.bench.peers import HuggingFace, SentenceTransformers
 from flashvec.bench.rows import NOT_INSTALLED
@@ -43,6 +43,18 @@ def test_texts_are_new_each_time_and_of_the_wanted_length():
         assert sum(words) >= 4000
         if mean:
             assert 0.7 * mean < np.mean(words) < 1.4 * mean
+
+
+def test_texts_need_some_prose(folder, tmp_path, monkeypatch):
+    file = tmp_path / "prose" / "a.txt"
+    (file.parent / "a folder").mkdir(parents=True)
+    for words in (0, LEAST_WORDS - 1):
+        file.write_text("word " * words)
+        monkeypatch.setattr("sys.argv", ["x", "--model", str(folder), "--texts", str(file), "--dry"])
+        with pytest.raises(SystemExit, match=rf"a\.txt holds {words} words: texts are cut from 1,000 or more"):
+            bench_embed.main()
+    file.write_text("word " * LEAST_WORDS)
+    assert len(Texts(file.parent, 1.0).words) == LEAST_WORDS
 
 
 def test_peers_give_the_same_vectors(folder):

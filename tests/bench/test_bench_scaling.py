@@ -57,6 +57,16 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
         bench_scaling.main()
 
 
+@pytest.mark.parametrize(("prose", "said"), [("a few words", "holds 3 words"), (None, "No such file")])
+def test_texts_that_are_too_short_or_not_there_are_one_line(prose, said, small, tmp_path, monkeypatch):
+    file = tmp_path / "prose.txt"
+    if prose is not None:
+        file.write_text(prose)
+    monkeypatch.setattr("sys.argv", ["x", "--model", str(small), "--texts", str(file)])
+    with pytest.raises(SystemExit, match=rf"bench_scaling: .*{said}"):
+        bench_scaling.main()
+
+
 def test_the_plot_is_of_one_run_and_one_model():
     machine = {"cpu": "c", "instructions": "i", "cores": 2, "threads": 2, "torch": "t", "dtype": "d", "date": "1"}
     sweeps = [("length", "m", 1), ("length", "m", 2), ("model", "m", 100), ("model", "larger", 300)]
