@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashvec.bench.timing import append_rows, interleave, spread
+from flashvec.bench.timing import append_rows, at_least_one, interleave, spread
 from flashvec.kernels import attention as attention_module
 from flashvec.kernels.rms_norm import rms_norm, rms_norm_reference
 from flashvec.kernels.rope import rope, rope_reference
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or GGUF file")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the model would run in here")
-    parser.add_argument("--repetitions", type=int, default=21)
+    parser.add_argument("--repetitions", type=at_least_one, default=21)
     parser.add_argument(
         "--one-thread", action="store_true", help="CPU time of one thread: for a machine others use too"
     )

@@ -230,6 +230,9 @@ def main() -> None:
     parser.add_argument("--stand-in", action="store_true")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    for name in ("rows", "max_length", "repetitions"):
+        if (number := getattr(options, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {number}, expected at least 1")
     if options.memory_of and options.model:
         found = measure_model_memory(
             options.model, options.texts, options.memory_of, options.max_length, options.layers
@@ -239,11 +242,15 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps(measure_memory(options.memory_of)))
         return
+    if not options.model and not options.stand_in:
+        parser.error("give --model and --texts, or --stand-in")
     rows = measure_stand_in() if options.stand_in else []
     if options.model:
         if options.texts is None:
             parser.error("--model needs --texts, a folder of text files")
         texts = paragraphs(options.texts, options.rows)
+        if not texts:
+            parser.error(f"--texts {options.texts}: no folder of *.txt with lines of {MIN_CHARS} characters")
         rows += measure_overhead(options.model, texts, options.max_length, options.repetitions, options.layers)
         same = ["--model", options.model, "--texts", str(options.texts), "--max-length", str(options.max_length)]
         same += ["--layers", str(options.layers)] if options.layers else []

@@ -31,7 +31,7 @@ from flashvec.bench.lengths import PROFILES, Texts
 from flashvec.bench.own_process import LONGEST_CALL_S, MEMORY_GIB, OwnProcess, ProcessEndedError
 from flashvec.bench.peers import is_installed
 from flashvec.bench.rows import NOT_INSTALLED
-from flashvec.bench.timing import append_rows, interleave, run_name, spread
+from flashvec.bench.timing import append_rows, at_least_one, interleave, run_name, spread
 from flashvec.bench.variants import OURS, Subject
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime.encoder import Encoder
@@ -171,8 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or GGUF file")
     parser.add_argument("--texts", type=Path, help="file or folder of prose; default: the documentation Python carries")
-    parser.add_argument("--profiles", nargs="*", choices=PROFILES, default=list(PROFILES))
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(PROFILES))
+    parser.add_argument("--repetitions", type=at_least_one, default=5)
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -188,12 +188,13 @@ def main() -> None:
         "--memory", type=float, default=MEMORY_GIB, metavar="GIB", help="that each program may take; default a third"
     )
     parser.add_argument("--only", default="", help="peers whose names this regular expression finds")
-    parser.add_argument("--workers", type=int, nargs="*", default=[1], help="packs at the same time")
-    parser.add_argument("--threads", type=int, help="torch threads; default all cores")
+    parser.add_argument("--workers", type=at_least_one, nargs="+", default=[1], help="packs at the same time")
+    parser.add_argument("--threads", type=at_least_one, help="torch threads; default all cores")
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     options = parser.parse_args()
-    if options.repetitions < 1:
-        parser.error(f"--repetitions is {options.repetitions}, expected at least 1")
+    for name, value in (("--longest-call", options.longest_call), ("--memory", options.memory)):
+        if not value > 0:
+            parser.error(f"{name} is {value:g}, expected more than 0")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.quick:

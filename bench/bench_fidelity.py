@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="model folder or GGUF file")
     parser.add_argument("--texts", type=Path, help="one text a line; default: the documentation Python carries")
     parser.add_argument("--limit", type=int, default=192)
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
     texts = read_texts(options.texts, options.limit)
     rows = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flashvec.bench.timing import append_rows, run_name
+from flashvec.bench.timing import append_rows, at_least_one, run_name
 
 
 def load_once(model: Path, dtype: str, adapters: tuple[Path, ...]) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--gguf", type=Path, help="a GGUF file, too")
     parser.add_argument("--adapter", type=Path, help="an adapter to be merged into --model, too")
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repetitions", type=at_least_one, default=3)
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     options = parser.parse_args()
     formats: dict[str, tuple[Path, tuple[Path, ...]]] = {"safetensors": (options.model, ())}

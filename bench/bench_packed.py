@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from flashvec.bench.lengths import Texts
-from flashvec.bench.timing import append_rows, interleave, run_name, spread
+from flashvec.bench.timing import append_rows, at_least_one, interleave, run_name, spread
 from flashvec.kernels.linear import can_pack, unpacked
 from flashvec.runtime.decoder import PRODUCTS, Decoder, Layer, packed
 from flashvec.runtime.encoder import Encoder
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or GGUF file")
     parser.add_argument("--dtype", help="default: the model's on this machine")
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--repetitions", type=at_least_one, default=9)
     parser.add_argument("--keep", action="store_true", help="append the rows to bench/results")
     options = parser.parse_args()
     try:

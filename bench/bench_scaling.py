@@ -20,7 +20,7 @@ import torch
 
 from flashvec.bench.gpu_models import CONFIGS, random_model
 from flashvec.bench.lengths import Texts
-from flashvec.bench.timing import append_rows, interleave, run_name, spread
+from flashvec.bench.timing import append_rows, at_least_one, interleave, run_name, spread
 from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.texts import TruncationWarning
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="file or folder of prose; default: the documentation Python carries")
     parser.add_argument("--dtype", help="default: the model's on this machine")
     parser.add_argument("--shapes", nargs="*", choices=CONFIGS, default=list(SHAPES), help="default: %(default)s")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=at_least_one, default=3)
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     options = parser.parse_args()
     try:

@@ -19,7 +19,7 @@ from flashvec.bench.lengths import Texts
 from flashvec.bench.own_process import ProcessEndedError
 from flashvec.bench.peers import is_installed
 from flashvec.bench.rows import NOT_INSTALLED
-from flashvec.bench.timing import append_rows, run_name
+from flashvec.bench.timing import append_rows, at_least_one, run_name
 from flashvec.bench.variants import OURS, Subject
 
 PASSAGE_TOKENS = 3000
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="model folder or GGUF file")
     parser.add_argument("--gguf", type=Path, help="the same model's GGUF file, for llama.cpp")
     parser.add_argument("--dtype", default="float32", help="default %(default)s")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=at_least_one, default=3)
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     options = parser.parse_args()
     try:

@@ -34,7 +34,7 @@ import transformers
 from flashvec.bench.embed_worker import forget_peak, peak_mib
 from flashvec.bench.gpu_train import ALPHA, RANK, TEMPERATURE, Peft
 from flashvec.bench.lengths import PROFILES, Texts
-from flashvec.bench.timing import append_rows, interleave, spread
+from flashvec.bench.timing import append_rows, at_least_one, interleave, spread
 from flashvec.kernels.info_nce import info_nce
 from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.heap import return_freed_memory
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("demo-cache/smollm2-135m"))
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=["sentences"])
     parser.add_argument("--dtype", choices=sorted(SAME_LOSS), default="float32")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=at_least_one, default=3)
     parser.add_argument("--keep", action="store_true", help="append the rows to bench/results")
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():  # all sides read it, transformers too

@@ -18,7 +18,7 @@ from flashvec.bench.embed_tables import embed_memory_table, embed_table, newest_
 from flashvec.bench.gpu_tables import gpu_attention_table, gpu_embed_table
 from flashvec.bench.rerun import rerun
 from flashvec.bench.rows import WHITENED, Row, comparable, fullest_run, read_rows, where
-from flashvec.bench.timing import RESULTS
+from flashvec.bench.timing import RESULTS, at_least_one
 
 ROOT = RESULTS.parents[1]
 MARKED = re.compile(r"(<!-- rows: ([a-z ]+) -->\n).*?(<!-- end -->)", re.S)
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--model", help="of --rerun: model folder or GGUF file")
     parser.add_argument("--gguf", type=Path, help="of --rerun: the same model's GGUF file, for llama.cpp")
     parser.add_argument("--texts", type=Path, help="of --rerun: file or folder of prose")
-    parser.add_argument("--repetitions", type=int, default=3, help="of --rerun")
+    parser.add_argument("--repetitions", type=at_least_one, default=3, help="of --rerun")
     options = parser.parse_args()
     if not (ROOT / "README.md").is_file():  # an installed package has neither pages nor rows
         sys.exit(f"report: {ROOT} holds no README.md: run it in a checkout of the repository, whose pages these are")

@@ -4,6 +4,7 @@ These machines are noisy, so a number means something only beside another from t
 each variant once, in an order that rotates. Work on a GPU is timed by `bench/device_time.py`, in the same turns.
 """
 
+import argparse
 import datetime
 import hashlib
 import importlib.metadata
@@ -60,6 +61,13 @@ def _seconds(run: Callable[[int], Any], clock: Callable[[], float], repetition: 
 def spread(values: Sequence[float]) -> str:
     """Half the distance from minimum to maximum, as a share of the median."""
     return f"±{(max(values) - min(values)) / 2 / median(values):.0%}"
+
+
+def at_least_one(text: str) -> int:
+    """The `type` of an argument that counts something."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few, expected at least 1")
+    return number
 
 
 def machine() -> dict[str, Any]:

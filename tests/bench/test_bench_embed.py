@@ -12,7 +12,20 @@ import pytest
 import torch
 from tiny_models import TEXTS, tiny_checkpoint
 
-from flashvec.bench import bench_embed, bench_fidelity, ceiling, embed_tables, measure_row_counts, peers, report, timing
+from flashvec.bench import (
+    bench_corpus,
+    bench_embed,
+    bench_fidelity,
+    bench_load,
+    bench_scaling,
+    bench_start,
+    ceiling,
+    embed_tables,
+    measure_row_counts,
+    peers,
+    report,
+    timing,
+)
 from flashvec.bench.bench_embed import bench_profile
 from flashvec.bench.ceiling import Ceiling
 from flashvec.bench.lengths import LEAST_WORDS, PROFILES, Texts
@@ -300,8 +313,33 @@ def test_peers_are_chosen_by_name(folder, monkeypatch):
         bench_embed.main()
 
 
-def test_no_repetitions_are_no_benchmark(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_embed", "--model", "nowhere", "--repetitions", "0"])
+@pytest.mark.parametrize(
+    ("bench", "words", "said"),
+    [
+        (bench_embed, "--repetitions 0", "--repetitions: 0 is too few, expected at least 1"),
+        (bench_embed, "--threads -1", "--threads: -1 is too few"),
+        (bench_embed, "--workers 1 0", "--workers: 0 is too few"),
+        (bench_embed, "--workers", "--workers: expected at least one"),
+        (bench_embed, "--profiles", "--profiles: expected at least one"),
+        (bench_embed, "--longest-call 0", "--longest-call is 0, expected more than 0"),
+        (bench_embed, "--memory -1", "--memory is -1, expected more than 0"),
+        (bench_corpus, "--repetitions 0", "--repetitions is 0, expected at least 1"),
+        (bench_corpus, "--texts nowhere", "--texts nowhere: no folder of *.txt with lines of 200 characters"),
+        (bench_load, "--repetitions 0", "--repetitions: 0 is too few"),
+        (bench_load, "--dtypes", "--dtypes: expected at least one"),
+        (bench_scaling, "--repetitions 0", "--repetitions: 0 is too few"),
+        (bench_start, "--repetitions 0", "--repetitions: 0 is too few"),
+    ],
+)
+def test_nothing_to_do_is_no_benchmark(bench, words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--model", "nowhere", *words.split()])
     with pytest.raises(SystemExit):
-        bench_embed.main()
-    assert "--repetitions is 0, expected at least 1" in capsys.readouterr().err
+        bench.main()
+    assert said in capsys.readouterr().err
+
+
+def test_a_corpus_benchmark_of_nothing_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_corpus"])
+    with pytest.raises(SystemExit):
+        bench_corpus.main()
+    assert "give --model and --texts, or --stand-in" in capsys.readouterr().err
