@@ -34,12 +34,17 @@ class HuggingFace:
         max_length: tokens of a text, the rest is cut; so of every class here.
         by_length: batches of texts of about the same length and at most `BUDGET` padded tokens; otherwise of 32 texts
             in the order they come.
+
+    Raises:
+        ValueError: a model whose vectors are not the means of its texts' tokens alone.
     """
 
     def __init__(self, model: str, dtype: torch.dtype, max_length: int, *, by_length: bool = True) -> None:
         self.by_length = by_length
         checkpoint = open_checkpoint(resolve(model), Overrides(max_length=max_length))
-        self.spec = checkpoint.spec
+        self.spec = spec = checkpoint.spec
+        if spec.pooling != ("mean",) or spec.dense or spec.template or spec.text_suffix or spec.default_prompt_name:
+            raise ValueError("it takes means of texts alone, the model has another pooling, a prompt or a dense layer")
         self.tokenizer = checkpoint.tokenizer
         self.module = hugging_face_model(checkpoint, resolve(model), dtype)
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_models import TEXTS, tiny_checkpoint
 
 from flashvec.bench import bench_start, embed_worker, own_process, peers, peers_llama_cpp, peers_llm2vec
 from flashvec.bench.own_process import ProcessEndedError
+from flashvec.bench.peers import HuggingFace
 from flashvec.bench.rows import NOT_INSTALLED
 from flashvec.bench.variants import OURS, Subject
 from flashvec.runtime.checkpoint.export import convert
@@ -180,6 +182,24 @@ def test_sorted_batches_hold_no_more_than_others_get(folder, monkeypatch):
     found = peer.embed(texts)
     assert max(sizes[1:]) <= 64 and len(sizes) > 2
     np.testing.assert_allclose(found, Encoder.load(folder, dtype="float32").embed(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pooling": ("last",)},
+        {"pooling": ("mean", "max")},
+        {"prompts": {"query": "Query: "}, "default_prompt_name": "query"},
+        {"layout": "llm2vec", "span": "template", "template": "Text: {text}"},
+    ],
+)
+def test_a_model_of_other_means_is_told_apart_from_a_wrong_one(change, tmp_path):
+    tiny_checkpoint(tmp_path / "tiny", "llama")
+    encoder = Encoder.load(tmp_path / "tiny", dtype="float32")
+    encoder.spec = replace(encoder.spec, **change)
+    encoder.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="the model has another pooling, a prompt or a dense layer"):
+        HuggingFace(str(tmp_path / "saved"), torch.float32, 512)
 
 
 def test_which_peers_a_model_has(folder, tmp_path):
