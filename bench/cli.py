@@ -32,6 +32,8 @@ def bench(
 
     if lengths not in PROFILES:
         raise ValueError(f"--lengths is {lengths!r}; known are {', '.join(PROFILES)}")
+    if as_json and not profile:
+        raise ValueError("--json goes with --profile: rates are printed as they come")
     if not profile:
         for _ in run(Subject(model), texts, [lengths], repetitions, has_peers=peers):
             pass

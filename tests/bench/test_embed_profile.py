@@ -44,3 +44,5 @@ def test_command(folder, monkeypatch):
     assert done.exit_code == 0 and "matrix products" in done.output and "tokens/s" in done.output, done.output
     with pytest.raises(ValueError, match="--lengths is 'novels'; known are queries"):
         CliRunner().invoke(app, ["bench", str(folder), "--lengths", "novels"], catch_exceptions=False)
+    with pytest.raises(ValueError, match="--json goes with --profile"):
+        CliRunner().invoke(app, ["bench", str(folder), "--json"], catch_exceptions=False)
