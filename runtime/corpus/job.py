@@ -33,6 +33,7 @@ from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.shard import LOCKS, ShardInUse, TooManyErrors, open_lock, too_many
 from flashvec.runtime.corpus.sources import Source, find_sources
 from flashvec.runtime.corpus.storage import Storage, is_uri
+from flashvec.runtime.texts import check_truth, check_whole
 
 MAX_ERRORS = 1000  # rows
 CALIBRATION_TEXTS = 1024
@@ -118,11 +119,19 @@ def embed_corpus(
         Sums over all shards.
 
     Raises:
-        ValueError: inputs, settings or folder; nothing was written then.
+        TypeError, ValueError: an argument, the inputs or the folder; nothing was written then.
         PlanError: the folder holds another job; names what differs.
         WorkerError: what stopped the job; finished shards are kept.
     """
-    settings = settings or JobSettings()
+    settings = JobSettings() if settings is None else settings
+    if not isinstance(settings, JobSettings):
+        raise TypeError(f"settings is {type(settings).__name__}: give JobSettings(...)")
+    if isinstance(devices, str) or not devices:  # without a worker nothing would ever be done
+        raise ValueError(f"devices is {devices!r}; give a list of one for each worker, as ['cpu']")
+    for name, value in (("unique_ids", unique_ids), ("mixed_machines", mixed_machines), ("plan_only", plan_only)):
+        check_truth(name, value)
+    if max_errors is not None:
+        check_whole("max_errors", max_errors)
     if max_errors is not None and max_errors < 0:
         raise ValueError(f"max_errors is {max_errors}; expected at least 0, or None for any number")
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)

@@ -63,6 +63,9 @@ class JobSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        for name, known in (("normalize", (True, False, None)), ("dedupe", (True, False))):
+            if not any(getattr(self, name) is value for value in known):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}")
         if self.chunks == "rows" and self.long != "chunk":
             raise ValueError("chunks='rows' needs long='chunk': without it there are no chunks")
         if self.instruction is not None and self.prompt_name is not None:

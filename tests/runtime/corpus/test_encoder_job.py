@@ -222,6 +222,24 @@ def test_a_job_goes_on_in_the_dtype_that_it_was_planned_in(texts_file, model, tm
     assert found.exit_code == 0 and json.loads(found.stdout)[0]["id"] == "r0"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "kind", "said"),
+    [
+        ({"devices": ()}, ValueError, r"devices is \(\); give a list of one for each worker"),
+        ({"devices": "cpu"}, ValueError, "devices is 'cpu'; give a list"),
+        ({"settings": {"max_length": 8}}, TypeError, "settings is dict: give JobSettings"),
+        ({"plan_only": "no"}, TypeError, "plan_only is 'no'; expected True or False"),
+        ({"mixed_machines": "no"}, TypeError, "mixed_machines is 'no'"),
+        ({"unique_ids": 1}, TypeError, "unique_ids is 1"),
+        ({"max_errors": "3"}, TypeError, "max_errors is '3'; expected a whole number"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_work(wrong, kind, said, texts_file, model, tmp_path):
+    with pytest.raises(kind, match=said):
+        embed_corpus(texts_file, tmp_path / "out", model=model, **wrong)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_device_in_load_and_workers_without_ray_are_refused(texts_file, model, tmp_path):
     with pytest.raises(ValueError, match="load holds a device: name it in devices"):
         embed_corpus(texts_file, tmp_path / "out", model=model, load={"device": "cpu"})

@@ -10,6 +10,8 @@ from flashvec.runtime.corpus.settings import JobSettings, settings_from_dict
         ({"format": "lance"}, "format"),
         ({"shard_size": 0}, "shard_size is 0"),
         ({"dims": True}, "dims is True"),
+        ({"normalize": "no"}, "normalize is 'no'"),
+        ({"dedupe": 0}, "dedupe is 0"),
         ({"instruction": "a", "prompt_name": "b"}, "not both"),
         ({"chunks": "rows"}, "needs long='chunk'"),
         ({"text_template": "no column"}, "names no column"),
