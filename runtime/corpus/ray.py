@@ -88,7 +88,7 @@ class RayFleet:
         try:
             import ray
         except ImportError:
-            raise ValueError("engine 'ray' needs Ray: pip install flashvec[ray]") from None
+            raise ValueError("engine 'ray' needs Ray: pip install 'flashvec[ray]'") from None
         self.ray, self.load, self.address, self.num_workers, self.make = ray, load, address, num_workers, make
         self.notes: list[str] = []
         self.actors: list[Any] = []
