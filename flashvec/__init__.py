@@ -26,3 +26,8 @@ def __getattr__(name: str) -> Any:
 
         return JobSettings
     raise AttributeError(f"module 'flashvec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is imported when it is asked for is there for completion, too."""
+    return sorted({*globals(), *__all__})

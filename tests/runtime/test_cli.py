@@ -1,5 +1,6 @@
 """The command line as a person meets it."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -54,6 +55,10 @@ def test_every_command_has_an_example():
 
 def test_version_and_help(run_here):
     assert run("--version").stdout.strip() == f"flashvec {flashvec.__version__}"
+    listed = subprocess.run(
+        [sys.executable, "-c", "import flashvec; print(dir(flashvec))"], capture_output=True, text=True
+    )
+    assert {"Encoder", "JobSettings", "embed_corpus", "__file__"} <= set(ast.literal_eval(listed.stdout))
     for command in ("info", "convert", "verify"):
         done = run_here(command, "--help")
         assert done.returncode == 0 and "Example" in done.stdout
