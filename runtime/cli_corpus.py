@@ -274,7 +274,7 @@ def whiten(
 
     Example: `flashvec whiten data/*.jsonl --model ./my-model --out ./my-model-for-data`
     """
-    from flashvec.runtime.checkpoint.open import parts_of, resolve
+    from flashvec.runtime.checkpoint.open import made_of, resolve
     from flashvec.runtime.checkpoint.placing import target_folder
     from flashvec.runtime.corpus.job import draft_plan
     from flashvec.runtime.corpus.reporter import counted
@@ -286,8 +286,8 @@ def whiten(
     def say(note: str) -> None:
         stderr.print(f"note: {note}", highlight=False)
 
-    base, chain = parts_of(resolve(model))
-    target_folder(out, overwrite, [base, *chain, *map(resolve, adapter or ())])  # before the work, not after it
+    own = made_of(resolve(model)) + [resolve(name) for name in adapter or ()]
+    target_folder(out, overwrite, own)  # before the work, not after it
     columns = () if text_column is None else (text_column,)
     template = None if text_template is None else text_template.replace("\\n", "\n")
     settings = JobSettings(text_columns=columns, text_template=template, shard_size=RUN_OF_SAMPLE)

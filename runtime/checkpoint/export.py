@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from flashvec.runtime.checkpoint.hf_config import hf_config
-from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, open_checkpoint, parts_of, resolve
+from flashvec.runtime.checkpoint.open import Checkpoint, Overrides, made_of, open_checkpoint, resolve
 from flashvec.runtime.checkpoint.placing import target_folder, write_among_others, write_whole
 from flashvec.runtime.checkpoint.safetensors_files import write_tensors
 from flashvec.runtime.checkpoint.saved import SPEC_FILE, dense_folder
@@ -89,8 +89,7 @@ def convert(
     """
     stored = None if dtype is None else choose_dtype(dtype)
     path = resolve(model, revision, local_files_only)
-    base, chain = parts_of(path, local_files_only)
-    own = [base, *chain, *(resolve(str(name), None, local_files_only) for name in adapters)]
+    own = made_of(path, local_files_only) + [resolve(str(name), None, local_files_only) for name in adapters]
     target = target_folder(folder, overwrite, own)
     checkpoint = open_checkpoint(path, overrides or Overrides(), tuple(map(str, adapters)), local_files_only)
     spec, notices = checkpoint.spec, list(checkpoint.notices)

@@ -96,6 +96,23 @@ def parts_of(path: Path, local_files_only: bool = False) -> tuple[Path, list[Pat
     return adapter_chain(path, local_files_only)
 
 
+def made_of(path: Path, local_files_only: bool = False) -> list[Path]:
+    """Every folder and file that a model's weights are read from, those that its adapters name among them.
+
+    Raises:
+        CheckpointError: as `adapter_chain`.
+    """
+    from flashvec.runtime.checkpoint.chain import adapter_chain
+    from flashvec.runtime.checkpoint.saved import SPEC_FILE
+    from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, transformer_folder
+
+    base, chain = parts_of(path, local_files_only)
+    if not (base / MODULES_FILE).is_file() or (base / SPEC_FILE).is_file():
+        return [base, *chain]
+    below, adapters = adapter_chain(transformer_folder(base), local_files_only)  # of an adapter that the library saved
+    return [base, below, *adapters]
+
+
 def open_checkpoint(
     path: Path, overrides: Overrides, adapters: tuple[str, ...] = (), local_files_only: bool = False
 ) -> Checkpoint:

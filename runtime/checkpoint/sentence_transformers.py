@@ -132,6 +132,15 @@ def open_sentence_transformers(folder: Path, overrides: Overrides, local_files_o
     return Checkpoint(spec, source, Tokenizer.from_folder(tokenizer_folder), heads)
 
 
+def transformer_folder(folder: Path) -> Path:
+    """Where the decoder lies, or an adapter in its place.
+
+    Raises:
+        CheckpointError: as `open_sentence_transformers`.
+    """
+    return _read_modules(folder).transformer
+
+
 def read_dense_weights(folder: Path, head: DenseSpec) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias [out] of a Dense folder, copied."""
     source = SafetensorsSource(folder)

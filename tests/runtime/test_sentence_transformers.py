@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tiny_models import TEXTS, tiny_checkpoint
 
 from flashvec import Encoder
+from flashvec.runtime.checkpoint.export import convert
 from flashvec.runtime.checkpoint.sentence_transformers import OLD_POOLING_KEYS, POOLING
 from flashvec.runtime.checkpoint.source import CheckpointError
 
@@ -203,6 +204,10 @@ def test_adapter_saved_by_the_library(tmp_path):
     ours, theirs = Encoder.load(tmp_path / "adapted", dtype="float32"), model.encode(list(TEXTS))
     found = np.abs(ours.embed(list(TEXTS)) - theirs).max() / np.abs(theirs).max()
     assert note("layout", "adapter saved by sentence-transformers", "sentence-transformers", found) < TOLERANCE
+    before = sorted((tmp_path / "model").rglob("*"))
+    with pytest.raises(ValueError, match="model: is the model's own folder; write to another"):
+        convert(tmp_path / "adapted", tmp_path / "model", overwrite=True)  # the base, which the adapter names
+    assert sorted((tmp_path / "model").rglob("*")) == before
 
 
 def test_attention_override_and_direction_from_the_loader(plain):
