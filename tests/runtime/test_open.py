@@ -10,6 +10,7 @@ from tiny_models import tiny_adapter, tiny_checkpoint, tiny_model
 from flashvec import Encoder
 from flashvec.runtime.checkpoint.chain import adapter_chain, model_name
 from flashvec.runtime.checkpoint.gguf_encoder import open_gguf
+from flashvec.runtime.checkpoint.json_files import MAX_BYTES
 from flashvec.runtime.checkpoint.open import Overrides, open_checkpoint, resolve
 from flashvec.runtime.checkpoint.source import CheckpointError
 
@@ -192,6 +193,6 @@ def test_damaged_json_names_its_file(name, content, model):
 
 def test_a_huge_file_is_no_configuration(model):
     with (model / "config.json").open("r+b") as file:
-        file.truncate(20 * 2**20)
-    with pytest.raises(CheckpointError, match=r"config\.json: 20,971,520 bytes, more than a configuration can have"):
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(CheckpointError, match=r"config\.json: 16,777,217 bytes, more than a configuration can have"):
         open_checkpoint(model, Overrides())

@@ -223,7 +223,7 @@ def test_planned_here_and_run_elsewhere(texts_file, tmp_path):
     [
         ({"engine": "spark"}, "engine is 'spark', known are local and ray"),
         ({"address": "somewhere"}, "address is for engine='ray'"),
-        ({"engine": "ray"}, r"pip install flashvec\[ray\]"),
+        ({"engine": "ray"}, r"pip install 'flashvec\[ray\]'"),
     ],
 )
 def test_engines(texts_file, tmp_path, monkeypatch, values, named):
