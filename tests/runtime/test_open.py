@@ -191,6 +191,16 @@ def test_damaged_json_names_its_file(name, content, model):
         open_checkpoint(model, Overrides())
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_configurations_in_every_encoding_of_json(model, encoding):
+    """Editors leave marks of their encoding at a file's start."""
+    for name in ("config.json", "tokenizer_config.json"):
+        path = model / name
+        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+        path.write_text(text, encoding=encoding)
+    open_checkpoint(model, Overrides()).source.close()
+
+
 def test_a_huge_file_is_no_configuration(model):
     with (model / "config.json").open("r+b") as file:
         file.truncate(MAX_BYTES + 1)
