@@ -7,7 +7,9 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from stand_in import embed_with_stand_in, tree
 
 from flashvec.runtime.corpus.local import WorkerError
 
+NOBODY = 65534
 PROGRAM = str(Path(stand_in_job.__file__).resolve())
 
 
@@ -67,11 +70,28 @@ def test_a_full_disk(texts_file, tmp_path):
     assert embed_with_stand_in(texts_file, tmp_path / "out", shard_size=100).rows == 300
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@contextmanager
+def without_privileges():
+    """Root may write anywhere: within it, it is nobody."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
 def test_a_read_only_folder(texts_file, tmp_path):
-    (tmp_path / "out").mkdir(mode=0o500)
-    with pytest.raises(PermissionError):
-        embed_with_stand_in(texts_file, tmp_path / "out")
+    embed_with_stand_in(texts_file, tmp_path / "before")  # imports all that is needed, from where nobody may read
+    with tempfile.TemporaryDirectory() as place:  # not below root's own folders
+        os.chmod(place, 0o755)
+        inputs, out = Path(place, "in.txt"), Path(place, "out")
+        inputs.write_text("a\n")
+        out.mkdir(mode=0o555)
+        with without_privileges(), pytest.raises(PermissionError, match=f"{out}"):
+            embed_with_stand_in(inputs, out)
+        assert not list(out.iterdir())
 
 
 def test_an_input_that_vanishes_midway(texts_file, tmp_path):
