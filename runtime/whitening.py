@@ -37,8 +37,13 @@ def check_power(power: float) -> None:
 
 
 def check_finite(vectors_ND: np.ndarray, what: str) -> None:
-    """Raises:
-    ValueError: vectors that are not finite, which would be fitted to in place of what the others have in common.
+    """Before anything is fitted to vectors: one that is not finite would take the place of all others.
+
+    Args:
+        what: is fitted, for the message.
+
+    Raises:
+        ValueError: some are not finite; says how many.
     """
     lost = int((~np.isfinite(vectors_ND).all(1)).sum())
     if lost:

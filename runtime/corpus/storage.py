@@ -139,8 +139,8 @@ class Storage:
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
-                file = next(p for p in (path, *path.parents) if p.exists())
-                raise ValueError(f"out is {self.location}, and {file} is a file: give a folder") from None
+                held = next(p for p in (path, *path.parents) if os.path.lexists(p))  # a link to nothing, too
+                raise ValueError(f"out is {self.location}, and {held} is no folder: give another") from None
             for made in missing:
                 sync_folder(made.parent)
 

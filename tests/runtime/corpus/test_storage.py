@@ -26,10 +26,10 @@ def test_a_file_is_private_until_it_is_whole(tmp_path):
 
 def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
     (tmp_path / "taken").touch()
-    for place in ("taken", "taken/job"):
-        with pytest.raises(
-            ValueError, match=rf"out is {tmp_path}/{place}, and {tmp_path}/taken is a file: give a folder"
-        ):
+    (tmp_path / "lost").symlink_to("nowhere")
+    for place, held in (("taken", "taken"), ("taken/job", "taken"), ("lost", "lost")):
+        named = rf"out is {tmp_path}/{place}, and {tmp_path}/{held} is no folder: give another"
+        with pytest.raises(ValueError, match=named):
             Storage(tmp_path / place).make("_manifest")
 
 
