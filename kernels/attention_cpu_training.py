@@ -47,15 +47,15 @@ class _Block(NamedTuple):
     """Queries `first` to `stop` of neighbouring sequences that fill up to `length` tokens, the first at row `start`."""
 
     start: int
-    lengths: tuple[int, ...]
     length: int
     first: int
     stop: int
     sequences: slice  # among those that have tokens
+    hidden: Tensor | None  # what hides the keys that fill up, [c G, 1, n]; None where nothing does
 
     @property
     def num_sequences(self) -> int:
-        return len(self.lengths)
+        return self.sequences.stop - self.sequences.start
 
     def queries(self, x_TXK: Tensor, num_kv_heads: int) -> Tensor:
         """A view [c, G, H / G, m, K] of what is in the order of heads."""
@@ -64,13 +64,6 @@ class _Block(NamedTuple):
     def keys(self, x_TXK: Tensor) -> Tensor:
         """A view [c G, n, K] of what is in the order of heads."""
         return self._heads(x_TXK, x_TXK.shape[1]).flatten(0, 2)
-
-    def hidden(self, num_kv_heads: int) -> Tensor | None:
-        """What hides the keys that fill up, [c G, 1, n]; None where nothing does."""
-        if min(self.lengths) == self.length:
-            return None
-        fills = torch.arange(self.length) >= torch.tensor(self.lengths)[:, None]
-        return (fills * HIDDEN).repeat_interleave(num_kv_heads, 0)[:, None]
 
     def _heads(self, x_TXK: Tensor, num_kv_heads: int) -> Tensor:
         rows = x_TXK[self.start : self.start + self.num_sequences * self.length]
@@ -104,9 +97,9 @@ class _Attention(torch.autograd.Function):
         ctx.schedule, ctx.settings = schedule, settings
         queries, keys, values = (_by_heads(x, schedule) for x in (q_THK, k_TGK, v_TGK))
         G, mixed = keys.shape[1], torch.empty_like(queries)
-        for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], settings.dropout):
+        for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], G, settings.dropout):
             q = block.queries(queries, G).flatten(2, 3).flatten(0, 1)
-            p, _ = _probabilities(block, q, block.keys(keys), block.hidden(G), settings)
+            p, _ = _probabilities(block, q, block.keys(keys), settings)
             if draws is not None:
                 _drop(p, draws, settings, out=p)
             _multiply(p, block.keys(values), out=block.queries(mixed, G))
@@ -121,10 +114,10 @@ class _Attention(torch.autograd.Function):
         queries, keys, values, gradients = (_by_heads(x, schedule) for x in (q_THK, k_TGK, v_TGK, dout_THK))
         G = keys.shape[1]
         dqueries, dkeys, dvalues = (torch.empty_like(x) for x in (queries, keys, values))
-        for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], settings.dropout):
+        for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], G, settings.dropout):
             q, dout = (block.queries(x, G).flatten(2, 3).flatten(0, 1) for x in (queries, gradients))
             k, v = block.keys(keys), block.keys(values)
-            p, slope = _probabilities(block, q, k, block.hidden(G), settings)
+            p, slope = _probabilities(block, q, k, settings)
             dp = torch.bmm(dout, v.transpose(1, 2))
             thinned = p
             if draws is not None:
@@ -174,28 +167,41 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(torch.bmm(a, b).view(out.shape))
 
 
-def _blocks(schedule: Schedule, num_heads: int, least_columns: int = 1) -> Iterator[_Block]:
+def _blocks(schedule: Schedule, num_heads: int, num_kv_heads: int, least_columns: int = 1) -> list[_Block]:
     """What is multiplied at once; all blocks of a run of sequences follow each other, first queries first.
 
-    A block has `BLOCK_SCORES` elements at most, counting rows of scores as at least `least_columns` long.
+    A block has `BLOCK_SCORES` elements at most, counting rows of scores as at least `least_columns` long. Every layer
+    asks for the same ones: made when first asked for.
     """
+    key = (num_heads, num_kv_heads, least_columns)
+    if key not in schedule.head_blocks:
+        schedule.head_blocks[key] = list(_cut(schedule, num_heads, num_kv_heads, least_columns))
+    return schedule.head_blocks[key]
+
+
+def _cut(schedule: Schedule, num_heads: int, num_kv_heads: int, least_columns: int) -> Iterator[_Block]:
     start = sequence = 0
     for n, same in groupby((n for n in schedule.lengths if n), filled_length):
         left = list(same)
         while left:
             count = min(len(left), max(1, BLOCK_SCORES // (num_heads * n * max(n, least_columns))))
             step = n if count > 1 else max(1, min(n, BLOCK_SCORES // (num_heads * max(n, least_columns))))
+            sequences, hidden = slice(sequence, sequence + count), _hidden(left[:count], n, num_kv_heads)
             for first in range(0, n, step):
-                sequences = slice(sequence, sequence + count)
-                yield _Block(start, tuple(left[:count]), n, first, min(first + step, n), sequences)
+                yield _Block(start, n, first, min(first + step, n), sequences, hidden)
             start, sequence, left = start + count * n, sequence + count, left[count:]
 
 
-def _probabilities(
-    block: _Block, q: Tensor, k: Tensor, hidden: Tensor | None, settings: _Settings
-) -> tuple[Tensor, Tensor | None]:
+def _hidden(lengths: list[int], filled: int, num_kv_heads: int) -> Tensor | None:
+    if min(lengths) == filled:
+        return None
+    fills = torch.arange(filled) >= torch.tensor(lengths)[:, None]
+    return (fills * HIDDEN).repeat_interleave(num_kv_heads, 0)[:, None]
+
+
+def _probabilities(block: _Block, q: Tensor, k: Tensor, settings: _Settings) -> tuple[Tensor, Tensor | None]:
     """Softmax of the scores, fp32 [c G, (H / G) m, n], and the soft-cap's derivative where there is one."""
-    slope = None
+    slope, hidden = None, block.hidden
     if settings.softcap is None and hidden is not None:
         scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=settings.scale)
     else:
@@ -222,16 +228,16 @@ def _drop(p: Tensor, draws: Tensor, settings: _Settings, out: Tensor) -> Tensor:
 
 
 def _blocks_and_draws(
-    schedule: Schedule, num_heads: int, dropout: Dropout | None
+    schedule: Schedule, num_heads: int, num_kv_heads: int, dropout: Dropout | None
 ) -> Iterator[tuple[_Block, Tensor | None]]:
     """Every block with what decides over its probabilities, int32 [c, H, m, n], if some are dropped.
 
     Neighbouring blocks draw together: of short texts a block alone has less to draw than the calls cost.
     """
     if dropout is None:
-        yield from ((block, None) for block in _blocks(schedule, num_heads))
+        yield from ((block, None) for block in _blocks(schedule, num_heads, num_kv_heads))
         return
-    blocks = _blocks(schedule, num_heads, DRAWN)
+    blocks = _blocks(schedule, num_heads, num_kv_heads, DRAWN)
     assert schedule.identities is not None
     identities = schedule.identities
     if 0 in schedule.lengths:

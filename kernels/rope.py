@@ -105,15 +105,13 @@ def rope_reference(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 
 def _rope_cpu(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor, is_back: bool = False) -> Tensor:
-    """The reference in half its passes over memory: two products a half, the second straight into the result."""
+    """The reference in few passes over memory: one product for whole heads, then each half's other one in its place."""
     sign = -1 if is_back else 1
-    out_THK = torch.empty(x_THK.shape, dtype=x_THK.dtype, device=x_THK.device)
-    x0, x1 = widen(x_THK).chunk(2, -1)
-    out0, out1 = out_THK.chunk(2, -1)
-    cos, sin = cos_TK[:, None], sin_TK[:, None]
-    torch.addcmul(x0 * cos, x1, sin, value=-sign, out=out0)
-    torch.addcmul(x1 * cos, x0, sin, value=sign, out=out1)
-    return out_THK
+    x_TH2K = widen(x_THK).unflatten(2, (2, -1))
+    out_TH2K = torch.mul(x_TH2K, cos_TK[:, None, None], out=x_TH2K.new_empty(x_TH2K.shape))  # in order, however x lies
+    out_TH2K[:, :, 0].addcmul_(x_TH2K[:, :, 1], sin_TK[:, None], value=-sign)
+    out_TH2K[:, :, 1].addcmul_(x_TH2K[:, :, 0], sin_TK[:, None], value=sign)
+    return out_TH2K.flatten(2).to(x_THK.dtype)
 
 
 class _RopeCpu(torch.autograd.Function):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class Schedule:
     is_static: bool = False
     tile_lists: dict[TileClass, Tensor] = field(default_factory=dict, compare=False, repr=False)
     head_orders: dict[int, HeadOrder] = field(default_factory=dict, compare=False, repr=False)
+    head_blocks: dict[tuple[int, ...], list[Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_sequences(self) -> int:

@@ -181,9 +181,9 @@ def test_recomputation_keeps_a_fraction(tmp_path):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_what_a_graph_holds_is_what_backward_reads(dropout, tmp_path):
-    """Of a layer and token the least: the stream before each block, q, k, v, attention's output, gate and up.
+    """Of a layer and token: the stream before each block, q, k, v, attention's output, gate and up, what updates read.
 
-    With the updates' dropout also their inputs, four a layer, of which zeros say what was dropped.
+    That is both norms and the activation; with dropout all four inputs' copies, of which zeros say what was dropped.
     """
     tiny_base(tmp_path / "base", num_hidden_layers=6)  # so many that what pooling holds hardly counts
     objective = objective_for("contrastive", tmp_path, attention_dropout=0.1, lora={"dropout": dropout})
@@ -195,9 +195,24 @@ def test_what_a_graph_holds_is_what_backward_reads(dropout, tmp_path):
     spec, rank = model.decoder.spec, objective.config.lora.r
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size
     layer = 2 * spec.hidden_size + heads + 2 * spec.mlp_size + 7 * rank  # 7 updates' x Aᵀ
+    layer += 2 * spec.hidden_size + spec.mlp_size
     if dropout:
-        layer += 3 * spec.hidden_size + spec.mlp_size + 2 * 4  # and masks' keys
+        layer += spec.hidden_size + 2 * 4  # a copy of attention's output, and masks' keys
     assert held == pytest.approx(spec.num_layers * layer, rel=0.15)
+
+
+def test_a_gpu_makes_norms_and_activations_again(tmp_path, interpreter):
+    tiny_base(tmp_path / "base", num_hidden_layers=2)
+    objective = objective_for("contrastive", tmp_path, lora={"dropout": 0.0})
+    model, rows = objective.model, objective.batch(0).rows.take(np.arange(2))
+    known = [*model.weights(), *model.trainable.parameters().values()]
+    encodes = partial(encode, model, rows, np.arange(2), objective.rates.training(model.trainable.training(), 0))
+    kept = graph_bytes(encodes, known)
+    with interpreter():
+        found = graph_bytes(encodes, known)
+    spec = model.decoder.spec
+    spared = spec.num_layers * (2 * spec.hidden_size + spec.mlp_size) * 4 * len(rows.ids)
+    assert found < kept - 0.8 * spared
 
 
 def test_a_step_takes_four_operations_a_weight_and_token(tmp_path):
