@@ -91,6 +91,12 @@ def plain_spec(
             f"{'+'.join(modes or ('mean',))} pooling, which it was not trained for; expect rough similarities, or "
             "train it first (pass attention= and pooling= to choose)"
         )
+    code = config.get("auto_map")
+    if isinstance(code, dict) and any(str(key).startswith("AutoModel") for key in code):
+        notices.append(
+            f"{where} names a model class of its own (auto_map), whose code is never run: this is transformers' "
+            f"{decoder.family}, and vectors differ from the model's own where its code does"
+        )
     spec = ModelSpec(
         decoder=decoder,
         attention=attention,

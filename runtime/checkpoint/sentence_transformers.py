@@ -113,7 +113,8 @@ def open_sentence_transformers(folder: Path, overrides: Overrides, local_files_o
     modes = choose_pooling(overrides.pooling) or modes
     tokenizer_folder = next(f for f in (*reversed(adapters), base) if has_tokenizer(f) or f == base)
     stated = _max_length(settings, tokenizer_folder)
-    spec, _ = plain_spec(config, replace(overrides, attention=attention, pooling=modes), "sentence-transformers")
+    chosen = replace(overrides, attention=attention, pooling=modes)
+    spec, notices = plain_spec(config, chosen, "sentence-transformers")
     dense = [_read_dense(path) for path in modules.dense]
     spec = replace(
         spec,
@@ -129,7 +130,7 @@ def open_sentence_transformers(folder: Path, overrides: Overrides, local_files_o
     for adapter in adapters:
         source = AdapterSource(source, adapter)
     heads = [read_dense_weights(path, head) for path, head in zip(modules.dense, dense, strict=True)]
-    return Checkpoint(spec, source, Tokenizer.from_folder(tokenizer_folder), heads)
+    return Checkpoint(spec, source, Tokenizer.from_folder(tokenizer_folder), heads, notices)
 
 
 def transformer_folder(folder: Path) -> Path:

@@ -166,7 +166,7 @@ def test_config_and_weights_that_do_not_fit(change, named, model):
     assert named in str(error.value)
 
 
-def test_code_in_a_folder_is_never_imported(model, tmp_path):
+def test_code_in_a_folder_is_never_imported_and_that_is_told(model, tmp_path, caplog):
     (model / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     config = json.loads((model / "config.json").read_text())
     config |= {
@@ -177,6 +177,7 @@ def test_code_in_a_folder_is_never_imported(model, tmp_path):
     write(model / "config.json", config)
     Encoder.load(model)
     assert not (tmp_path / "ran").exists()
+    assert "config.json names a model class of its own (auto_map), whose code is never run" in caplog.text
 
 
 @pytest.mark.parametrize(

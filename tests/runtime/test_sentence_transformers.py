@@ -220,7 +220,7 @@ def test_attention_override_and_direction_from_the_loader(plain):
     assert Encoder.load(folder / "model").spec.attention == "bidirectional"
 
 
-def test_code_named_by_a_folder_is_never_run(plain, tmp_path):
+def test_code_named_by_a_folder_is_never_run(plain, tmp_path, caplog):
     """auto_map and a module's class path are read as names; a file beside them is not imported.
 
     A module of the folder's own is refused: it has a rule of its own, whatever its name.
@@ -229,6 +229,7 @@ def test_code_named_by_a_folder_is_never_run(plain, tmp_path):
     (folder / "model" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Pooling: ...\n")
     edit(folder / "model" / "config.json", auto_map={"AutoModel": "evil.Pooling"})
     assert difference(folder, model) < TOLERANCE
+    assert "whose code is never run" in caplog.text
     modules = json.loads((folder / "model" / "modules.json").read_text())
     modules[1]["type"] = "evil.Pooling"
     (folder / "model" / "modules.json").write_text(json.dumps(modules))
