@@ -82,7 +82,7 @@ class TrainConfig:
     pooling: str | None = None
     max_length: int = 512
     depths: tuple[int, ...] = ()  # layers after which is taught, for a model cut there; default the last alone
-    sts: str | None = None  # a file of scored pairs, evaluated every `loop.evaluate_every` steps
+    sts: str | None = None  # a file of scored pairs, evaluated every `loop.evaluate_every` steps and after the last
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -247,7 +247,12 @@ def _check(config: TrainConfig, places: Places) -> None:
             ("margin", config.margin, config.margin is None or not is_cosent, "null with loss: cosent, which has none"),
             ("margin", config.margin, (config.margin or 0) >= 0, "0 or more, or null"),
             ("prefixes", prefixes, not prefixes or not is_cosent, "empty with loss: cosent"),
-            ("prefixes", prefixes, prefixes == sorted({p for p in prefixes if p >= 1}), "rising numbers from 1 on"),
+            (
+                "prefixes",
+                prefixes,
+                prefixes == sorted({p for p in prefixes if p > 1}),
+                "rising numbers from 2 on: of one dimension a unit vector keeps the sign alone, which has no gradient",
+            ),
             ("words", config.words, 0 <= config.words <= (not is_cosent), "0 to 1, and 0 with loss: cosent"),
             (
                 "view",

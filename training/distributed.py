@@ -7,10 +7,13 @@ whatever its tokens. Encoding needs no exchange, so that micro-batches may diffe
 (`shards.py`) every layer does.
 """
 
+import ctypes
 import hashlib
 import importlib
 import os
+import signal
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT_S = 1800
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def own_device(name: str | None) -> torch.device:
@@ -53,6 +57,12 @@ def _import_what_keeps_a_group() -> None:
         importlib.import_module(name)
 
 
+def _end_with_launcher() -> None:
+    """Killed, a launcher cannot stop its processes: they would train on, into the same output. On Linux they end."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class World:
     """This process among all of them; alone where torchrun did not start it."""
 
@@ -64,6 +74,7 @@ class World:
         self._device = device or torch.device("cpu")
         if self.size > 1 and not dist.is_initialized():
             _import_what_keeps_a_group()
+            _end_with_launcher()
             backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
             self._owns = True

@@ -135,10 +135,8 @@ def train(
 
 
 def _check_schedule(config: TrainConfig, world: World) -> None:
-    """Say where the schedule's end and the run's have nothing to do with each other, or its evaluations with either."""
+    """Say where the schedule's end and the run's have nothing to do with each other."""
     optimizer, steps = config.optimizer, config.loop.steps
-    if world.is_first and config.loop.evaluate_every > steps:
-        logger.warning("loop.evaluate_every is %d of %d steps: sts is not looked at", config.loop.evaluate_every, steps)
     if world.is_first and optimizer.warmup_steps >= steps:
         logger.warning("optimizer.warmup_steps is %d of %d steps: the rate only rises", optimizer.warmup_steps, steps)
     if world.is_first and optimizer.schedule != "constant" and (optimizer.decay_steps or steps) < steps:
@@ -198,7 +196,7 @@ class _Run:
                 seconds = time.perf_counter() - began
                 last |= {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 3)}
                 last["memory_gib"] = round(used_bytes(self.model.decoder.device) / 2**30, 2)
-                if loop.evaluate_every and (step + 1) % loop.evaluate_every == 0 and self.scored is not None:
+                if self.scored is not None and ((step + 1) % loop.evaluate_every == 0 or step + 1 == loop.steps):
                     embed = embed_with(self.model, self._deepest, self._instruction)
                     last["sts"] = sts_score(embed, self.scored)["spearman"]
                 if (step + 1) % loop.log_every == 0 or step + 1 == stop or "sts" in last:

@@ -1,6 +1,7 @@
 """Several processes of one command: that they find each other, and what is told when one fails."""
 
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -25,6 +26,13 @@ try:
     launch(2, "waiting", [sys.argv[1]])
 except KeyboardInterrupt:
     pathlib.Path(sys.argv[1], "interrupted").touch()
+"""
+WAITING_AS_ONE = """
+import os, pathlib, sys, time
+from flashvec.training.distributed import World
+world = World()
+pathlib.Path(sys.argv[1], f"{world.rank} {os.getpid()}").touch()
+time.sleep(300)
 """
 WAITING = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], os.environ['RANK']).touch(); time.sleep(300)"
 
@@ -63,3 +71,31 @@ def test_an_interrupt_stops_them_all(tmp_path):
         for _ in range(300):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
+def test_a_killed_launcher_leaves_no_process_at_work(tmp_path):
+    (tmp_path / "as_one.py").write_text(WAITING_AS_ONE)
+    (tmp_path / "out").mkdir()
+    run = f"from flashvec.training.launch import launch; launch(2, 'as_one', [{str(tmp_path / 'out')!r}])"
+    process = subprocess.Popen([sys.executable, "-c", run])
+    for _ in range(600):
+        if len(found := list((tmp_path / "out").iterdir())) == 2:
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    for path in found:
+        assert _ends(int(path.name.split()[1]))
+
+
+def _ends(pid: int) -> bool:
+    """Within half a minute; a process that has ended may wait for one to ask for its status."""
+    for _ in range(300):
+        try:
+            if "State:\tZ" in pathlib.Path(f"/proc/{pid}/status").read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    return False

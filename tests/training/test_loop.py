@@ -248,15 +248,19 @@ def test_schedules(schedule, want):
     assert learning_rate(longer, 6, 5) == pytest.approx(55 / 60)
 
 
-def test_what_a_run_never_comes_to_is_told(tmp_path, caplog):
-    (tmp_path / "dev.jsonl").write_text(
-        "".join(f'{{"query": "{x}", "positive": "b", "score": 0.{x}}}\n' for x in (1, 2))
-    )
-    late = {"warmup_steps": 2, "schedule": "linear"}
-    scored = {"sts": str(tmp_path / "dev.jsonl"), "loop": {"steps": 2, "evaluate_every": 3}}
-    run_training(config_for("mntp", tmp_path, optimizer=late, **scored))
-    assert "loop.evaluate_every is 3 of 2 steps: sts is not looked at" in caplog.text
+def test_a_rate_that_only_rises_is_told(tmp_path, caplog):
+    run_training(config_for("mntp", tmp_path, optimizer={"warmup_steps": 2, "schedule": "linear"}, loop={"steps": 2}))
     assert "optimizer.warmup_steps is 2 of 2 steps: the rate only rises" in caplog.text
+
+
+@pytest.mark.parametrize(("every", "looked_at"), [(2, [2, 4, 5]), (9, [5])])
+def test_the_last_step_is_always_evaluated(every, looked_at, tmp_path):
+    lines = (f'{{"query": "{x}", "positive": "b", "score": 0.{x}}}\n' for x in (1, 2))
+    (tmp_path / "dev.jsonl").write_text("".join(lines))
+    loop = {"steps": 5, "evaluate_every": every, "log_every": 1}
+    run_training(config_for("mntp", tmp_path, sts=str(tmp_path / "dev.jsonl"), loop=loop))
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "sts" in line] == looked_at
 
 
 def test_a_run_is_scored_under_the_instruction_that_it_trains_with(tmp_path):
