@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from flashvec.runtime.corpus.readers import open_arrow, open_parquet, read_rows
 from flashvec.runtime.corpus.records import Stream, csv_header, read_lines
+from flashvec.runtime.corpus.rows import without_views
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.sources import Source, SourceError, at_once
 
@@ -111,7 +112,8 @@ def check_unique_ids(settings: JobSettings, sources: Sequence[Source], spans: It
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type under which a column is written: one kind of text, no dictionaries."""
+    """The type under which a column is written: one kind of text, no dictionaries, no views."""
+    kind = without_views(kind)
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.large_string() if kind == OPEN or _is_text(kind) else kind

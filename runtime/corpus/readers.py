@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from flashvec.runtime.corpus import rows as reasons
 from flashvec.runtime.corpus.records import MAX_RECORD, Record, csv_header, read_records
-from flashvec.runtime.corpus.rows import Bad, Rows, make_rows, sound, strings
+from flashvec.runtime.corpus.rows import Bad, Rows, make_rows, sound, strings, without_views
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.sources import Source, SourceError, fault, open_source
 from flashvec.runtime.corpus.storage import is_uri
@@ -161,16 +161,22 @@ def _tables(
         if low >= high:
             continue
         part = batch.slice(low, high - low)
-        fields = {name: strings(part.column(name)) for name in settings.text_fields()}
+        arrays = {name: _without_views(part.column(name)) for name in _wanted(settings)}
+        fields = {name: strings(arrays[name]) for name in settings.text_fields()}
         bad = {
             i: reasons.TOO_LARGE
             for i, values in enumerate(zip(*fields.values(), strict=True))
             if sum(len(v) for v in values if v is not None) > MAX_RECORD
         }
-        columns = {name: sound(part.column(name)) for name in settings.columns}
+        columns = {name: sound(arrays[name]) for name in settings.columns}
         if settings.id_column is not None:
-            columns = {"id": sound(part.column(settings.id_column)), **columns}
+            columns = {"id": sound(arrays[settings.id_column]), **columns}
         yield make_rows(file, np.arange(at + low, at + high), fields, bad, columns, settings)
+
+
+def _without_views(array: pa.Array) -> pa.Array:
+    kind = without_views(array.type)
+    return array if kind == array.type else array.cast(kind)
 
 
 def _records(file: int, source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[Rows]:

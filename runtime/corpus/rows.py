@@ -129,6 +129,35 @@ def sound(array: pa.Array) -> pa.Array:
         return pa.array([value if isinstance(value, str) else None for value in strings(array)], pa.large_string())
 
 
+def without_views(kind: pa.DataType) -> pa.DataType:
+    """A type with its views of strings and bytes, as Polars writes them into Arrow files, as plain ones.
+
+    pyarrow takes no rows of views and decodes no dictionary of them, but casts either.
+    """
+    types = pa.types
+    if types.is_string_view(kind):
+        return pa.large_string()
+    if types.is_binary_view(kind):
+        return pa.large_binary()
+    if types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, without_views(kind.value_type), kind.ordered)
+    if types.is_map(kind):
+        return pa.map_(_field_without_views(kind.key_field), _field_without_views(kind.item_field), kind.keys_sorted)
+    if types.is_struct(kind):
+        return pa.struct([_field_without_views(field) for field in kind])
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_field_without_views(kind.value_field), kind.list_size)
+    if types.is_list(kind):
+        return pa.list_(_field_without_views(kind.value_field))
+    if types.is_large_list(kind):
+        return pa.large_list(_field_without_views(kind.value_field))
+    return kind
+
+
+def _field_without_views(field: pa.Field) -> pa.Field:
+    return field.with_type(without_views(field.type))
+
+
 def _decoded(value: bytes | None) -> Any:
     try:
         return value if value is None else value.decode("utf-8")

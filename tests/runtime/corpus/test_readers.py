@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stand_in import embed_with_stand_in
 
 from flashvec.runtime.corpus import readers, records, rows
 from flashvec.runtime.corpus.readers import read_rows
@@ -148,6 +149,36 @@ def test_columns_of_other_kinds_go_through_whatever_they_hold(tmp_path):
         writer.write_table(pa.table({"text": ["a", "b"], "day": odd}))
     found, _, bad = read(tmp_path / "a.arrow", JobSettings(text_columns=("text",), columns=("day",)))
     assert not bad and found[0].columns["day"].equals(odd)
+
+
+VIEW, BYTES = pa.string_view(), pa.binary_view()
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        (pa.array([b"a", None], BYTES), pa.large_binary()),
+        (pa.array(["a", "b"], VIEW), pa.large_string()),
+        (pa.DictionaryArray.from_arrays([1, None], pa.array(["a", "b"], VIEW)), pa.large_string()),
+        (pa.array([["a"], None], pa.list_(VIEW)), pa.list_(pa.large_string())),
+        (pa.array([["a"], None], pa.large_list(VIEW)), pa.large_list(pa.large_string())),
+        (pa.array([["a", "b"], None], pa.list_(VIEW, 2)), pa.list_(pa.large_string(), 2)),
+        (pa.array([[("a", "b")], None], pa.map_(VIEW, VIEW)), pa.map_(pa.large_string(), pa.large_string())),
+        (
+            pa.array([{"a": [b"x"]}, None], pa.struct([("a", pa.list_(BYTES))])),
+            pa.struct([("a", pa.list_(pa.large_binary()))]),
+        ),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_views_as_polars_writes_them_go_through_wherever_they_are(column, kind, tmp_path):
+    texts = pa.DictionaryArray.from_arrays([0, 1], pa.array(["one", "two"], VIEW))  # a categorical column
+    table = pa.table({"text": texts, "x": column})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    embed_with_stand_in(tmp_path / "a.arrow", tmp_path / "out", text_columns=("text",), columns=("x",))
+    written = pq.read_table(tmp_path / "out" / "part-00000.parquet")["x"]
+    assert written.to_pylist() == column.to_pylist() and written.type == kind
 
 
 def test_template_takes_what_is_there(tmp_path):
