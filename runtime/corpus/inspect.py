@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from flashvec.runtime.corpus.readers import open_arrow, open_parquet, read_rows
 from flashvec.runtime.corpus.records import Stream, csv_header, read_lines
@@ -81,6 +82,8 @@ def resolve_columns(
             kind = plain_type(_column(source, found.schema, name, "the column"))
             if own == "id" and not (_is_text(kind) or pa.types.is_integer(kind)):
                 raise SourceError(f"{source.uri}: the id column {name!r} is {kind}; ids are text or integers")
+            if own not in types:
+                _refuse_unwritable(source, name, kind)
             if types.setdefault(own, kind) != kind:
                 raise SourceError(f"{source.uri}: column {name!r} is {kind}, in an earlier file it is {types[own]}")
     return settings, pa.schema(list(types.items()))
@@ -117,6 +120,14 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.large_string() if kind == OPEN or _is_text(kind) else kind
+
+
+def _refuse_unwritable(source: Source, name: str, kind: pa.DataType) -> None:
+    """Types that Arrow has and a part, which is Parquet, cannot hold, as intervals of months, days and nanoseconds."""
+    try:
+        pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([(name, kind)])).close()
+    except pa.ArrowException as error:
+        raise SourceError(f"{source.uri}: column {name!r} is {kind}, which no part can hold ({error})") from None
 
 
 def _inspect(source: Source) -> Inspected:

@@ -44,6 +44,15 @@ def test_bad_columns_stop_before_work(table, settings, named):
         resolve([table], **settings)
 
 
+def test_a_type_that_no_part_can_hold_stops_before_work(tmp_path):
+    spans = pa.array([pa.MonthDayNano([1, 2, 3])])
+    table = pa.table({"text": ["x"], "span": spans})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(SourceError, match=r"a\.arrow: column 'span' is month_day_nano_interval, which no part"):
+        resolve([tmp_path / "a.arrow"], columns=("span",))
+
+
 def test_files_must_agree(table, tmp_path):
     pq.write_table(pa.table({"key": ["1"], "body": ["x"], "when": [1.5]}), tmp_path / "b.parquet")
     with pytest.raises(SourceError, match="in an earlier file it is int64"):
