@@ -5,6 +5,7 @@ anywhere goes on with the same command.
 """
 
 import contextlib
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,7 @@ def embed_corpus(
     arguments = {**(load or {}), "model": _full_path(model)}
     if adapters := arguments.get("adapters"):
         arguments["adapters"] = [_full_path(a) for a in ([adapters] if isinstance(adapters, str | Path) else adapters)]
+    arguments = json.loads(json.dumps(arguments, default=_written))  # as the plan gives them back
     make_fleet = fleet or _engine(engine, address, devices)
     with _lock(storage):
         storage.sweep("", {PLAN_FILE, SUCCESS_FILE}.__contains__)  # shards sweep their own
@@ -334,6 +336,14 @@ def _engine(name: str, address: str | None, devices: Sequence[str | None]) -> Ca
 
         return lambda load: RayFleet(load, address, num_workers=len(devices))
     raise ValueError(f"engine is {name!r}, known are local and ray")
+
+
+def _written(value: Any) -> str:
+    """An argument of loading that JSON does not hold, as JSON: a torch.dtype by its name."""
+    name = str(value)
+    if not name.startswith("torch."):
+        raise TypeError(f"load holds {value!r}, which cannot be written into a plan")
+    return name.removeprefix("torch.")
 
 
 def _full_path(name: str | Path) -> str:

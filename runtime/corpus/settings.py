@@ -59,6 +59,9 @@ class JobSettings:
         for name in ("text_columns", "columns"):
             if isinstance(given := getattr(self, name), str):
                 raise ValueError(f"{name} is {given!r}; give a tuple of names: ({given!r},)")
+            if not isinstance(given, list | tuple):
+                raise ValueError(f"{name} is {given!r}; give a tuple of names")
+            object.__setattr__(self, name, tuple(given))  # as a plan gives them back
         for name in ("shard_size", "max_length", "dims"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from stand_in import DIM, NOT_FINITE, StandIn, embed_with_stand_in, facts, tree
 from stand_in_job import InProcess
 
@@ -76,6 +77,17 @@ def test_a_finished_job_is_left_alone(texts_file, tmp_path):
     result = embed_with_stand_in(texts_file, tmp_path / "out", shard_size=30)
     assert result.rows == 100
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+
+
+def test_a_job_goes_on_whatever_its_arguments_came_in(texts_file, tmp_path):
+    """As Python has them: a plan is JSON, where a tuple is a list and a torch.dtype its name."""
+    given = {"columns": ["text"], "load": {"pooling": ("mean", "max"), "dtype": torch.float32}}
+    embed_with_stand_in(texts_file, tmp_path / "out", **given)
+    assert embed_with_stand_in(texts_file, tmp_path / "out", **given).rows == 100
+    same = {"columns": ("text",), "load": {"pooling": ["mean", "max"], "dtype": "float32"}}
+    assert embed_with_stand_in(texts_file, tmp_path / "out", **same).rows == 100
+    with pytest.raises(TypeError, match=r"load holds \{'mean'\}, which cannot be written into a plan"):
+        embed_with_stand_in(texts_file, tmp_path / "other", load={"pooling": {"mean"}})
 
 
 def fail_at_done(event):

@@ -20,6 +20,8 @@ from flashvec.runtime.corpus.settings import JobSettings, settings_from_dict
         ({"columns": ("vector",)}, "has of its own"),
         ({"columns": "id"}, r"give a tuple of names: \('id',\)"),
         ({"text_columns": "text"}, r"give a tuple of names: \('text',\)"),
+        ({"columns": {"a"}}, r"columns is \{'a'\}; give a tuple of names"),
+        ({"columns": None}, "columns is None; give a tuple of names"),
         ({"columns": ("a", "a")}, "names 'a' twice"),
         ({"columns": ("id",)}, "name it as id_column"),
     ],
@@ -40,3 +42,7 @@ def test_back_from_json():
     assert settings_from_dict(settings.to_dict()) == settings
     with pytest.raises(ValueError, match="unknown key 'colour'"):
         settings_from_dict({**settings.to_dict(), "colour": 1})
+
+
+def test_a_list_of_names_is_as_good_as_a_tuple():
+    assert JobSettings(text_columns=["a"], columns=["b", "c"]) == JobSettings(text_columns=("a",), columns=("b", "c"))
