@@ -68,7 +68,7 @@ def search_job(
     for shard in done:
         for start, block in vector_blocks(storage, plan, shard):
             is_binary = plan.settings.precision == "binary"
-            found = _signs(unit, block) if is_binary else unit @ _through(head, comparable(block, plan)).T
+            found = _signs(unit, block) if is_binary else _cosines(unit, _through(head, comparable(block, plan)))
             scores = np.concatenate([scores, found.astype(np.float32)], 1)
             rows = np.stack([np.full(len(block), shard), np.arange(start, start + len(block))], 1)
             places = np.concatenate([places, np.broadcast_to(rows, (len(queries), *rows.shape))], 1)
@@ -99,7 +99,9 @@ def _through(head: tuple[np.ndarray, np.ndarray] | None, unit: np.ndarray) -> np
     if head is None:
         return unit
     weight, bias = head
-    return _unit(unit @ weight.T + bias)
+    # In fp64 and rounded, so that equal vectors stay equal: a product's last bits depend on where a row lies in it.
+    mapped: np.ndarray = (unit.astype(np.float64) @ weight.T.astype(np.float64) + bias).astype(np.float32)
+    return _unit(mapped)
 
 
 def describe_hits(storage: Storage, found: list[tuple[float, int, int]]) -> list[Hit]:
@@ -181,6 +183,12 @@ def comparable(block: np.ndarray, plan: Plan) -> np.ndarray:
         low, high = plan.int8_ranges
         return _unit(dequantize(block, (low[: plan.dim], high[: plan.dim])))
     return _unit(block.astype(np.float32))
+
+
+def _cosines(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Of unit vectors; not by a matrix product, whose last bits would put equal vectors in another order."""
+    cosines: np.ndarray = np.einsum("qd,nd->qn", queries, block)
+    return cosines
 
 
 def _signs(queries: np.ndarray, block: np.ndarray) -> np.ndarray:

@@ -52,6 +52,18 @@ def test_whitened_by_the_jobs_own_vectors(texts_file, tmp_path, format, precisio
     assert search_job(Storage(tmp_path / "out"), queries, 1, 0.3)[0][0][0] > 0.9
 
 
+@pytest.mark.parametrize("whitening", [None, 0.25])
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_rows_of_one_text_come_in_order_wherever_they_lie(texts_file, tmp_path, precision, whitening):
+    texts_file.write_text("".join(f"row {i % 37}\n" for i in range(1003)))
+    embed_with_stand_in(texts_file, tmp_path / "out", shard_size=99, precision=precision, dedupe=False)
+    queries = StandIn().embed([f"query {i}" for i in range(40)])
+    for queries_now in (queries, queries[:1]):
+        for hits in search_job(Storage(tmp_path / "out"), queries_now, 60, whitening):
+            assert hits == sorted(hits, key=lambda hit: (-hit[0], *hit[1:]))
+            assert len({score for score, _, _ in hits[:27]}) == 1 and len({score for score, _, _ in hits}) == 3
+
+
 @pytest.mark.parametrize("format", ["parquet", "npy"])
 def test_a_shard_without_a_vector_fits_nothing(texts_file, tmp_path, format):
     texts_file.write_text("".join(f"{text}\n" for text in [NOT_FINITE] * 26 + TEXTS))
