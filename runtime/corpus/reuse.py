@@ -127,7 +127,8 @@ def as_matrix(column: Any, plan: Plan) -> np.ndarray:
 def find_changes(before: Storage, after: Storage) -> Changes:
     """Rows added and deleted from one finished job to another, and ids whose text changed; holds 16 bytes for each row.
 
-    By id where both have one, else by text. An id of several rows, as chunks have it, counts as edited once.
+    By id where both have one; an id of several rows, as chunks have it, counts as edited once. Else by text: then
+    nothing is edited, and a text that comes more often, or less, counts as rows added or deleted.
 
     Raises:
         PlanError, OSError: a job that is not there whole.
@@ -135,6 +136,10 @@ def find_changes(before: Storage, after: Storage) -> Changes:
     plans = [read_plan(storage) for storage in (before, after)]
     has_id = all(plan is not None and "id" in plan.columns.names for plan in plans)
     old, new = _identities(before, has_id), _identities(after, has_id)
+    if not has_id:
+        _, which = np.unique(np.concatenate([old[:, 0], new[:, 0]]), return_inverse=True)
+        more = np.bincount(which, np.repeat([-1, 1], [len(old), len(new)]))  # copies of each text than before
+        return Changes(int(more.clip(min=0).sum()), 0, int(-more.clip(max=0).sum()))
     kept = np.isin(new[:, 0], old[:, 0])
     (ids_old, texts_old), (ids_new, texts_new) = _by_id(old), _by_id(new)
     _, places_new, places_old = np.intersect1d(ids_new, ids_old, assume_unique=True, return_indices=True)

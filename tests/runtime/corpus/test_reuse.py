@@ -38,6 +38,9 @@ def test_without_ids_text_is_identity(tmp_path):
     (tmp_path / "b.txt").write_text("c\nd\n")
     result = embed_with_stand_in(tmp_path / "b.txt", tmp_path / "b", reuse=tmp_path / "a")
     assert result.changes == (1, 0, 2) and result.reused == 1
+    (tmp_path / "c.txt").write_text("c\nd\nc\nc\n")
+    assert embed_with_stand_in(tmp_path / "c.txt", tmp_path / "c", reuse=tmp_path / "b").changes == (2, 0, 0)
+    assert embed_with_stand_in(tmp_path / "b.txt", tmp_path / "d", reuse=tmp_path / "c").changes == (0, 0, 2)
 
 
 def test_other_vectors_are_refused(tmp_path):
