@@ -203,6 +203,8 @@ def _column(source: Source, schema: pa.Schema, name: str, role: str) -> pa.DataT
         listed = ", ".join(schema.names) or "none"
         where = f" in its first {MORE_LINES:,} lines" if source.format == "jsonl" else ""
         raise SourceError(f"{source.uri}: {role} {name!r} is missing{where}; columns are {listed}")
+    if schema.names.count(name) > 1:
+        raise SourceError(f"{source.uri}: {role} {name!r} is there {schema.names.count(name)} times: rename one")
     kind = schema.field(name).type
     return pa.large_string() if source.format == "jsonl" and role == "the column" else kind
 

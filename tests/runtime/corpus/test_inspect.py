@@ -44,6 +44,15 @@ def test_bad_columns_stop_before_work(table, settings, named):
         resolve([table], **settings)
 
 
+def test_a_column_of_a_table_that_is_there_twice_is_told(tmp_path):
+    """As a join of two tables leaves them."""
+    arrays = [pa.array(["x"]), pa.array([1]), pa.array([2])]
+    pq.write_table(pa.table(arrays, names=["text", "n", "n"]), tmp_path / "a.parquet")
+    assert resolve([tmp_path / "a.parquet"])[0].text_columns == ("text",)
+    with pytest.raises(SourceError, match="the column 'n' is there 2 times: rename one"):
+        resolve([tmp_path / "a.parquet"], columns=("n",))
+
+
 def test_a_type_that_no_part_can_hold_stops_before_work(tmp_path):
     spans = pa.array([pa.MonthDayNano([1, 2, 3])])
     table = pa.table({"text": ["x"], "span": spans})
