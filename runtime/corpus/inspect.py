@@ -184,6 +184,7 @@ def _json_schema(source: Source, lines: int = SAMPLED_LINES) -> pa.Schema:
 
 
 def _guess_text(source: Source, schema: pa.Schema) -> str:
+    _refuse_no_object(source, schema)
     texts = [field.name for field in schema if _is_text(field.type) or field.type == OPEN]
     if "text" in texts:
         return "text"
@@ -199,6 +200,7 @@ def _guess_text(source: Source, schema: pa.Schema) -> str:
 
 
 def _column(source: Source, schema: pa.Schema, name: str, role: str) -> pa.DataType:
+    _refuse_no_object(source, schema)
     if name not in schema.names:
         listed = ", ".join(schema.names) or "none"
         where = f" in its first {MORE_LINES:,} lines" if source.format == "jsonl" else ""
@@ -207,6 +209,14 @@ def _column(source: Source, schema: pa.Schema, name: str, role: str) -> pa.DataT
         raise SourceError(f"{source.uri}: {role} {name!r} is there {schema.names.count(name)} times: rename one")
     kind = schema.field(name).type
     return pa.large_string() if source.format == "jsonl" and role == "the column" else kind
+
+
+def _refuse_no_object(source: Source, schema: pa.Schema) -> None:
+    if source.format == "jsonl" and not schema.names:
+        raise SourceError(
+            f"{source.uri}: none of its first lines is a JSON object with keys: write one on each line, "
+            "as jq -c '.[]' does of a list"
+        )
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -77,6 +77,16 @@ def test_json_lines_keys(tmp_path):
         resolve([tmp_path / "a.jsonl"])
 
 
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"},\n{"text": "b"}]\n', '{\n "text": "a"\n}\n'], ids=["list", "indented"]
+)
+@pytest.mark.parametrize("named", [(), ("text",)], ids=["guessed", "named"])
+def test_json_that_is_no_lines_is_told(content, named, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(SourceError, match="none of its first lines is a JSON object with keys: write one on each line"):
+        resolve([tmp_path / "a.jsonl"], text_columns=named)
+
+
 def test_a_key_that_comes_late_is_found_where_it_is_asked_for(tmp_path):
     """Optional fields: no line of the first hundred has one."""
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 500 + '{"text": "b", "lang": "de"}\n')
