@@ -1,7 +1,8 @@
 """sentence-transformers' method names and parameters, as synonyms of `Encoder`'s own."""
 
+import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvec.kernels.backend import as_given
+from flashvec.runtime.options import EncodeOptions
 from flashvec.runtime.pooling import cut_ranges, dequantize
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import check_truth
@@ -32,6 +34,38 @@ class SentenceTransformerNames:
     spec: ModelSpec
     embed: Callable[..., Any]
     embed_tokens: Callable[..., Any]
+
+    @typing.overload
+    def encode(
+        self, inputs: str | Iterable[str], *, convert_to_tensor: Literal[True], **given: Unpack[EncodeOptions]
+    ) -> Tensor: ...
+
+    @typing.overload
+    def encode(
+        self,
+        inputs: str | Iterable[str],
+        *,
+        convert_to_numpy: Literal[True] = True,
+        convert_to_tensor: Literal[False] = False,
+        **given: Unpack[EncodeOptions],
+    ) -> np.ndarray: ...
+
+    @typing.overload
+    def encode(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: Literal["sentence_embedding", "token_embeddings"] = "sentence_embedding",
+        precision: str | None = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: Any = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+    ) -> Any: ...
 
     def encode(
         self,
@@ -75,9 +109,31 @@ class SentenceTransformerNames:
             show_progress=show_progress_bar,
         )
 
+    @typing.overload
+    def encode_query(
+        self, inputs: str | Iterable[str], *, convert_to_tensor: Literal[True], **given: Unpack[EncodeOptions]
+    ) -> Tensor: ...
+
+    @typing.overload
+    def encode_query(self, inputs: str | Iterable[str], **given: Unpack[EncodeOptions]) -> np.ndarray: ...
+
+    @typing.overload
+    def encode_query(self, inputs: str | Iterable[str], **settings: Any) -> Any: ...
+
     def encode_query(self, inputs: str | Iterable[str], **settings: Any) -> Any:
         """`encode` with the prompt named "query"; without one, with none."""
         return self._encode_as(QUERY_PROMPTS, inputs, settings)
+
+    @typing.overload
+    def encode_document(
+        self, inputs: str | Iterable[str], *, convert_to_tensor: Literal[True], **given: Unpack[EncodeOptions]
+    ) -> Tensor: ...
+
+    @typing.overload
+    def encode_document(self, inputs: str | Iterable[str], **given: Unpack[EncodeOptions]) -> np.ndarray: ...
+
+    @typing.overload
+    def encode_document(self, inputs: str | Iterable[str], **settings: Any) -> Any: ...
 
     def encode_document(self, inputs: str | Iterable[str], **settings: Any) -> Any:
         """`encode` with the first prompt named "document", "passage" or "corpus" that the model has, else with none."""

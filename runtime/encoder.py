@@ -1,14 +1,16 @@
 """`Encoder`: a decoder LLM as a text encoder. Load it, embed texts."""
 
 import logging
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self, Unpack
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flashvec.kernels.backend import has_hardware_bf16
 from flashvec.runtime import prepare
@@ -19,12 +21,12 @@ from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.fitting import FittedVectors
 from flashvec.runtime.forked import use_threads_that_exist
 from flashvec.runtime.heap import return_freed_memory
-from flashvec.runtime.parts import PartVectors
+from flashvec.runtime.options import EmbedOptions, Instruction, RunOptions, StreamOptions
+from flashvec.runtime.parts import PartVectors, SpanVectors
 from flashvec.runtime.placement import choose_devices, choose_dtype
 from flashvec.runtime.pooling import DenseHead, number_format
 from flashvec.runtime.row_counts import pays_to_pack
 from flashvec.runtime.spec import ModelSpec
-from flashvec.runtime.text_runner import Instruction
 from flashvec.runtime.texts import as_texts, check_names, check_ordered, check_whole, elements
 from flashvec.runtime.windows import WINDOW, RunSettings, run_settings
 
@@ -186,6 +188,34 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
 
     # --- vectors of texts ---------------------------------------------------------------------------
 
+    @typing.overload
+    def embed(
+        self,
+        texts: str | Iterable[str],
+        *,
+        spans: Sequence[Sequence[tuple[int, int]]],
+        instruction: Instruction = None,
+        prompt_name: str | None = None,
+        normalize: bool | None = None,
+        **run: Unpack[RunOptions],
+    ) -> SpanVectors: ...
+
+    @typing.overload
+    def embed(
+        self, texts: str | Iterable[str], *, output: Literal["torch"], spans: None = None, **given: Unpack[EmbedOptions]
+    ) -> Tensor: ...
+
+    @typing.overload
+    def embed(
+        self,
+        texts: str | Iterable[str],
+        *,
+        output: Literal["numpy"] = "numpy",
+        out: np.ndarray | None = None,
+        spans: None = None,
+        **given: Unpack[EmbedOptions],
+    ) -> np.ndarray: ...
+
     def embed(
         self,
         texts: str | Iterable[str],
@@ -202,7 +232,7 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
         out: np.ndarray | None = None,
         split_special: bool = False,
         spans: Sequence[Sequence[tuple[int, int]]] | None = None,
-    ) -> Any:
+    ) -> np.ndarray | Tensor | SpanVectors:
         """One vector per text.
 
         Args:
@@ -267,6 +297,16 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
             result = out
         return result[0] if single else result
 
+    @typing.overload
+    def embed_iter(
+        self, texts: Iterable[str], *, output: Literal["torch"], **given: Unpack[StreamOptions]
+    ) -> Iterator[Tensor]: ...
+
+    @typing.overload
+    def embed_iter(
+        self, texts: Iterable[str], *, output: Literal["numpy"] = "numpy", **given: Unpack[StreamOptions]
+    ) -> Iterator[np.ndarray]: ...
+
     def embed_iter(
         self,
         texts: Iterable[str],
@@ -278,8 +318,8 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
         truncate_dim: int | None = None,
         precision: str = "float32",
         output: Literal["numpy", "torch"] = "numpy",
-        **run: Any,
-    ) -> Iterator[Any]:
+        **run: Unpack[RunOptions],
+    ) -> Iterator[np.ndarray] | Iterator[Tensor]:
         """Vectors of a stream, one at a time in input order; holds at most `window` texts in memory.
 
         Args:
@@ -318,9 +358,22 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
 
         return stream()
 
+    @typing.overload
+    def count_tokens(self, texts: str, *, instruction: Instruction = None, prompt_name: str | None = None) -> int: ...
+
+    @typing.overload  # not any iterable: a str is one, too
+    def count_tokens(
+        self, texts: list[str] | tuple[str, ...], *, instruction: Instruction = None, prompt_name: str | None = None
+    ) -> np.ndarray: ...
+
+    @typing.overload
     def count_tokens(
         self, texts: str | Iterable[str], *, instruction: Instruction = None, prompt_name: str | None = None
-    ) -> Any:
+    ) -> int | np.ndarray: ...
+
+    def count_tokens(
+        self, texts: str | Iterable[str], *, instruction: Instruction = None, prompt_name: str | None = None
+    ) -> int | np.ndarray:
         """Tokens of each text as `embed` would read it, instruction and special tokens included, uncut.
 
         Args:

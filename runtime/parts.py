@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from flashvec.runtime import prepare
+from flashvec.runtime.options import Instruction, RunOptions
 from flashvec.runtime.program import embedding_program
-from flashvec.runtime.text_runner import Instruction, TextRunner
+from flashvec.runtime.text_runner import TextRunner
 from flashvec.runtime.texts import as_texts, check_truth, check_whole
 from flashvec.runtime.windows import Done, RunSettings, run_settings
 
@@ -44,7 +45,7 @@ class PartVectors(TextRunner):
         *,
         instruction: Instruction = None,
         normalize: bool = False,
-        **run: Any,
+        **run: Unpack[RunOptions],
     ) -> list[TokenVectors]:
         """The final state of every token, special tokens included.
 
@@ -66,7 +67,9 @@ class PartVectors(TextRunner):
         rows, _ = as_texts(texts)
         return self._tokens_of_rows(rows, self._instructions(instruction, None, len(rows)), settings, normalize)
 
-    def embed_words(self, words: Iterable[Sequence[str]], *, shift: int = 0, **run: Any) -> list[np.ndarray]:
+    def embed_words(
+        self, words: Iterable[Sequence[str]], *, shift: int = 0, **run: Unpack[RunOptions]
+    ) -> list[np.ndarray]:
         """One vector per word of texts that are already split: the mean of the word's token states.
 
         Args:
@@ -108,7 +111,7 @@ class PartVectors(TextRunner):
         prompt_name: str | None = None,
         normalize: bool | None = None,
         shift: int = 0,
-        **run: Any,
+        **run: Unpack[RunOptions],
     ) -> SpanVectors:
         """Documents, parts of them and their tokens from one forward: every part has seen the whole text.
 

@@ -15,6 +15,7 @@ from flashvec.runtime.engine import Engine
 from flashvec.runtime.forked import use_threads_that_exist
 from flashvec.runtime.memory import fits
 from flashvec.runtime.non_finite import NonFiniteRows, report
+from flashvec.runtime.options import Instruction
 from flashvec.runtime.pooling import DenseHead
 from flashvec.runtime.program import Program, embedding_program
 from flashvec.runtime.progress import Progress
@@ -22,8 +23,6 @@ from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import TruncationWarning, as_instructions, callers_level, check_whole
 from flashvec.runtime.wide import widened
 from flashvec.runtime.windows import Call, Done, RunSettings, run_call
-
-Instruction = str | Sequence[str] | None
 
 
 class TextRunner:

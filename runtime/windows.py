@@ -12,6 +12,7 @@ from flashvec.runtime import prepare
 from flashvec.runtime.ahead import ahead
 from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.engine import Engine, Ran
+from flashvec.runtime.options import RunOptions
 from flashvec.runtime.program import Program
 from flashvec.runtime.spec import ModelSpec
 from flashvec.runtime.texts import check_truth
@@ -37,7 +38,7 @@ class RunSettings:
             check_truth("show_progress", self.show_progress)
 
 
-RUN_SETTINGS = ("max_length", "batch_tokens", "split_special", "show_progress")  # those that a caller may give
+RUN_SETTINGS = tuple(RunOptions.__annotations__)  # those that a caller may give
 EMBED_SETTINGS = ("truncate_dim", "precision", "output", "out", "spans")  # what `embed` alone can do
 
 
