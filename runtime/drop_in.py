@@ -156,7 +156,8 @@ class SentenceTransformerNames:
             int8 and uint8 vectors it is that of the values they stand for, so that they compare with float ones, too.
 
         Raises:
-            TypeError, ValueError: no vectors, packed signs (`precision="binary"`), int8 ones without this encoder's
+            TypeError, ValueError: no vectors, whole numbers other than int8 and uint8 (steps that a list or a table has
+                widened would pass for values), packed signs (`precision="binary"`), int8 ones without this encoder's
                 value ranges, or widths that differ.
         """
         return _scores(*self._sides(embeddings1, embeddings2), self.spec.similarity)
@@ -170,10 +171,15 @@ class SentenceTransformerNames:
         for name, given in (("embeddings1", embeddings1), ("embeddings2", embeddings2)):
             if given is None or isinstance(given, str):
                 raise TypeError(f"{name} is {type(given).__name__}: give vectors [n, d]")
-            vectors = torch.atleast_2d(_as_tensor(given))
+            vectors = torch.atleast_2d(_as_tensor(name, given))
             if vectors.ndim != 2:
                 raise ValueError(f"{name} has {vectors.ndim} dimensions: give vectors [n, d]")
             is_steps = vectors.dtype in (torch.int8, torch.uint8)
+            if not (is_steps or vectors.is_floating_point()):
+                kind = str(vectors.dtype).removeprefix("torch.")
+                raise TypeError(
+                    f"{name} is of {kind}: give floats, or steps in the type they were made in, int8 or uint8"
+                )
             sides.append(_values_of_steps(name, vectors, self.spec) if is_steps else vectors.float())
         a, b = sides
         if a.shape[1] != b.shape[1]:
@@ -275,13 +281,13 @@ def _values_of_steps(name: str, steps: Tensor, spec: ModelSpec) -> Tensor:
     return torch.from_numpy(dequantize(steps.numpy(force=True), ranges)).to(steps.device)
 
 
-def _as_tensor(x: Any) -> Tensor:
-    """As it is, steps included; fp32 where it has no type of its own."""
+def _as_tensor(name: str, x: Any) -> Tensor:
+    """As it is where its type is a tensor's or it holds whole numbers, else fp32."""
     if isinstance(x, list | tuple) and len(x) and isinstance(x[0], Tensor):
         return torch.stack(list(x))
     if isinstance(x, Tensor):
         return x
     array = np.asarray(x)
-    if array.dtype not in (np.int8, np.uint8):
+    if array.dtype.kind not in "iub":
         array = array.astype(np.float32, copy=False)
     return torch.from_numpy(np.ascontiguousarray(array))  # torch takes no rows in reverse

@@ -101,6 +101,9 @@ def test_similarity_of_steps_is_that_of_the_values_they_stand_for(folder):
         for other in (steps, vectors, list(steps), torch.from_numpy(steps)):
             torch.testing.assert_close(enc.similarity(steps, other), exact, rtol=0, atol=0.05)
             torch.testing.assert_close(enc.similarity_pairwise(other, steps), pairs, rtol=0, atol=0.05)
+        for widened in (steps.tolist(), steps.astype(np.int32), torch.from_numpy(steps).long()):
+            with pytest.raises(TypeError, match=r"embeddings2 is of int.*give floats, or steps .* int8 or uint8"):
+                enc.similarity(vectors, widened)
         with pytest.raises(ValueError, match=r"embeddings2 holds steps .* no value ranges of 32 dimensions"):
             Encoder.load(folder, dtype="float32").similarity(vectors, steps)
     with pytest.raises(ValueError, match="embeddings1 holds packed signs"):
