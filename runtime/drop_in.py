@@ -290,4 +290,5 @@ def _as_tensor(name: str, x: Any) -> Tensor:
     array = np.asarray(x)
     if array.dtype.kind not in "iub":
         array = array.astype(np.float32, copy=False)
-    return torch.from_numpy(np.ascontiguousarray(array))  # torch takes no rows in reverse
+    # torch takes no rows in reverse, and warns of what cannot be written into (a memmap, a table's column)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

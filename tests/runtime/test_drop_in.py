@@ -119,6 +119,14 @@ def test_similarity_is_fp32_under_autocast_and_of_rows_in_reverse(enc):
     torch.testing.assert_close(enc.similarity(vectors[::-1], vectors), want.flip(0))
 
 
+def test_similarity_of_vectors_that_are_only_read_warns_of_nothing(enc, tmp_path, recwarn):
+    vectors = enc.embed(["a river", "a boat", "bread"])
+    np.save(tmp_path / "vectors.npy", vectors)
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    assert torch.equal(enc.similarity(mapped, mapped), enc.similarity(vectors, vectors))
+    assert not recwarn.list
+
+
 def test_without_conversion_a_list_of_tensors_or_for_a_str_one():
     listed, single = (Fixed().encode(texts, convert_to_numpy=False) for texts in (["a", "b"], "a"))
     assert [row.shape for row in listed] == [(3,), (3,)] and isinstance(single, torch.Tensor) and single.shape == (3,)
