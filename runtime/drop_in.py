@@ -163,8 +163,14 @@ class SentenceTransformerNames:
         return _scores(*self._sides(embeddings1, embeddings2), self.spec.similarity)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Score of every vector of the first with the one at its place in the second: fp32 [n], as `similarity`."""
-        return _pair_scores(*self._sides(embeddings1, embeddings2), self.spec.similarity)
+        """Score of every vector of the first with the one at its place in the second: fp32 [n], as `similarity`.
+
+        One vector alone is paired with every one of the other side.
+        """
+        a, b = self._sides(embeddings1, embeddings2)
+        if len(a) != len(b) and 1 not in (len(a), len(b)):
+            raise ValueError(f"embeddings1 has {len(a)} vectors, embeddings2 {len(b)}: give one for each")
+        return _pair_scores(a, b, self.spec.similarity)
 
     def _sides(self, embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
         sides = []
@@ -282,13 +288,23 @@ def _values_of_steps(name: str, steps: Tensor, spec: ModelSpec) -> Tensor:
 
 
 def _as_tensor(name: str, x: Any) -> Tensor:
-    """As it is where its type is a tensor's or it holds whole numbers, else fp32."""
+    """As it is where its type is a tensor's or it holds whole numbers, else fp32.
+
+    Raises:
+        TypeError: what is no array of numbers, nor made one by numpy; names the argument.
+    """
     if isinstance(x, list | tuple) and len(x) and isinstance(x[0], Tensor):
         return torch.stack(list(x))
     if isinstance(x, Tensor):
         return x
-    array = np.asarray(x)
-    if array.dtype.kind not in "iub":
-        array = array.astype(np.float32, copy=False)
+    try:
+        array = np.asarray(x)
+        if array.dtype == object:
+            raise TypeError("numbers in objects: steps could not be told from values")
+        if array.dtype.kind not in "iub":
+            array = array.astype(np.float32, copy=False)
+    except (TypeError, ValueError):
+        cure = "; a column of them as one array of its type, e.g. np.stack(list(column)).astype('float32')"
+        raise TypeError(f"{name} is {type(x).__name__}: give vectors [n, d]{cure}") from None
     # torch takes no rows in reverse, and warns of what cannot be written into (a memmap, a table's column)
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))

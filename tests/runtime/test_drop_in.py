@@ -5,6 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas
+import pyarrow
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -89,6 +91,16 @@ def test_similarity_refuses_what_are_no_vectors_of_the_model(folder):
             method(None, vectors)
         with pytest.raises(ValueError, match="embeddings2 has 3 dimensions"):
             method(vectors, vectors[None])
+        columns = (pandas.Series(list(vectors)), pyarrow.array(vectors.tolist()))
+        for column in (*columns, np.stack(list(columns[1])), [[1.0], [1.0, 2.0]], iter(vectors)):
+            with pytest.raises(TypeError, match=rf"embeddings2 is {type(column).__name__}: .* np.stack\(list\(column"):
+                method(vectors, column)
+    with pytest.raises(ValueError, match="embeddings1 has 3 vectors, embeddings2 2: give one for each"):
+        enc.similarity_pairwise(vectors, vectors[:2])
+    assert enc.similarity_pairwise(vectors, vectors[0]).shape == (3,)
+    for column in columns:
+        read = np.stack(list(column)).astype("float32")  # as the message says
+        assert torch.equal(enc.similarity(read, vectors), enc.similarity(vectors, vectors))
 
 
 def test_similarity_of_steps_is_that_of_the_values_they_stand_for(folder):
