@@ -241,8 +241,11 @@ def encode(
     settings["normalize"] = True if normalize_embeddings else None
     if settings.get("precision") is None:
         settings["precision"] = "float32"  # that library's evaluators say None
-    result = encoder.embed(inputs, output="torch" if convert_to_tensor else "numpy", **settings)
-    if convert_to_numpy or convert_to_tensor:
+    stays = convert_to_tensor and settings["precision"] in ("float32", "float16")  # others are made by numpy
+    result = encoder.embed(inputs, output="torch" if stays else "numpy", **settings)
+    if convert_to_tensor:
+        return result if stays else torch.from_numpy(result)
+    if convert_to_numpy:
         return result
     return torch.from_numpy(result) if isinstance(inputs, str) else [torch.from_numpy(row) for row in result]
 

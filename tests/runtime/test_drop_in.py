@@ -10,6 +10,7 @@ import pyarrow
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
 
 from flashvec.runtime.drop_in import SentenceTransformerNames
 from flashvec.runtime.encoder import Encoder
@@ -142,6 +143,18 @@ def test_similarity_of_vectors_that_are_only_read_warns_of_nothing(enc, tmp_path
 def test_without_conversion_a_list_of_tensors_or_for_a_str_one():
     listed, single = (Fixed().encode(texts, convert_to_numpy=False) for texts in (["a", "b"], "a"))
     assert [row.shape for row in listed] == [(3,), (3,)] and isinstance(single, torch.Tensor) and single.shape == (3,)
+
+
+def test_tensors_of_every_precision_are_that_librarys(enc):
+    texts = ["a river", "a boat"]
+    for precision in ("binary", "ubinary"):
+        numpy = enc.encode(texts, precision=precision)
+        tensor = enc.encode(texts, precision=precision, convert_to_tensor=True)
+        expected = quantize_embeddings(enc.encode(texts), precision)
+        assert torch.equal(tensor, torch.from_numpy(numpy)) and np.array_equal(numpy, expected)
+        assert torch.equal(enc.encode("a river", precision=precision, convert_to_tensor=True), tensor[0])
+    with pytest.raises(ValueError, match="precision is 'int4', known are float32"):
+        enc.encode(texts, precision="int4", convert_to_tensor=True)
 
 
 def test_what_is_refused():
