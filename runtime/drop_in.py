@@ -219,28 +219,30 @@ def encode(
     """`embed` or `embed_tokens`, returned in that library's types.
 
     Args:
-        settings: of `embed`; of them tokens take the instruction and `max_length`.
+        settings: of `embed`; of them tokens take the instruction, `max_length` and `show_progress`.
 
     Raises:
-        ValueError: an unknown `output_value` or `prompt_name`, or what `embed` refuses.
+        ValueError: an unknown `output_value` or `prompt_name`, another precision of tokens, or what `embed` refuses.
     """
     check_truth("normalize_embeddings", normalize_embeddings)
+    if settings.get("precision") is None:
+        settings["precision"] = "float32"  # that library's evaluators say None
+    name, instruction = settings.get("prompt_name"), settings.get("instruction")
+    if name is not None and instruction is not None:
+        raise ValueError("give prompt or prompt_name, not both")
     if output_value == "token_embeddings":
-        name, prompts = settings.get("prompt_name"), encoder.spec.prompts
+        prompts = encoder.spec.prompts
         if name is not None and not (isinstance(name, str) and name in prompts):
             raise ValueError(f"prompt_name is {name!r}; this model's prompts are: {', '.join(prompts) or 'none'}")
-        instruction = settings.get("instruction")
-        if name is not None and instruction is not None:
-            raise ValueError("give prompt or prompt_name, not both")
+        if settings["precision"] != "float32":
+            raise ValueError(f"precision is {settings['precision']!r}; token_embeddings are float32")
         instruction = instruction if name is None else prompts[name]
-        states = encoder.embed_tokens(inputs, instruction=instruction, max_length=settings.get("max_length"))
-        tensors = [torch.from_numpy(state.vectors) for state in states]
+        run = {"max_length": settings.get("max_length"), "show_progress": settings.get("show_progress")}
+        tensors = [torch.from_numpy(s.vectors) for s in encoder.embed_tokens(inputs, instruction=instruction, **run)]
         return tensors[0] if isinstance(inputs, str) else tensors
     if output_value != "sentence_embedding":
         raise ValueError(f"output_value is {output_value!r}, known are sentence_embedding, token_embeddings")
     settings["normalize"] = True if normalize_embeddings else None
-    if settings.get("precision") is None:
-        settings["precision"] = "float32"  # that library's evaluators say None
     stays = convert_to_tensor and settings["precision"] in ("float32", "float16")  # others are made by numpy
     result = encoder.embed(inputs, output="torch" if stays else "numpy", **settings)
     if convert_to_tensor:

@@ -162,5 +162,8 @@ def test_what_is_refused():
         Fixed().encode(["a"], output_value="logits")
     with pytest.raises(ValueError, match="prompt_name is 'title'; this model's prompts are: query, corpus"):
         Fixed().encode(["a"], output_value="token_embeddings", prompt_name="title")
-    with pytest.raises(ValueError, match="give prompt or prompt_name, not both"):
-        Fixed().encode(["a"], output_value="token_embeddings", prompt_name="query", prompt="Q: ")
+    for output in ("token_embeddings", "sentence_embedding"):
+        with pytest.raises(ValueError, match="give prompt or prompt_name, not both"):
+            Fixed().encode(["a"], output_value=output, prompt_name="query", prompt="Q: ")
+    with pytest.raises(ValueError, match="precision is 'int8'; token_embeddings are float32"):
+        Fixed().encode(["a"], output_value="token_embeddings", precision="int8")
