@@ -46,12 +46,6 @@ class SpreadEncoder(Encoder):
         self._pool = WorkerPool([str(device) for device in devices], arguments)
         self._finalizer = weakref.finalize(self, self._pool.close)
 
-    def __enter__(self) -> "SpreadEncoder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the processes. The encoder cannot be used after it."""
         self._finalizer()

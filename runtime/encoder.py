@@ -73,7 +73,8 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
             revision: branch, tag or commit of a hub id.
             adapters: PEFT adapters to merge, in this order.
             device: where to run; default CUDA if there is one, else the CPU. "all" (every GPU) or a list of devices
-                gives a `SpreadEncoder`, one process for each: close it, or use it as a context manager.
+                gives a `SpreadEncoder`, one process for each: close it, or use it as a context manager (as one on a
+                single device may be, where nothing is to be closed).
             dtype: float32, bfloat16 or float16; default bfloat16 where the processor has it in hardware, else float32.
             attention, pooling: override what the layout says. `pooling` is one of mean, weighted_mean,
                 mean_sqrt_len, max, last, cls, or several to concatenate.
@@ -165,6 +166,15 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
 
         for notice in save(self, folder, overwrite=overwrite):
             logger.warning("%s: %s", folder, notice)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes of an encoder on several devices. One on a single device has none and can be used on."""
 
     def __copy__(self) -> "Encoder":
         """Another object over the same weights, with a `spec` of its own."""

@@ -183,6 +183,12 @@ def test_runs_shrink_towards_the_end():
     assert long == [(0, 1), (1, 2), (2, 3)]  # a text is never cut
 
 
+def test_where_there_is_one_device_alone_it_is_closed_the_same_way(enc, folder):
+    with Encoder.load(folder, dtype="float32", attention="bidirectional", pooling="mean", device=["cpu"]) as one:
+        assert type(one) is Encoder and np.array_equal(one.embed(["a river"]), enc.embed(["a river"]))
+    one.close()
+
+
 def test_a_script_without_a_guard_is_told(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from flashvec.runtime.worker_pool import WorkerPool\nWorkerPool(['cpu'], {'model': 'none'})\n")
