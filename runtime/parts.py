@@ -1,6 +1,6 @@
 """Vectors of parts of texts: tokens, words, spans."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from typing import Any, NamedTuple, Unpack
 
@@ -89,7 +89,7 @@ class PartVectors(TextRunner):
         lists: list[list[str]] = []
         spans: list[list[tuple[int, int]]] = []
         for row, given in enumerate(words):
-            is_list = isinstance(given, Iterable) and not isinstance(given, str)
+            is_list = isinstance(given, Iterable) and not isinstance(given, str | set | frozenset | Mapping)
             word_list = list(given) if is_list else []
             if not is_list:
                 raise TypeError(f"words[{row}] must be a list of str, {WORDS}; it is {type(given).__name__}")

@@ -71,7 +71,8 @@ def test_spans_documents_and_tokens_from_one_forward(enc, monkeypatch):
 
 
 def test_parts_refuse_by_row(enc):
-    for words in ([["a"], None], [["a"], 3], [["a"], ["b", None]], [["a"], "b"]):
+    unordered = ([["a"], {"b", "c"}], [["a"], {"b": 1}])
+    for words in ([["a"], None], [["a"], 3], [["a"], ["b", None]], [["a"], "b"], *unordered):
         with pytest.raises(TypeError, match=r"words\[1\] must be a list of str, as in \[\['A'"):
             enc.embed_words(words)
     for words, named in ((["a", "b"], r"words\[0\] .*; it is str"), ([["a", 3]], r"words\[0\] .*; its word 1 is int")):
