@@ -127,8 +127,8 @@ class Case:
 
 
 FORWARD, BACKWARD = {"_attention_fwd_kernel"}, {"_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel"}
-BY_HAND = {"_attention_hopper_fwd_kernel"}  # on Hopper, without a window, soft-cap, dropout or selected queries
-BACKWARD_BY_HAND = {"_attention_bwd_dkv_kernel", "_attention_hopper_dkv_kernel", "_attention_hopper_dq_kernel"}
+SPECIALISED = {"_attention_hopper_fwd_kernel"}  # on Hopper, without a window, soft-cap, dropout or selected queries
+BACKWARD_SPECIALISED = {"_attention_bwd_dkv_kernel", "_attention_hopper_dkv_kernel", "_attention_hopper_dq_kernel"}
 LOW_RANK = frozenset({"_low_rank_shrink_kernel", "_low_rank_expand_kernel", "_low_rank_reduce_kernel"})
 
 
@@ -175,12 +175,12 @@ def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, An
     shift_stop = meta(64, 2, dtype=torch.int32) if options.get("subset") else None
     softcap, threshold = options.get("softcap", 0.0), options.get("threshold", 0)
     numbers: Any = options.get("left", -1), options.get("right", -1), softcap, threshold, 12345, 6789
+    asked = max(numbers[:2]) >= 0, softcap > 0, threshold > 0
     if backward:
-        options_of_backward = threshold > 0, softcap > 0, max(numbers[:2]) >= 0
-        specialised = attention_hopper_bwd.takes(q, k, v, table is not None, *options_of_backward)
-        configs = backward_configs(target, dtype, K, packed, table is not None, *options_of_backward, specialised)
+        specialised = attention_hopper_bwd.takes(q, k, v, table is not None, *asked)
+        configs = backward_configs(target, dtype, K, packed, table is not None, *asked, specialised)
         out, lse = meta(T, H, K, dtype=dtype), meta(H, T, dtype=torch.float32)
-        attention_bwd._attention_bwd_launch(
+        attention_bwd.launch_attention_bwd(
             out,
             q,
             k,
@@ -196,10 +196,10 @@ def _attention(target: Target, K: int, dtype: torch.dtype, options: dict[str, An
             *(*numbers, specialised),
         )
         return
-    plain = attention_hopper.takes(q, k, v, max(numbers[:2]) >= 0, softcap > 0, threshold > 0, shift_stop is not None)
-    classes = forward_configs(target, dtype, K, packed, table is not None, plain)
+    specialised = attention_hopper.takes(q, k, v, *asked, shift_stop is not None)
+    classes = forward_configs(target, dtype, K, packed, table is not None, specialised)
     tiles = [meta(600, 4, dtype=torch.int32) for _ in classes]
-    attention_fwd.attention_fwd_launch(
+    attention_fwd.launch_attention(
         q, k, v, None, tiles, [], T, table, table, norm, 1e-6, 0.0, identities, shift_stop, K**-0.5, *numbers
     )
 
@@ -273,8 +273,8 @@ def cases(target: Target) -> Iterator[Case]:
                 continue
             run = partial(_attention, target, K, torch.bfloat16, options)
             common = (K in (64, 128, 256) and name == "plain") or (main and K in (64, 128))
-            by_hand = main and K in (64, 128) and name in ("plain", "rotation", "rotation, norms")
-            forward, backward = (BY_HAND, BACKWARD_BY_HAND) if by_hand else (FORWARD, BACKWARD)
+            specialised = main and K in (64, 128) and name in ("plain", "rotation", "rotation, norms")
+            forward, backward = (SPECIALISED, BACKWARD_SPECIALISED) if specialised else (FORWARD, BACKWARD)
             yield Case(f"attention {K} {name}", run, frozenset(forward), extra=not common)
             if name in ("queries", "rotation, norms"):
                 continue  # neither has a backward of its own

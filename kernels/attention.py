@@ -126,7 +126,8 @@ def attention(
     """Attend within each packed sequence.
 
     Args:
-        q_THK: [T, H, K] fp32, bf16 or fp16; any row stride (a slice of a merged product is fine), K at most 256.
+        q_THK: [T, H, K] fp32, bf16 or fp16 (fp64 runs the reference); any row stride (a slice of a merged product is
+            fine), K at most 256.
         k_TGK, v_TGK: [T, G, K], same dtype.
         schedule: of this batch; rows past its tokens are filling and come back as zeros.
         scale: multiplies the scores; a positive number.
@@ -142,7 +143,7 @@ def attention(
         q, k and v; with head norms in `rotation` in their weights too.
 
     Raises:
-        TypeError: a schedule that is none.
+        TypeError: `schedule` is no `Schedule`.
         ValueError: shapes, dtypes or devices that do not fit together, one head norm without the other, a head size
             over 256, a negative window, a window that looks right of a causal mask, a scale or softcap that is not
             positive and finite or wants a gradient, dropout without identities, queries of another schedule.
@@ -318,11 +319,11 @@ def _attention_triton(
     if dropout is not None and dropout.p:
         threshold, key, identities = dropout.threshold, dropout.key(), schedule.identities
     of: Schedule | Queries = schedule if queries is None else queries
-    windowed, capped, dropped = max(left, right) >= 0, softcap is not None, threshold > 0
-    tiles = forward_tiles(q_THK, k_TGK, v_TGK, of, rotation is not None, windowed, capped, dropped)
+    options = max(left, right) >= 0, softcap is not None, threshold > 0
+    tiles = forward_tiles(q_THK, k_TGK, v_TGK, of, rotation is not None, *options)
     later_tiles: list[Tensor] = []  # the backward has no schedule at hand
     if needs_gradient(q_THK, k_TGK, v_TGK):
-        later_tiles = backward_tiles(q_THK, k_TGK, v_TGK, schedule, rotation is not None, dropped, capped, windowed)
+        later_tiles = backward_tiles(q_THK, k_TGK, v_TGK, schedule, rotation is not None, *options)
     out_THK, _ = attention_op(
         *(q_THK, k_TGK, v_TGK, rotated_TGK, tiles, later_tiles),
         0 if schedule.is_static else num_tokens,  # a captured batch zeroes all: the next one may be shorter

@@ -12,7 +12,7 @@ group's query heads, and finishes dq as it goes, so each tensor is read or writt
 dq by tiles of queries, which leaves `delta` behind, then dk and dv by tiles of keys. Nothing is added atomically.
 
 In the kernel of dk and dv the rows of every product lie along keys or along the head (sᵀ = k qᵀ, dqᵀ = kᵀ dsᵀ), never
-along queries: a step takes 16 or 32 query rows and dk and dv alone stay in registers, so that nothing spills.
+along queries: a step takes 16 to 64 query rows and dk and dv alone stay in registers, so that nothing spills.
 
 Shape letters: T = packed tokens, H = query heads, G = kv heads, K = head size, n = a sequence's tokens.
 Cost 10*n²*K FLOPs a head in one kernel, 14*n²*K in two; 2*(3 + 4*G/H)*n*K bytes in 16 bits in one: bound by memory
@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flashvec.kernels import attention_hopper_bwd as specialised
 from flashvec.kernels.attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
+from flashvec.kernels.attention_hopper_bwd import launch_attention_hopper_bwd, takes
 from flashvec.kernels.attention_tiles import (
     backward_configs,
     fp32_precision,
@@ -39,7 +39,7 @@ from flashvec.kernels.schedule import Schedule
 # --- op -----------------------------------------------------------------------------------------------
 
 
-def _attention_bwd_launch(
+def launch_attention_bwd(
     dout_THK: Tensor,
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -58,7 +58,7 @@ def _attention_bwd_launch(
     threshold: int,
     key_a: int,
     key_b: int,
-    by_hand: bool,
+    specialised: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]
     dout_THK = dout_THK.contiguous()
@@ -73,12 +73,12 @@ def _attention_bwd_launch(
     # A head's halves are at hand in registers where it is one power of two; dk of wider ones leaves none free for it.
     unrotate, unrotate_keys = rotate and K == K0, rotate and K == K0 <= 128
     row, far_heads = max(H * K, q_THK.stride(0), k_TGK.stride(0), v_TGK.stride(0)), has_far_heads(q_THK)
-    packed, options = packed_heads(H, G), (threshold > 0, softcap > 0, max(left, right) >= 0)
-    configs = backward_configs(target(q_THK), q_THK.dtype, K, packed, rotate, *options, by_hand)
+    packed, options = packed_heads(H, G), (max(left, right) >= 0, softcap > 0, threshold > 0)
+    configs = backward_configs(target(q_THK), q_THK.dtype, K, packed, rotate, *options, specialised)
     turned_THK = q_THK.new_empty(q_THK.shape) if rotate and any(config.ring for config in configs) else None
     for config, tile_list in zip(configs, tiles, strict=True):
         if config.ring:
-            specialised.launch_attention_hopper_bwd(
+            launch_attention_hopper_bwd(
                 *(config, dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, delta_HT, (dq_THK, dk_TGK, dv_TGK)),
                 *(turned_THK, tile_list, packed, cos_TK, sin_TK, scale),
             )
@@ -127,8 +127,9 @@ def _attention_bwd_fake(
 attention_bwd = define_op(
     "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] tiles, "
     "SymInt num_tokens, Tensor? cos, Tensor? sin, Tensor? identities, float scale, SymInt left, SymInt right, "
-    "float softcap, SymInt threshold, SymInt key_a, SymInt key_b, bool by_hand) -> (Tensor dq, Tensor dk, Tensor dv)",
-    _attention_bwd_launch,
+    "float softcap, SymInt threshold, SymInt key_a, SymInt key_b, bool specialised) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    launch_attention_bwd,
     _attention_bwd_fake,
 )
 
@@ -142,11 +143,11 @@ def backward_tiles(
     """The tile lists that the backward walks, in its order.
 
     Args:
-        options: is there dropout, a soft-cap, a window?
+        options: is there a window, a soft-cap, dropout?
     """
     packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
-    by_hand = specialised.takes(q_THK, k_TGK, v_TGK, rotate, *options)
-    configs = backward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, *options, by_hand)
+    specialised = takes(q_THK, k_TGK, v_TGK, rotate, *options)
+    configs = backward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, *options, specialised)
     return [schedule.tiles(config.tile_class) for config in configs]
 
 
@@ -162,8 +163,8 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     # The rotated keys, a tenth of what is saved, spare the backward a pass over k; q is rotated as it is loaded.
     keys_TGK = k_TGK if rotated_TGK is None else rotated_TGK
     # Decided here, as the tile lists were: hooks on saved tensors (`save_on_cpu`) may bring them back in other strides.
-    options = threshold > 0, softcap > 0, max(left, right) >= 0
-    ctx.by_hand = specialised.takes(q_THK, k_TGK, v_TGK, cos_TK is not None, *options)
+    options = max(left, right) >= 0, softcap > 0, threshold > 0
+    ctx.specialised = takes(q_THK, k_TGK, v_TGK, cos_TK is not None, *options)
     ctx.num_tokens, ctx.num_tiles = num_tokens, len(tiles)
     ctx.save_for_backward(q_THK, keys_TGK, v_TGK, out_THK, lse_HT, cos_TK, sin_TK, identities, *later_tiles)
     ctx.mark_non_differentiable(lse_HT)
@@ -176,6 +177,6 @@ def gradients(ctx: Any, dout_THK: Tensor | None, _: None) -> tuple[Any, ...]:
     if dout_THK is not None:
         wanted = attention_bwd(
             *(dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, tiles, ctx.num_tokens),
-            *(cos_TK, sin_TK, identities, *ctx.numbers, ctx.by_hand),
+            *(cos_TK, sin_TK, identities, *ctx.numbers, ctx.specialised),
         )
     return *wanted, None, [None] * ctx.num_tiles, [None] * len(tiles), *(None,) * 15

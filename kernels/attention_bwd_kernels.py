@@ -222,7 +222,7 @@ def _attention_bwd_dkv_kernel(
         row_exists = row < high * GROUP
         token, head = row // GROUP, kv_head * GROUP + row % GROUP
         q_row = token.to(tl.int64) if WIDE else token
-        own_row = q_row * H + head  # of out, dout and dq
+        own_row = q_row * H + head  # of dout and dq
         head_ptr = q_ptr + (head.to(tl.int64) if WIDE else head)[:, None] * q_head_stride
         if ROTATE:
             q0 = load_rotated_chunk(

@@ -142,7 +142,10 @@ class _Attention(torch.autograd.Function):
 
 
 def _by_heads(x_TXK: Tensor, schedule: Schedule) -> Tensor:
-    """fp32 [filled tokens, X, K], in memory the order of heads (`Schedule.head_order`): axes 0 and 1 do not tell it."""
+    """fp32 [filled tokens, X, K] whose memory is in the order of `Schedule.head_order`.
+
+    The first two axes say how much there is, not where: `_Block`'s views find a sequence's heads in it.
+    """
     T, (_, X, K) = schedule.num_tokens, x_TXK.shape
     order = schedule.head_order(X)
     found = x_TXK[:T].reshape(T * X, K).index_select(0, order.rows).float()

@@ -171,7 +171,7 @@ def _attention_fwd_kernel(
 # --- op -----------------------------------------------------------------------------------------------
 
 
-def attention_fwd_launch(
+def launch_attention(
     q_THK: Tensor,
     k_TGK: Tensor,
     v_TGK: Tensor,
@@ -194,16 +194,21 @@ def attention_fwd_launch(
     key_a: int,
     key_b: int,
 ) -> tuple[Tensor, Tensor]:
+    """Output [T, H, K] and log-sum-exp of the scores to base 2, fp32 [H, T]; rows past `num_tokens` are zero.
+
+    `later_tiles` are the backward's, which autograd keeps. `left` and `right` are -1 where nothing is hidden.
+    """
     (T, H, K), G = q_THK.shape, k_TGK.shape[1]  # with queries selected, T counts their rows
     packed, rotates = packed_heads(H, G), cos_TK is not None
-    plain = takes(q_THK, k_TGK, v_TGK, max(left, right) >= 0, softcap > 0, threshold > 0, shift_stop is not None)
+    options = max(left, right) >= 0, softcap > 0, threshold > 0, shift_stop is not None
+    specialised = takes(q_THK, k_TGK, v_TGK, *options)
     if rotated_TGK is not None:
         k_TGK = rotated_TGK
     out_THK, lse_HT = q_THK.new_empty(T, H, K), q_THK.new_empty(H, T, dtype=torch.float32)
     out_THK[num_tokens:] = 0
     lse_HT[:, num_tokens:] = 0
     K0, K1 = head_chunks(K)
-    configs = forward_configs(target(q_THK), q_THK.dtype, K, packed, rotates, plain)
+    configs = forward_configs(target(q_THK), q_THK.dtype, K, packed, rotates, specialised)
     for config, tile_list in zip(configs, tiles, strict=True):
         if config.ring:
             launch_attention_hopper(
@@ -254,7 +259,7 @@ attention_op = define_op(
     "SymInt num_tokens, Tensor? cos, Tensor? sin, Tensor? query_norm, float norm_eps, float norm_offset, "
     "Tensor? identities, Tensor? shift_stop, float scale, SymInt left, SymInt right, float softcap, SymInt threshold, "
     "SymInt key_a, SymInt key_b) -> (Tensor out, Tensor lse)",
-    attention_fwd_launch,
+    launch_attention,
     _attention_fake,
     setup_context=save_for_backward,
     backward=gradients,
@@ -270,6 +275,6 @@ def forward_tiles(
         options: is there a window, a soft-cap, dropout?
     """
     packed = packed_heads(q_THK.shape[1], k_TGK.shape[1])
-    plain = takes(q_THK, k_TGK, v_TGK, *options, isinstance(of, Queries))
-    configs = forward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, plain)
+    specialised = takes(q_THK, k_TGK, v_TGK, *options, isinstance(of, Queries))
+    configs = forward_configs(target(q_THK), q_THK.dtype, q_THK.shape[2], packed, rotate, specialised)
     return [of.tiles(config.tile_class) for config in configs]

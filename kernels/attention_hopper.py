@@ -228,6 +228,7 @@ def takes(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *options: bool) -> bool:
     for x in (q_THK, k_TGK, v_TGK):
         if x.stride(0) == 0:  # one row for all; whether the copy engine takes that was never tried
             return False
+        # Of a stride Triton tells its compiler whether 16 divides it, not whether 8 does, which would be 16 bytes.
         if x.stride(0) % 16 or x.stride(1) % 16 or x.storage_offset() % 8:
             return False
         rows, heads, K = x.shape

@@ -22,8 +22,7 @@ def takes(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, rotate: bool, *options: b
     """
     if rotate:
         return attention_hopper.takes(q_THK, v_TGK, v_TGK, *options)
-    plain = attention_hopper.takes(q_THK, k_TGK, v_TGK, *options)
-    return plain and attention_hopper.has_neighbouring_heads(q_THK)
+    return attention_hopper.takes(q_THK, k_TGK, v_TGK, *options) and attention_hopper.has_neighbouring_heads(q_THK)
 
 
 def launch_attention_hopper_bwd(

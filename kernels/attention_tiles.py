@@ -74,23 +74,29 @@ def head_chunks(head_size: int) -> tuple[int, int]:
     return first, (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
 
 
+def has_specialised(target: Target, head_size: int) -> bool:
+    """True if there are kernels with specialised warps (`kernels/attention_hopper.py`) for heads of this size."""
+    return target.name == "sm_90" and head_size in (64, 128)
+
+
 @cache
 def forward_configs(
-    target: Target, dtype: torch.dtype, head_size: int, packed: int, rotate: bool, plain: bool = False
+    target: Target, dtype: torch.dtype, head_size: int, packed: int, rotate: bool, specialised: bool = False
 ) -> tuple[TileConfig, ...]:
     """How a target runs the forward: one config per class of sequence lengths, shortest first.
 
-    A sequence's class depends on its own length alone, so its bits do not depend on its batch. Up to 64 and up to 128
-    tokens one tile holds all keys; beyond, tiles of 64 or 128 keys are walked with a running maximum. The numbers were
-    chosen by compiling for each target and reading registers, spills and shared memory (`kernels/aot.py`); on sm_90,
-    among what does not spill, by time on an H100 (`bench/gpu_attention.py`). Rotating queries takes registers.
+    A sequence's class depends on its own length alone, so its bits do not depend on its batch. Up to 64 or 128 tokens
+    one tile holds all keys, where a target has the registers; beyond, tiles of 16 to 128 keys are walked with a running
+    maximum. The numbers were chosen by compiling for each target and reading registers, spills and shared memory
+    (`kernels/aot.py`); on sm_90, among what does not spill, by time on an H100 (`bench/gpu_attention.py`). Rotating
+    queries takes registers.
 
     Args:
-        plain: is the call one that `attention_hopper.takes`?
+        specialised: is the call one that `attention_hopper.takes`?
     """
     first, second = head_chunks(head_size)
     width = first + second
-    if plain and target.name == "sm_90" and width in (64, 128) and second == 0:
+    if specialised and has_specialised(target, head_size):
         return _hopper_configs(width, packed, rotate)
     if dtype == torch.float32:  # three matrix products for one: a path for checks, not for speed
         rows, keys = (64, 32) if width <= 64 else (32 if width <= 128 else 16, 16)
@@ -167,7 +173,7 @@ def _config(
     return TileConfig(tile_class, rows, keys, num_warps, num_stages, one_tile, maxnreg)
 
 
-Shape = tuple[int, int, int, int]  # keys, rows, warps, stages
+Tile = tuple[int, int, int, int]  # rows, keys, warps, stages
 
 
 @cache
@@ -177,9 +183,9 @@ def backward_configs(
     head_size: int,
     packed: int,
     rotate: bool,
-    dropout: bool,
-    softcap: bool,
     window: bool,
+    softcap: bool,
+    dropout: bool,
     specialised: bool = False,
 ) -> tuple[BackwardConfig, ...]:
     """How a target runs the backward: the form for short sequences in its classes, then the two for longer ones.
@@ -189,61 +195,61 @@ def backward_configs(
     tiles that would spill are narrower or left out.
 
     Args:
+        rotate, window, softcap, dropout: what the call asks for; a causal mask is a window.
         specialised: is the call one that `attention_hopper_bwd.takes`?
     """
     extras, plain = rotate + dropout + softcap, not (rotate or dropout or softcap)
     first, second = head_chunks(head_size)
     width = first + second
-    short: list[Shape] = []
+    short: list[Tile] = []
     stages = 1 if extras == 3 else 2
     if dtype == torch.float32:
-        keys = 32 if width <= 64 else 16
-        short, dq, dkv = [(32, 16, 4, 1)], (keys, 32, 4, 1), (32, 16, 4, 1)
+        short, dq, dkv = [(16, 32, 4, 1)], (32, 32 if width <= 64 else 16, 4, 1), (16, 32, 4, 1)
     elif target.backend == "hip":  # 32 keys or rows a warp, as in the forward
-        short = [(64, 16, 4, 1), (128, 16, 4, 1)]
-        dq, dkv = (64 if width <= 128 else 16, 128, 4, 1), (128, 32 if width <= 128 else 16, 4, 1)
+        short = [(16, 64, 4, 1), (16, 128, 4, 1)]
+        dq, dkv = (128, 64 if width <= 128 else 16, 4, 1), (32 if width <= 128 else 16, 128, 4, 1)
     elif target.name == "sm_90" and second == 0 and width <= 64:
-        short = [(64, 32, 4, 2)]
-        dq, dkv = (64, 64, 4, 3), (64, 32, 4, 3)
+        short = [(32, 64, 4, 2)]
+        dq, dkv = (64, 64, 4, 3), (32, 64, 4, 3)
     elif target.name == "sm_90" and second == 0 and width <= 128:
-        short = [(64, 32, 4, 2), (128, 32, 8, 2)] if plain else [(64, 16, 8, 2), (128, 16, 8, 2)]
-        dq = (32, 128, 8, 2) if window else (64, 128, 8, 3)
-        dkv = (128, 32, 8, stages) if rotate else (64, 32, 4, 2)
+        short = [(32, 64, 4, 2), (32, 128, 8, 2)] if plain else [(16, 64, 8, 2), (16, 128, 8, 2)]
+        dq = (128, 32, 8, 2) if window else (128, 64, 8, 3)
+        dkv = (32, 128, 8, stages) if rotate else (32, 64, 4, 2)
     elif target.name in WARPGROUPS:
         if width <= 64:
-            short = [(64, 32, 4, 2), (128, 32, 8, 2), *([(256, 16, 8, 2)] if plain else [])]
-            dq, dkv = (64, 128, 8, 2), (128, 64, 8, 2)
+            short = [(32, 64, 4, 2), (32, 128, 8, 2), *([(16, 256, 8, 2)] if plain else [])]
+            dq, dkv = (128, 64, 8, 2), (64, 128, 8, 2)
         elif width <= 128:
-            short = [(64, 16, 4 if plain else 8, 2), (128, 16, 8, 2)]
-            dq, dkv = (32, 128, 8, stages), (128, 32, 8, stages)
+            short = [(16, 64, 4 if plain else 8, 2), (16, 128, 8, 2)]
+            dq, dkv = (128, 32, 8, stages), (32, 128, 8, stages)
         else:  # 64 keys a step of dkv, for a warpgroup, spill 40 to 256 bytes and compute scores twice
-            dq, dkv = (32, 128, 8, 2), (32, 64, 8, 2)
+            dq, dkv = (128, 32, 8, 2), (64, 32, 8, 2)
     else:  # operands lie in registers, too; a warp takes 16 rows of scores, and more warps would compute them twice
         if width <= 64:
-            short = [(64, 16, 4, 2), (128, 16, 8, 2)]
-            dq, dkv = (32, 64, 4, 2), (64, 16 if rotate else 32, 4, 2)
+            short = [(16, 64, 4, 2), (16, 128, 8, 2)]
+            dq, dkv = (64, 32, 4, 2), (16 if rotate else 32, 64, 4, 2)
         elif width <= 128:
-            dq, dkv = (32, 128, 8, stages), (128, 16, 8, stages) if second else (64, 64, 8, 1 if rotate else 2)
+            dq, dkv = (128, 32, 8, stages), (16, 128, 8, stages) if second else (64, 64, 8, 1 if rotate else 2)
         else:
             # 64 rows spill with dropout on the other two: 32 and 152 bytes
-            dq, dkv = (32, 64 if target.name == "sm_80" else 32, 8, 1), (32, 32, 8, 1)
+            dq, dkv = (64 if target.name == "sm_80" else 32, 32, 8, 1), (32, 32, 8, 1)
 
-    by_hand = specialised and target.name == "sm_90" and width in (64, 128) and second == 0
-    if by_hand:
+    specialised = specialised and has_specialised(target, head_size)
+    if specialised:
         short = short[:1]
     configs, shorter = [], 0
-    for keys, rows, num_warps, num_stages in short if second == 0 and width <= 128 else []:
+    for rows, keys, num_warps, num_stages in short if second == 0 and width <= 128 else []:
         tile_class = TileClass(keys, shorter, keys)
         configs.append(BackwardConfig("one tile", tile_class, rows, keys, num_warps, num_stages))
         shorter = keys
-    if by_hand:  # from 64 tokens on: one class more costs mixed lengths more than it gains
+    if specialised:  # beyond 64 tokens: one class more costs mixed lengths more than it gains
         rings = (6, 8) if width == 128 else (12, 16)
         dq_class, dkv_class = TileClass(128 // packed, shorter), TileClass(128, shorter)
         configs.append(BackwardConfig("dq", dq_class, 128, 64, 4, 1, ring=rings[0]))
         configs.append(BackwardConfig("dkv", dkv_class, 64, 128, 4, 1, ring=rings[1]))
         return tuple(configs)
-    forms: tuple[tuple[Literal["dq", "dkv"], Shape], ...] = (("dq", dq), ("dkv", dkv))
-    for form, (keys, rows, num_warps, num_stages) in forms:
+    forms: tuple[tuple[Literal["dq", "dkv"], Tile], ...] = (("dq", dq), ("dkv", dkv))
+    for form, (rows, keys, num_warps, num_stages) in forms:
         tile_class = TileClass(rows // packed if form == "dq" else keys, shorter)
         configs.append(BackwardConfig(form, tile_class, rows, keys, num_warps, num_stages))
     return tuple(configs)

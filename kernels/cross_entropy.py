@@ -228,9 +228,9 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a scale or softcap that is infinite or wants a
-            gradient, which neither has, a mean over no rows; on the CPU also a row or a
-            target out of range and a row chosen twice, which on a GPU, where looking would wait, give a loss of NaN;
-            those out of range have no gradient there.
+            gradient, which neither has, a mean over no rows; on the CPU also a row or a target out of range, and a row
+            chosen twice. On a GPU, where looking would wait, these give a loss of NaN; those out of range have no
+            gradient there.
 
     Error: on a GPU logits, sums and losses are fp32, and the softmax's weights are rounded to the dtype before they are
         multiplied. On a CPU logits are rounded to the dtype. No atomics: equal bits on repetition.

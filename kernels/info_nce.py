@@ -238,7 +238,8 @@ def info_nce(
     """Contrast each query's document with all others.
 
     Args:
-        queries_BD: [B, D] fp32, bf16 or fp16, contiguous. They are normalised here; lengths from 1e-18 to 1e18, or 0.
+        queries_BD: [B, D] fp32, bf16 or fp16 (fp64 runs the reference), contiguous. They are normalised here; lengths
+            from 1e-18 to 1e18, or 0.
         documents_MD: [M, D], same dtype: positives and hard negatives, of this process or gathered from all.
         positives_B: int32 or int64 [B]: each query's document. On a GPU values are trusted: checking them would wait.
         temperature: divides the cosines; positive. It has no gradient: to learn it, scale what the loss is made of.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvec.kernels.backend import implementation
+from flashvec.kernels.backend import implementation, needs_gradient
 from flashvec.kernels.checks import INTEGERS, check_eps, check_rows, check_spans, check_weight, may_look
 from flashvec.kernels.mean_pool_fwd import mean_pool_op
 from flashvec.kernels.pool_spans import MODES, ONE_ROW, SHORTEST
@@ -133,8 +133,7 @@ def mean_pool(
     _check(x_TD, spans_S2, norm_weight_D, mode, first_weights_S, delta_TD, post_norm_weight_D, truncate_dim, eps)
     if may_look(spans_S2):
         check_spans(spans_S2, len(x_TD))
-    wanted = (x_TD, delta_TD, norm_weight_D, post_norm_weight_D)
-    has_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
+    has_grad = needs_gradient(x_TD, delta_TD, norm_weight_D, post_norm_weight_D)
     if implementation(x_TD) != "triton" or x_TD.dtype == torch.float64 or (mode == "max" and has_grad):
         return mean_pool_reference(
             x_TD,

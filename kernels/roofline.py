@@ -111,7 +111,7 @@ def tile_time(shape: Shape, lengths: list[int], blocks_per_sm: dict[int, int]) -
     peak, bandwidth = MEASURED
     packed = packed_heads(shape.H, shape.G)
     compute = issued_total = 0.0
-    configs = forward_configs(TARGETS["sm_90"], torch.bfloat16, shape.K, packed, rotate=True, plain=True)
+    configs = forward_configs(TARGETS["sm_90"], torch.bfloat16, shape.K, packed, rotate=True, specialised=True)
     for place, config in enumerate(configs):
         issued = _issued_pairs(config, lengths) * (shape.H // packed)
         products, exponentials = 4.0 * issued * shape.K / peak, issued / EXPONENTIALS
