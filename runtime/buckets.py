@@ -1,8 +1,9 @@
 """Sizes that batches are rounded up to on a GPU, so that shapes repeat.
 
 A matrix library picks its kernel by the number of rows, a CUDA graph holds one shape, and the allocator reuses blocks
-of the same size: all three want few different sizes. Buckets are quarters of powers of two, a factor of 1.14 to 1.25
-apart; every usual token budget is one of them, so a full pack wastes nothing. Zero rows fill up.
+of the same size: all three want few different sizes. Buckets are multiples of 64 up to 512 rows, then quarters of
+powers of two, a factor of 1.14 to 1.25 apart; every usual token budget is one of them, so a full pack wastes nothing.
+Zero rows fill up.
 """
 
 STEP = 64  # rows: what a GPU's matrix products are tiled by, and so the least that costs anything

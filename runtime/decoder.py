@@ -130,7 +130,7 @@ class Turn(NamedTuple):
     updates: LayerLora
 
 
-class Batch(NamedTuple):
+class Context(NamedTuple):
     """What every layer of a pass reads."""
 
     schedule: Schedule
@@ -224,7 +224,7 @@ class Decoder:
         drops_inputs = training.lora_dropout is not None and training.lora_dropout.p > 0
         rows = Rows(row_plan, schedule.positions, schedule.identity_of_rows() if drops_inputs else None)
         tables, query_scale_T = self._rope_rows(schedule), self._query_scale(schedule)
-        batch = Batch(schedule, rows, causal, tables, query_scale_T, training)
+        context = Context(schedule, rows, causal, tables, query_scale_T, training)
         h_TD, y_TD, post_norm_D = self._embed(ids_T, schedule), None, None
         found: list[Stream] = []
         for index, layer in zip(range(max(depths)), self.layers, strict=False):  # range first: none beyond is made
@@ -232,12 +232,12 @@ class Decoder:
             last = queries if index == len(self.layers) - 1 else None
             if training.recompute and torch.is_grad_enabled():
                 h_TD, y_TD = checkpoint(
-                    *(self._layer, turn, h_TD, y_TD, post_norm_D, batch, last),
+                    *(self._layer, turn, h_TD, y_TD, post_norm_D, context, last),
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                h_TD, y_TD = self._layer(turn, h_TD, y_TD, post_norm_D, batch, last)
+                h_TD, y_TD = self._layer(turn, h_TD, y_TD, post_norm_D, context, last)
             post_norm_D = layer.mlp_post_norm
             if index + 1 in depths:
                 found.append(Stream(h_TD, y_TD, post_norm_D))
@@ -249,20 +249,20 @@ class Decoder:
         h_TD: Tensor,
         y_TD: Tensor | None,
         post_norm_D: Tensor | None,
-        batch: Batch,
+        context: Context,
         queries: Queries | None,
     ) -> tuple[Tensor, Tensor]:
         """The stream within a layer, and what its MLP adds to it."""
-        layer, rows = turn.layer, batch.rows
+        layer, rows = turn.layer, context.rows
         h_TD, x_TD = self._add_norm(h_TD, y_TD, post_norm_D, layer.attention_norm)
-        again = self._again(h_TD, layer.attention_norm, batch.training)
+        again = self._again(h_TD, layer.attention_norm, context.training)
         if queries is not None:
             h_TD, rows = h_TD[queries.rows], self._select(rows, queries)
         with remade(x_TD, again):
-            y_TD = self._attend(turn, x_TD, batch, rows, queries)
+            y_TD = self._attend(turn, x_TD, context, rows, queries)
         h_TD, x_TD = self._add_norm(h_TD, y_TD, layer.attention_post_norm, layer.mlp_norm)
-        with remade(x_TD, self._again(h_TD, layer.mlp_norm, batch.training)):
-            return h_TD, self._mlp(turn, x_TD, rows, batch.training)
+        with remade(x_TD, self._again(h_TD, layer.mlp_norm, context.training)):
+            return h_TD, self._mlp(turn, x_TD, rows, context.training)
 
     def _again(self, h_TD: Tensor, weight_D: Tensor, training: Training) -> Callable[[], Tensor] | None:
         """How a backward makes the norm of the stream again; None where it is kept."""
@@ -289,34 +289,35 @@ class Decoder:
             return h_TD, rms_norm(h_TD, weight_D, eps, offset, self.dtype)
         return add_rms_norm(h_TD, y_TD, weight_D, eps, offset, self.dtype, post_weight_D=post_norm_D)
 
-    def _attend(self, turn: Turn, x_TD: Tensor, batch: Batch, rows: Rows, queries: Queries | None) -> Tensor:
+    def _attend(self, turn: Turn, x_TD: Tensor, context: Context, rows: Rows, queries: Queries | None) -> Tensor:
         """A layer's attention block; its result has the rows of `rows`."""
         spec = self.spec
-        q_THK, k_TGK, v_TGK = self._queries_keys_values(turn, x_TD, batch, queries)
-        cos_TK, sin_TK = batch.tables[spec.layer_ropes[turn.number]]
+        q_THK, k_TGK, v_TGK = self._queries_keys_values(turn, x_TD, context, queries)
+        cos_TK, sin_TK = context.tables[spec.layer_ropes[turn.number]]
         norms = turn.layer.query_norm, turn.layer.key_norm
-        rotation: Rotation | None = Rotation(cos_TK, sin_TK, *norms, spec.norm_eps, spec.norm_offset)
-        if rotation is not None and batch.query_scale_T is not None:
+        rotation = Rotation(cos_TK, sin_TK, *norms, spec.norm_eps, spec.norm_offset)
+        scale_T = context.query_scale_T
+        if scale_T is not None:  # of rotated queries
             q_THK, k_TGK = rotate(q_THK, k_TGK, rotation, queries)
-            scale_T = batch.query_scale_T if queries is None else batch.query_scale_T[queries.rows]
-            q_THK, rotation = (q_THK * scale_T[:, None, None]).to(self.dtype), None
+            scale_T = scale_T if queries is None else scale_T[queries.rows]
+            q_THK = (q_THK * scale_T[:, None, None]).to(self.dtype)
         mixed_THK = attention(
             q_THK,
             k_TGK,
             v_TGK,
-            batch.schedule,
+            context.schedule,
             scale=spec.attention_scale,
-            causal=batch.causal,
+            causal=context.causal,
             window=spec.layer_windows[turn.number],
             softcap=spec.softcap,
-            rotation=rotation,
-            dropout=_at(batch.training.attention_dropout, turn.number, ATTENTION_SITE),
+            rotation=rotation if scale_T is None else None,
+            dropout=_at(context.training.attention_dropout, turn.number, ATTENTION_SITE),
             queries=queries,
         )
-        return self._product(turn, "out", mixed_THK.flatten(1), [spec.hidden_size], OUT_SITE, rows, batch.training)
+        return self._product(turn, "out", mixed_THK.flatten(1), [spec.hidden_size], OUT_SITE, rows, context.training)
 
     def _queries_keys_values(
-        self, turn: Turn, x_TD: Tensor, batch: Batch, queries: Queries | None
+        self, turn: Turn, x_TD: Tensor, context: Context, queries: Queries | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of all rows, or queries of the selected ones."""
         H, G, K = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_size
@@ -328,7 +329,7 @@ class Decoder:
             q_THK = linear(x_TD[queries.rows], weight[: H * K], biases[0]).unflatten(1, (H, K))
             k_TGK, v_TGK = linear(x_TD, weight[H * K :], biases[1]).unflatten(1, (2 * G, K)).split(G, 1)
             return q_THK, k_TGK, v_TGK
-        qkv = self._product(turn, "qkv", x_TD, [H * K, G * K, G * K], QKV_SITE, batch.rows, batch.training)
+        qkv = self._product(turn, "qkv", x_TD, [H * K, G * K, G * K], QKV_SITE, context.rows, context.training)
         q_THK, k_TGK, v_TGK = qkv.unflatten(1, (H + 2 * G, K)).split([H, G, G], 1)
         return q_THK if queries is None else q_THK[queries.rows], k_TGK, v_TGK
 
