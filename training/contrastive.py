@@ -104,11 +104,10 @@ class Contrastive:
         documents = [p.positive for p in pairs] + [text for p in pairs for text in p.negatives]
         texts = queries + documents
         own = [self._instruction(pair) for pair in pairs]
-        # As they will be embedded: queries with their instruction, documents without any.
+        # As they will be embedded: queries with their instruction, documents without any; of views and of scored pairs
+        # neither is a query, and both have it.
         asked = own if any(own) else None
-        is_symmetric = (
-            bool(self.config.texts) or pairs[0].score is not None
-        )  # of views and scored pairs none is a query
+        is_symmetric = bool(self.config.texts) or pairs[0].score is not None
         places = [p.where for p in pairs]
         columns = [
             (queries, asked, places),

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashvec.runtime.batches import TokenRows
 from flashvec.runtime.checkpoint.peft import WEIGHTS_FILE
 from flashvec.runtime.checkpoint.placing import naming
 from flashvec.runtime.checkpoint.safetensors_files import SafetensorsSource
@@ -305,10 +306,8 @@ def check_bidirectional(model: Model) -> None:
     Raises:
         TrainingStopped: it does not: attention is causal.
     """
-    from flashvec.runtime.batches import TokenRows
-
-    first = np.array([1, 2, 3, 1, 2, 4], np.int32) % model.decoder.spec.vocab_size
-    rows = TokenRows(first, np.array([3, 3], np.int32), np.array([[0, 3]] * 2, np.int64))
+    ids = np.array([1, 2, 3, 1, 2, 4], np.int32) % model.decoder.spec.vocab_size
+    rows = TokenRows(ids, np.array([3, 3], np.int32), np.array([[0, 3]] * 2, np.int64))
     with torch.no_grad():
         (stream,), _ = run_rows(model, rows, [0, 1], model.trainable.training())
         states = stream.hidden_TD + stream.delta_TD

@@ -8,7 +8,7 @@ from gradients import assert_op_and_gradients
 
 from flashvec.kernels import attention_cpu_training
 from flashvec.kernels.attention import attention, attention_reference
-from flashvec.kernels.dropout import Dropout
+from flashvec.kernels.dropout import Dropout, draws_cpu
 from flashvec.kernels.schedule import build_schedule
 
 LENGTHS = [70, 33, 33, 36, 24, 20, 18, 9, 5, 5, 4, 3, 1, 1, 0]  # filled up: 72, 40, 24 and 16
@@ -55,6 +55,18 @@ def test_dropout_without_a_gradient_has_the_bits_of_the_pass_with_one():
     with torch.no_grad():
         plain = run(*leaves)
     assert torch.equal(plain, run(*(x.requires_grad_() for x in leaves)).detach())
+
+
+def test_short_blocks_draw_their_masks_together_for_a_bounded_number_of_rows(monkeypatch):
+    rows = []
+    monkeypatch.setattr(attention_cpu_training, "RUN_ROWS", 450)
+    monkeypatch.setattr(
+        attention_cpu_training, "draws_cpu", lambda key, *rest: rows.append(len(key[0])) or draws_cpu(key, *rest)
+    )
+    schedule = build_schedule([40, 24, 16, 16, 8], identities=range(5))
+    q, k, v = (torch.randn(len(schedule.positions), x, 16) for x in (6, 2, 2))
+    attention(q, k, v, schedule, scale=0.3, dropout=Dropout(0.3, seed=1))
+    assert rows == [6 * (40 + 24), 6 * 3 * 16]  # a text of 8 tokens fills 16
 
 
 def test_masks_go_by_identity_not_by_place():

@@ -182,6 +182,13 @@ def test_crops_are_runs_of_the_text_and_keep_what_stands_around():
     assert np.array_equal(both.ids, np.concatenate([rows.ids, cut.ids])) and len(both.spans) == 4
 
 
+def test_a_crop_is_pooled_from_its_first_token():
+    """Also where the whole text was pooled from a later one: a prompt that is counted alone may end within the text."""
+    rows = TokenRows(np.arange(12, dtype=np.int32), np.array([12], np.int32), np.array([[4, 12]], np.int64))
+    cut = crop(rows, np.array([[1, 12]], np.int64), np.random.default_rng(0))
+    assert cut.spans.tolist() == [[1, cut.lengths[0]]]
+
+
 @pytest.mark.parametrize("instruction", [None, "Tell: "])
 def test_crops_leave_template_and_special_tokens(instruction, tmp_path):
     objective = objective_for(tmp_path, view="crop", attention_dropout=0.0, lora={"dropout": 0.0}, max_length=64)

@@ -167,6 +167,21 @@ def test_loss_is_zero_where_the_student_agrees_with_the_teacher(centred, tmp_pat
     assert float(cosines_alone.loss(torch.eye(6, 32), taught)) > 0.01
 
 
+def test_loss_is_its_formula(tmp_path):
+    """Away from zero, text by text: the weights, the mean that each term is, and the divergence's direction."""
+    objective = objective_for(tmp_path, vector_weight=0.5, divergence_weight=2.0, squared_weight=3.0)
+    taught = objective.teacher.vectors(np.arange(5)).double()
+    students = F.normalize(torch.randn(5, 32, dtype=torch.float64))
+    (rotation,), floor, t = objective.rotations, objective.teacher.floor, objective.config.temperature
+    want = 0.5 * (1 - (students * (taught @ rotation.double())).sum(1)).mean()
+    for i in range(5):
+        others = [j for j in range(5) if j != i]
+        T, S = (((x[others] @ x[i]) - floor) / (1 - floor) for x in (taught, students))
+        p, q = (T / t).log_softmax(0), (S / t).log_softmax(0)
+        want += (2 * (p.exp() * (p - q)).sum() + 3 * (T - S).square().mean()) / 5
+    assert float(objective.loss(students, taught)) == pytest.approx(float(want), rel=1e-4)
+
+
 def test_rotation_brings_the_teacher_nearest_to_the_student_at_its_start(tmp_path):
     objective = objective_for(tmp_path, depths=[1, 2])
     texts = [objective.texts[row] for row in objective.teacher.sample]
