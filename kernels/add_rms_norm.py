@@ -5,7 +5,7 @@
     out = rms_norm(sum, weight)
 
 Shape letters: T = packed tokens, D = hidden size. Memory-bound: with a fp32 stream and halves beside it, reads 6*T*D
-and writes 6*T*D bytes, where an add and a norm of their own move 18. The backward reads the sum and both gradients
+and writes 6*T*D bytes, where an add and a norm of their own move 16. The backward reads the sum and both gradients
 (`y` only for its norm) and writes the stream's gradient and that of `y`.
 Source: see `rms_norm`; post-norms Gemma 2 (2024).
 """
