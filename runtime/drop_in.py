@@ -69,7 +69,7 @@ class SentenceTransformerNames:
 
     def encode(
         self,
-        inputs: str | Iterable[str],
+        inputs: str | Iterable[str] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -81,12 +81,14 @@ class SentenceTransformerNames:
         device: Any = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
+        sentences: str | Iterable[str] | None = None,
     ) -> Any:
         """`embed` under sentence-transformers' name and parameters.
 
         `batch_size` counts rows there and has no meaning here (packs are filled by tokens); `device` is where the
         encoder was loaded. Both are accepted so that code written for that library runs as it is. `truncate_dim` cuts
         as in `embed`: what is cut has unit length again, unless the model came as a sentence-transformers folder.
+        `sentences` is `inputs` by its name before version 6.
 
         Returns:
             As there: an array [n, d], a tensor with `convert_to_tensor`, a list of tensors with neither conversion,
@@ -97,7 +99,7 @@ class SentenceTransformerNames:
         """
         return encode(
             self,
-            inputs,
+            _one_of(inputs, sentences),
             output_value=output_value,
             convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor,
@@ -120,7 +122,7 @@ class SentenceTransformerNames:
     @typing.overload
     def encode_query(self, inputs: str | Iterable[str], **settings: Any) -> Any: ...
 
-    def encode_query(self, inputs: str | Iterable[str], **settings: Any) -> Any:
+    def encode_query(self, inputs: str | Iterable[str] | None = None, **settings: Any) -> Any:
         """`encode` with the prompt named "query"; without one, with none."""
         return self._encode_as(QUERY_PROMPTS, inputs, settings)
 
@@ -135,7 +137,7 @@ class SentenceTransformerNames:
     @typing.overload
     def encode_document(self, inputs: str | Iterable[str], **settings: Any) -> Any: ...
 
-    def encode_document(self, inputs: str | Iterable[str], **settings: Any) -> Any:
+    def encode_document(self, inputs: str | Iterable[str] | None = None, **settings: Any) -> Any:
         """`encode` with the first prompt named "document", "passage" or "corpus" that the model has, else with none."""
         return self._encode_as(DOCUMENT_PROMPTS, inputs, settings)
 
@@ -204,6 +206,12 @@ class SentenceTransformerNames:
     def max_seq_length(self) -> int:
         """Tokens a text may have; set by `Encoder.load(max_length=...)`."""
         return self.spec.max_length
+
+
+def _one_of(inputs: Any, sentences: Any) -> Any:
+    if (inputs is None) is (sentences is None):
+        raise TypeError("give texts as inputs, or as sentences, one of both")
+    return sentences if inputs is None else inputs
 
 
 def encode(

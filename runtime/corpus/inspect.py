@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flashvec.runtime.corpus.readers import open_arrow, open_parquet, read_rows
+from flashvec.runtime.corpus.readers import json_constant, open_arrow, open_parquet, read_rows
 from flashvec.runtime.corpus.records import Stream, csv_header, read_lines
 from flashvec.runtime.corpus.rows import without_views
 from flashvec.runtime.corpus.settings import JobSettings
@@ -173,7 +173,7 @@ def _json_schema(source: Source, lines: int = SAMPLED_LINES) -> pa.Schema:
     texts: dict[str, set[bool]] = {}
     for record in islice(read_lines(source, 0), lines):
         try:
-            row = json.loads((record.content or b"").decode("utf-8-sig"))
+            row = json.loads((record.content or b"").decode("utf-8-sig"), parse_constant=json_constant)
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):

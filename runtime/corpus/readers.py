@@ -230,7 +230,7 @@ def _parse(source: Source, record: Record, names: Sequence[str]) -> dict[str, An
     if isinstance(text, bytes):
         return reasons.NOT_UTF8
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=json_constant)
     except (ValueError, RecursionError):
         return reasons.BROKEN_JSON
     return value if isinstance(value, dict) else reasons.BROKEN_JSON
@@ -243,8 +243,9 @@ def _utf8(content: bytes) -> str | bytes:
         return content
 
 
-def _refuse(name: str) -> Any:
-    raise ValueError(name)
+def json_constant(name: str) -> float | None:
+    """No JSON, yet what Python writes: NaN, by which tables say that nothing is there, and the infinities."""
+    return None if name == "NaN" else float(name)
 
 
 def _text_column(values: list[Any]) -> pa.Array:

@@ -163,7 +163,7 @@ def csv_header(source: Source) -> tuple[list[str], int]:
     """Column names of a CSV or TSV file, and where its first record begins.
 
     Raises:
-        SourceError: an empty file, or names that are not text or come twice.
+        SourceError: an empty file, or names that are not text or come twice; what a spreadsheet leaves empty may.
     """
     record = next(read_csv(source, 0), None)
     if record is None or not record.fields:
@@ -172,8 +172,8 @@ def csv_header(source: Source) -> tuple[list[str], int]:
         names = [name.decode("utf-8-sig" if i == 0 else "utf-8") for i, name in enumerate(record.fields)]
     except UnicodeDecodeError:
         raise SourceError(f"{source.uri}: the header line is not UTF-8") from None
-    if len(set(names)) != len(names):
-        raise SourceError(f"{source.uri}: the header names a column twice")
+    if twice := next((name for i, name in enumerate(names) if name and name in names[:i]), None):
+        raise SourceError(f"{source.uri}: the header names the column {twice!r} twice: rename one")
     return names, record.stop
 
 

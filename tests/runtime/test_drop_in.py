@@ -32,7 +32,7 @@ class Fixed(SentenceTransformerNames):
 def test_parameters_are_that_librarys():
     theirs = inspect.signature(SentenceTransformer.encode).parameters
     ours = inspect.signature(SentenceTransformerNames.encode).parameters
-    assert list(ours) == [name for name in theirs if name in ours]  # same names in the same order
+    assert list(ours) == [*(name for name in theirs if name in ours), "sentences"]  # same names in the same order
     missing = set(theirs) - set(ours) - {"pool", "chunk_size", "kwargs"}
     assert not missing, missing
 
@@ -44,6 +44,14 @@ def test_queries_and_documents_take_their_prompts():
     enc.encode_query(["a"], prompt="mine: ")
     assert [a["prompt_name"] for a in enc.asked] == ["query", "corpus", None]
     assert enc.asked[2]["instruction"] == "mine: "
+
+
+def test_texts_may_be_called_sentences_as_before_version_6():
+    for method in ("encode", "encode_query", "encode_document"):
+        assert getattr(Fixed(), method)(sentences=["a", "b"]).shape == (2, 3)
+        for given in ({}, {"inputs": ["a"], "sentences": ["a"]}):
+            with pytest.raises(TypeError, match="give texts as inputs, or as sentences"):
+                getattr(Fixed(), method)(**given)
 
 
 @pytest.mark.parametrize("side", ["query", "document"])

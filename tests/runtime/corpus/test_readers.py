@@ -58,7 +58,7 @@ def test_json_lines(tmp_path):
         9: "broken_json",
         10: "no_id",
         11: "broken_json",
-        12: "broken_json",
+        12: "null",
     }
     assert texts[0] == "good" and texts[13] == "last" and not any(texts[1:13])
     assert found[0].columns["id"].to_pylist()[0] == "7" and found[0].columns["n"].to_pylist()[0] == "[1]"
@@ -258,3 +258,10 @@ def test_arrow_batches_are_read_by_the_shard_that_they_are_of(tmp_path, monkeypa
         _, texts, bad = read(tmp_path / "a.arrow", start=start, stop=stop)
         assert texts == [f"text {i}" for i in range(start, stop)] and not bad
     assert opened == [(), (["image"],), *[(["text", "id", "n"],)] * 4]  # where batches begin is found once
+
+
+def test_a_number_that_is_none_is_nothing_and_no_damage(tmp_path):
+    """Python writes NaN and the infinities, which are no JSON."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "id": 1, "n": NaN}\n{"text": "b", "id": 2, "n": [-Infinity]}\n')
+    found, texts, bad = read(tmp_path / "a.jsonl")
+    assert texts == ["a", "b"] and not bad and found[0].columns["n"].to_pylist() == [None, "[-Infinity]"]

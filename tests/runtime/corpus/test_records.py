@@ -141,5 +141,7 @@ def test_a_quoted_header_may_follow_a_mark_of_its_encoding(tmp_path):
 def test_csv_header_is_needed(tmp_path):
     with pytest.raises(SourceError, match="no header"):
         csv_header(source_of(tmp_path / "a.csv", b""))
-    with pytest.raises(SourceError, match="twice"):
-        csv_header(source_of(tmp_path / "a.csv", b"a,a\n"))
+    with pytest.raises(SourceError, match="names the column 'b' twice"):
+        csv_header(source_of(tmp_path / "a.csv", b"a,b,b\n"))
+    spreadsheet = source_of(tmp_path / "a.csv", b"a,b,,\n1,2,,\n")  # as one writes columns without a name
+    assert csv_header(spreadsheet)[0] == ["a", "b", "", ""]
