@@ -85,7 +85,7 @@ class Schedule:
     is_static: bool = False
     tile_lists: dict[TileClass, Tensor] = field(default_factory=dict, compare=False, repr=False)
     head_orders: dict[int, HeadOrder] = field(default_factory=dict, compare=False, repr=False)
-    head_blocks: dict[tuple[int, ...], list[Any]] = field(default_factory=dict, compare=False, repr=False)
+    head_blocks: dict[tuple[int, ...], list[Any]] = field(default_factory=dict, compare=False, repr=False)  # of a CPU
 
     @property
     def num_sequences(self) -> int:
