@@ -68,12 +68,20 @@ class PartVectors(TextRunner):
         return self._tokens_of_rows(rows, self._instructions(instruction, None, len(rows)), settings, normalize)
 
     def embed_words(
-        self, words: Iterable[Sequence[str]], *, shift: int = 0, **run: Unpack[RunOptions]
+        self,
+        words: Iterable[Sequence[str]],
+        *,
+        instruction: Instruction = None,
+        normalize: bool = False,
+        shift: int = 0,
+        **run: Unpack[RunOptions],
     ) -> list[np.ndarray]:
         """One vector per word of texts that are already split: the mean of the word's token states.
 
         Args:
             words: lists of words; they are joined by single spaces.
+            instruction: as in `embed`, before each list.
+            normalize: give every word's vector unit length.
             shift: as in `embed_spans`.
             run: as in `embed_tokens`.
 
@@ -100,7 +108,9 @@ class PartVectors(TextRunner):
             lists.append(word_list)
             stops = np.cumsum([len(w) + 1 for w in word_list], dtype=np.int64) - 1
             spans.append([(int(s) - len(w), int(s)) for s, w in zip(stops, word_list, strict=True)])
-        return self.embed_spans([" ".join(w) for w in lists], spans, normalize=False, shift=shift, **run).spans
+        check_truth("normalize", normalize)
+        texts = [" ".join(w) for w in lists]
+        return self.embed_spans(texts, spans, instruction=instruction, normalize=normalize, shift=shift, **run).spans
 
     def embed_spans(
         self,

@@ -33,6 +33,19 @@ def test_words(enc):
         enc.embed_words(["Mix", "flour"])
 
 
+def test_words_of_unit_length_and_behind_an_instruction(enc):
+    words = [["Mix", "flour"], ["x"]]
+    plain, unit = enc.embed_words(words), enc.embed_words(words, normalize=True)
+    for a, b in zip(plain, unit, strict=True):
+        np.testing.assert_allclose(b, a / np.linalg.norm(a, axis=1, keepdims=True), atol=1e-6)
+    asked = enc.embed_words(words, instruction="Find: ")
+    spans = enc.embed_spans(["Mix flour", "x"], [[(0, 3), (4, 9)], [(0, 1)]], instruction="Find: ", normalize=False)
+    assert all(np.array_equal(a, b) for a, b in zip(asked, spans.spans, strict=True))
+    assert not np.allclose(asked[0], plain[0], atol=1e-3)
+    with pytest.raises(TypeError, match="'truncate_dim' is no argument here"):
+        enc.embed_words(words, truncate_dim=8)
+
+
 @pytest.mark.parametrize("bos", [True, False])
 def test_words_read_from_the_position_before(bos, tmp_path):
     """MNTP's shift: the first word reads BOS; without BOS its first piece has no place left of it."""
