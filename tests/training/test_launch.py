@@ -85,6 +85,7 @@ def test_a_killed_launcher_leaves_no_process_at_work(tmp_path):
         time.sleep(0.1)
     process.kill()
     process.wait()
+    assert len(found) == 2
     for path in found:
         assert _ends(int(path.name.split()[1]))
 
