@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT_S = 1800
+LAUNCHER = "FLASHVEC_LAUNCHER"  # in the environment: the number of the process that `launch` runs in
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -58,7 +59,12 @@ def _import_what_keeps_a_group() -> None:
 
 
 def _end_with_launcher() -> None:
-    """Killed, a launcher cannot stop its processes: they would train on, into the same output. On Linux they end."""
+    """Killed, `launch` cannot stop its processes: they would train on, into the same output. On Linux they end.
+
+    Not under others' launchers: Linux tells of the thread that started a process, which with them may end long before.
+    """
+    if os.environ.get(LAUNCHER) != str(os.getppid()):
+        return
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from flashvec.training.distributed import LAUNCHER
+
 logger = logging.getLogger("flashvec")
 
 
@@ -25,6 +27,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says itself what is wrong
     try:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from flashvec.training import distributed
 from flashvec.training.launch import launch
 
 MODULE = """
@@ -88,6 +89,16 @@ def test_a_killed_launcher_leaves_no_process_at_work(tmp_path):
     assert len(found) == 2
     for path in found:
         assert _ends(int(path.name.split()[1]))
+
+
+def test_a_process_that_another_launcher_started_is_not_bound_to_it(monkeypatch):
+    bound = []
+    monkeypatch.setattr(distributed.ctypes, "CDLL", lambda name: bound.append(name))
+    for launcher in (None, "1234567890"):
+        if launcher is not None:
+            monkeypatch.setenv(distributed.LAUNCHER, launcher)
+        distributed._end_with_launcher()
+    assert not bound
 
 
 def _ends(pid: int) -> bool:
