@@ -2,9 +2,9 @@
 
 torch's own CPU kernel knows no dropout, and the reference's gradient, sequence by sequence, writes a tensor of the
 whole batch for every one of them. Here neighbours whose lengths round up to the same multiple of eight are one batched
-product, a gradient is written where it belongs, and scores are made again in the backward instead of being kept:
-between the two passes only q, k and v live. A block of scores is bounded, so that long texts and many short ones need
-the same memory.
+product and a gradient is written where it belongs. Between the two passes q, k and v live, and of short texts the
+probabilities, which are no larger; those of longer ones are made again. A block of scores is bounded, so that long
+texts and many short ones need the same memory.
 
 Of short texts a call costs more than its arithmetic: so the whole batch is brought once into the order that products
 read (fp32; of each sequence, a head's tokens together), every block is a view of that, and only products, softmax
@@ -32,6 +32,7 @@ from flashvec.kernels.schedule import Schedule, filled_length
 
 BLOCK_SCORES = 1 << 22  # elements of a block of scores: 16 MB of fp32, several of which live at once
 DRAWN = 64  # probabilities of a row that are drawn for together, whether a text has so many or not
+KEPT_LENGTH = DRAWN  # tokens of the longest texts whose probabilities live until the backward
 HIDDEN = -1e30  # added to a filled key's score: its probability is zero, and a row that sees none else stays finite
 RUN_ROWS = 1 << 15  # rows of so many whose draws neighbouring blocks share: 8 MB
 
@@ -56,6 +57,10 @@ class _Block(NamedTuple):
     @property
     def num_sequences(self) -> int:
         return self.sequences.stop - self.sequences.start
+
+    def is_kept(self, settings: _Settings) -> bool:
+        """Whether its probabilities live until the backward, negative where they are dropped."""
+        return self.length <= KEPT_LENGTH and settings.softcap is None  # a soft-cap's gradient asks for the scores
 
     def queries(self, x_TXK: Tensor, num_kv_heads: int) -> Tensor:
         """A view [c, G, H / G, m, K] of what is in the order of heads."""
@@ -92,82 +97,88 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, schedule: Schedule, settings: _Settings
     ) -> Tensor:
-        # A copy of v: as a part of the merged product it would keep q and k alive, of which the rotated ones are kept.
-        ctx.save_for_backward(q_THK, k_TGK, v_TGK.contiguous())
-        ctx.schedule, ctx.settings = schedule, settings
-        queries, keys, values = (_by_heads(x, schedule) for x in (q_THK, k_TGK, v_TGK))
-        G, mixed = keys.shape[1], torch.empty_like(queries)
-        for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], G, settings.dropout):
+        ordered = [_by_heads(x, schedule) for x in (q_THK, k_TGK, v_TGK)]
+        queries, keys, values = (x.float() for x in ordered)
+        G, mixed, kept, kept_scale = keys.shape[1], torch.empty_like(queries), [], _kept_scale(settings)
+        for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], G, settings):
             q = block.queries(queries, G).flatten(2, 3).flatten(0, 1)
             p, _ = _probabilities(block, q, block.keys(keys), settings)
+            thinned, is_kept = p, block.is_kept(settings)
             if draws is not None:
-                _drop(p, draws, settings, out=p)
-            _multiply(p, block.keys(values), out=block.queries(mixed, G))
-        return _by_tokens(mixed, q_THK, schedule, 1.0 if settings.dropout is None else settings.dropout.scale)
+                thinned = _drop(p, draws, settings, out=torch.empty_like(p) if is_kept else p)
+            _multiply(thinned, block.keys(values), kept_scale, out=block.queries(mixed, G))
+            if is_kept:
+                kept.append(p if draws is None else p.lerp_(thinned, 2.0))  # 2 thinned - p: exact
+        ctx.save_for_backward(*ordered, *kept)
+        ctx.schedule, ctx.settings, ctx.num_rows = schedule, settings, len(q_THK)
+        return _by_tokens(mixed, q_THK.dtype, len(q_THK), schedule)
 
     @staticmethod
     @as_given
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dout_THK,) = grads
-        q_THK, k_TGK, v_TGK = ctx.saved_tensors
-        schedule, settings = ctx.schedule, ctx.settings
-        queries, keys, values, gradients = (_by_heads(x, schedule) for x in (q_THK, k_TGK, v_TGK, dout_THK))
-        G = keys.shape[1]
+        q_XHK, k_XGK, v_XGK, *kept = ctx.saved_tensors
+        schedule, settings, left = ctx.schedule, ctx.settings, iter(kept)
+        ordered = (q_XHK, k_XGK, v_XGK, _by_heads(grads[0], schedule))
+        queries, keys, values, gradients = (x.float() for x in ordered)
+        (_, H, _), (_, G, _), dtype = queries.shape, keys.shape, q_XHK.dtype
         dqueries, dkeys, dvalues = (torch.empty_like(x) for x in (queries, keys, values))
-        for block, draws in _blocks_and_draws(schedule, q_THK.shape[1], G, settings.dropout):
+        kept_scale = _kept_scale(settings)
+        scale = settings.scale * kept_scale  # scores' gradients are linear in the probabilities' ones
+        for block, draws in _blocks_and_draws(schedule, H, G, settings, again=True):
             q, dout = (block.queries(x, G).flatten(2, 3).flatten(0, 1) for x in (queries, gradients))
             k, v = block.keys(keys), block.keys(values)
-            p, slope = _probabilities(block, q, k, settings)
             dp = torch.bmm(dout, v.transpose(1, 2))
-            thinned = p
-            if draws is not None:
-                thinned = _drop(p, draws, settings, out=torch.empty_like(p))
-                _drop(dp, draws, settings, out=dp)
+            if block.is_kept(settings):
+                p, slope = next(left), None
+                thinned = p
+                if settings.dropout is not None:
+                    torch.ops.aten.threshold_backward.grad_input(dp, p, 0, grad_input=dp)
+                    thinned, p = p.relu(), p.abs()
+            else:
+                p, slope = _probabilities(block, q, k, settings)
+                thinned = p
+                if draws is not None:
+                    thinned = _drop(p, draws, settings, out=torch.empty_like(p))
+                    _drop(dp, draws, settings, out=dp)
             ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
             if slope is not None:
                 ds.mul_(slope)
             before = 0 if block.first == 0 else 1  # other queries of these sequences have added their share
-            torch.baddbmm(dv := block.keys(dvalues), thinned.transpose(1, 2), dout, beta=before, out=dv)
-            torch.baddbmm(dk := block.keys(dkeys), ds.transpose(1, 2), q, beta=before, out=dk)
-            _multiply(ds, k, out=block.queries(dqueries, G))
-        kept_scale = 1.0 if settings.dropout is None else settings.dropout.scale
-        scale = settings.scale * kept_scale  # scores' gradients are linear in the probabilities' ones
-        return (
-            _by_tokens(dqueries, q_THK, schedule, scale),
-            _by_tokens(dkeys, k_TGK, schedule, scale),
-            _by_tokens(dvalues, v_TGK, schedule, kept_scale),
-            None,
-            None,
-        )
+            dk, dv = block.keys(dkeys), block.keys(dvalues)
+            torch.baddbmm(dv, thinned.transpose(1, 2), dout, beta=before, alpha=kept_scale, out=dv)
+            torch.baddbmm(dk, ds.transpose(1, 2), q, beta=before, alpha=scale, out=dk)
+            _multiply(ds, k, scale, out=block.queries(dqueries, G))
+        return *(_by_tokens(x, dtype, ctx.num_rows, schedule) for x in (dqueries, dkeys, dvalues)), None, None
 
 
 def _by_heads(x_TXK: Tensor, schedule: Schedule) -> Tensor:
-    """fp32 [filled tokens, X, K] whose memory is in the order of `Schedule.head_order`.
+    """[filled tokens, X, K] whose memory is in the order of `Schedule.head_order`, zero where it is filled up.
 
     The first two axes say how much there is, not where: `_Block`'s views find a sequence's heads in it.
     """
     T, (_, X, K) = schedule.num_tokens, x_TXK.shape
     order = schedule.head_order(X)
-    found = x_TXK[:T].reshape(T * X, K).index_select(0, order.rows).float()
+    found = x_TXK[:T].reshape(T * X, K).index_select(0, order.rows)
     return found.index_fill_(0, order.filling, 0).view(-1, X, K)
 
 
-def _by_tokens(x_TXK: Tensor, like_TXK: Tensor, schedule: Schedule, scale: float) -> Tensor:
-    """The inverse of `_by_heads`, times `scale`, which is applied to `x_TXK` in place; filling rows are zero."""
+def _by_tokens(x_TXK: Tensor, dtype: torch.dtype, num_rows: int, schedule: Schedule) -> Tensor:
+    """The inverse of `_by_heads`; rows past all texts are zero."""
     T, (_, X, K) = schedule.num_tokens, x_TXK.shape
-    found = (x_TXK if scale == 1.0 else x_TXK.mul_(scale)).to(like_TXK.dtype).view(-1, K)
-    out_TXK = like_TXK.new_empty(like_TXK.shape)
+    found = x_TXK.to(dtype).view(-1, K)
+    out_TXK = found.new_empty(num_rows, X, K)
     out_TXK[T:] = 0
     torch.index_select(found, 0, schedule.head_order(X).places, out=out_TXK[:T].view(T * X, K))
     return out_TXK
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """A batched product into a view of `_Block.queries`, whole sequences' or a part of one."""
+def _multiply(a: Tensor, b: Tensor, scale: float, out: Tensor) -> None:
+    """A batched product times `scale` into a view of `_Block.queries`, whole sequences' or a part of one."""
     if out.is_contiguous():
-        torch.bmm(a, b, out=out.view(len(a), -1, b.shape[2]))
+        found = out.view(len(a), -1, b.shape[2])
+        torch.baddbmm(found, a, b, beta=0, alpha=scale, out=found)
     else:
-        out.copy_(torch.bmm(a, b).view(out.shape))
+        out.copy_(torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale).view(out.shape))
 
 
 def _blocks(schedule: Schedule, num_heads: int, num_kv_heads: int, least_columns: int = 1) -> list[_Block]:
@@ -224,62 +235,92 @@ def _probabilities(block: _Block, q: Tensor, k: Tensor, settings: _Settings) -> 
 # --- dropout ------------------------------------------------------------------------------------------
 
 
+def _kept_scale(settings: _Settings) -> float:
+    return 1.0 if settings.dropout is None else settings.dropout.scale
+
+
 def _drop(p: Tensor, draws: Tensor, settings: _Settings, out: Tensor) -> Tensor:
     assert settings.dropout is not None
     drop_cpu(p.view(draws.shape), draws, settings.dropout.threshold, out=out.view(draws.shape))
     return out
 
 
+class _Run(NamedTuple):
+    """Neighbouring blocks that are drawn for together: of short texts one has less to draw than the calls cost."""
+
+    blocks: list[_Block]
+    heads: Tensor  # int64 [rows]: of each row, which head of which of the run's sequences, counted through
+    positions: Tensor  # int32 [rows]: of each row, its query
+
+    @property
+    def width(self) -> int:
+        return max(block.length for block in self.blocks)
+
+
 def _blocks_and_draws(
-    schedule: Schedule, num_heads: int, num_kv_heads: int, dropout: Dropout | None
+    schedule: Schedule, num_heads: int, num_kv_heads: int, settings: _Settings, *, again: bool = False
 ) -> Iterator[tuple[_Block, Tensor | None]]:
     """Every block with what decides over its probabilities, int32 [c, H, m, n], if some are dropped.
 
-    Neighbouring blocks draw together: of short texts a block alone has less to draw than the calls cost.
+    The second time (`again`) blocks whose probabilities were kept come without: it stands in these.
     """
+    dropout = settings.dropout
     if dropout is None:
         yield from ((block, None) for block in _blocks(schedule, num_heads, num_kv_heads))
         return
-    blocks = _blocks(schedule, num_heads, num_kv_heads, DRAWN)
     assert schedule.identities is not None
     identities = schedule.identities
     if 0 in schedule.lengths:
         identities = identities[torch.tensor(schedule.lengths) > 0]
-    for run in _runs(blocks, num_heads):
-        width = max(block.length for block in run)
-        draws = draws_cpu(_row_keys(run, identities, dropout, num_heads), width, torch.float32)
+    for run in _runs(schedule, num_heads, num_kv_heads):
+        if again and all(block.is_kept(settings) for block in run.blocks):
+            yield from ((block, None) for block in run.blocks)
+            continue
+        draws = draws_cpu(_row_keys(run, identities, dropout, num_heads), run.width, torch.float32)
         start = 0
-        for block in run:
+        for block in run.blocks:
             shape = (block.num_sequences, num_heads, block.stop - block.first, block.length)
             stop = start + prod(shape[:3])
             yield block, draws[start:stop, : block.length].unflatten(0, shape[:3])
             start = stop
 
 
-def _runs(blocks: Iterable[_Block], num_heads: int) -> Iterator[list[_Block]]:
-    """Neighbouring blocks of whole sequences whose rows need as many draws; others alone."""
-    run: list[_Block] = []
+def _runs(schedule: Schedule, num_heads: int, num_kv_heads: int) -> list[_Run]:
+    """Neighbouring blocks of whole sequences whose rows need as many draws; others alone. Made when first asked for."""
+    key = (num_heads, num_kv_heads)
+    if key not in schedule.head_runs:
+        blocks = _blocks(schedule, num_heads, num_kv_heads, DRAWN)
+        schedule.head_runs[key] = [_run(blocks, num_heads) for blocks in _neighbours(blocks, num_heads)]
+    return schedule.head_runs[key]
+
+
+def _neighbours(blocks: Iterable[_Block], num_heads: int) -> Iterator[list[_Block]]:
+    found: list[_Block] = []
     size, kind = 0, None
     for block in blocks:
         num_queries, draws = block.stop - block.first, -(-block.length // DRAWN)
         own = block.num_sequences * num_heads * num_queries * draws
         own_kind = draws if num_queries == block.length else None
-        if run and (own_kind is None or own_kind != kind or size + own > RUN_ROWS):
-            yield run
-            run, size = [], 0
-        run.append(block)
+        if found and (own_kind is None or own_kind != kind or size + own > RUN_ROWS):
+            yield found
+            found, size = [], 0
+        found.append(block)
         size, kind = size + own, own_kind
-    if run:
-        yield run
+    if found:
+        yield found
 
 
-def _row_keys(run: list[_Block], identities: Tensor, dropout: Dropout, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys of a run's rows in their order: each is named by sequence, head and query."""
-    own = identities[run[0].sequences.start : run[-1].sequences.stop]
-    key = fold_reference(dropout.key(), own)
-    key = fold_reference((key[0][:, None], key[1][:, None]), torch.arange(num_heads, dtype=torch.int32))
-    queries = torch.tensor([block.stop - block.first for block in run for _ in range(block.num_sequences)])
+def _run(blocks: list[_Block], num_heads: int) -> _Run:
+    queries = torch.tensor([block.stop - block.first for block in blocks for _ in range(block.num_sequences)])
     counts = queries.repeat_interleave(num_heads)
     heads = torch.repeat_interleave(counts)
-    positions = torch.arange(len(heads)) - (counts.cumsum(0) - counts)[heads] + run[0].first
-    return fold_reference((key[0].flatten()[heads], key[1].flatten()[heads]), positions.to(torch.int32))
+    positions = torch.arange(len(heads)) - (counts.cumsum(0) - counts)[heads] + blocks[0].first
+    return _Run(blocks, heads, positions.to(torch.int32))
+
+
+def _row_keys(run: _Run, identities: Tensor, dropout: Dropout, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Keys of a run's rows in their order: each is named by sequence, head and query."""
+    own = identities[run.blocks[0].sequences.start : run.blocks[-1].sequences.stop]
+    key = fold_reference(dropout.key(), own)
+    key = fold_reference((key[0][:, None], key[1][:, None]), torch.arange(num_heads, dtype=torch.int32))
+    return fold_reference((key[0].flatten()[run.heads], key[1].flatten()[run.heads]), run.positions)

@@ -103,11 +103,12 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix_reference(x: Tensor, between: Tensor | None = None) -> Tensor:
-    x = (x ^ _shifted(x, 16)).mul_(_FACTORS[0])
+    """In place."""
+    x.bitwise_xor_(_shifted(x, 16)).mul_(_FACTORS[0])
     if between is not None:
-        x = x ^ between
-    x = (x ^ _shifted(x, 15)).mul_(_FACTORS[1])
-    return x ^ _shifted(x, 16)
+        x.bitwise_xor_(between)
+    x.bitwise_xor_(_shifted(x, 15)).mul_(_FACTORS[1])
+    return x.bitwise_xor_(_shifted(x, 16))
 
 
 def fold_reference(key: tuple[Tensor | int, Tensor | int], word: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,7 @@ def keep_reference(key: tuple[Tensor, Tensor], num_columns: int, threshold: int)
 
 # --- the processor: the same bits in passes that its vectors are fast at ---------------------------------------
 
-_DRAWS = 1 << 19  # drawn at a time: few calls, which cost some microseconds each, and still within a cache
+_DRAWS = 1 << 20  # drawn at a time: few calls, which cost some microseconds each, and still within a cache
 _WORD_OF_SIZE = {2: torch.int16, 4: torch.int32}
 _TOP_BITS = _int(0x80808080)
 
@@ -195,15 +196,15 @@ def drop_cpu(x: Tensor, draws: Tensor, threshold: int, out: Tensor | None = None
 def dropped_copy_cpu(x: Tensor, draws: Tensor, threshold: int) -> Tensor:
     """`drop_cpu` into a copy that says itself what was dropped: +0 is there alone, a zero that stays is -0."""
     words = x.view(draws.dtype)
-    sign = torch.iinfo(words.dtype).min
-    own = torch.sub(words, 1).bitwise_and_(sign).bitwise_or_(words)  # of all words without a sign 0 alone takes one
+    own = torch.eq(words, 0, out=torch.empty_like(words))
+    torch.add(words, own, alpha=torch.iinfo(words.dtype).min, out=own)  # the sign alone, where there was nothing
     return drop_cpu(own, draws, threshold, out=own).view(x.dtype)
 
 
 def drop_as_cpu(x: Tensor, copy: Tensor) -> Tensor:
     """`x`, in place, with zeros where those of a `dropped_copy_cpu` of the same shape and dtype are."""
     words = copy.view(_WORD_OF_SIZE[copy.dtype.itemsize])
-    kept = (words >> 8 * words.itemsize - 1).bitwise_xor_(words)  # positive, but for 0 (and a NaN of all ones)
+    kept = torch.ne(words, 0, out=torch.empty_like(words))  # 1 and 0 as words, for another vector instruction
     torch.ops.aten.threshold_backward.grad_input(x.view(words.dtype), kept, 0, grad_input=x.view(words.dtype))
     return x
 

@@ -86,6 +86,7 @@ class Schedule:
     tile_lists: dict[TileClass, Tensor] = field(default_factory=dict, compare=False, repr=False)
     head_orders: dict[int, HeadOrder] = field(default_factory=dict, compare=False, repr=False)
     head_blocks: dict[tuple[int, ...], list[Any]] = field(default_factory=dict, compare=False, repr=False)  # of a CPU
+    head_runs: dict[tuple[int, ...], list[Any]] = field(default_factory=dict, compare=False, repr=False)  # of those
 
     @property
     def num_sequences(self) -> int:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from training_runs import config_for, tiny_base, write_pairs
 
 from flashvec.kernels import backend
+from flashvec.kernels.schedule import filled_length
 from flashvec.training.contrastive import Contrastive
 from flashvec.training.distributed import World
 from flashvec.training.encode import Rates, encode, micro_batches
@@ -181,9 +182,10 @@ def test_recomputation_keeps_a_fraction(tmp_path):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_what_a_graph_holds_is_what_backward_reads(dropout, tmp_path):
-    """Of a layer and token: the stream before each block, q, k, v, attention's output, gate and up, what updates read.
+    """Of a layer and token: the stream before each block, attention's output, gate and up, what updates read.
 
     That is both norms and the activation; with dropout all four inputs' copies, of which zeros say what was dropped.
+    Attention holds q, k, v and probabilities of short texts, filled up.
     """
     tiny_base(tmp_path / "base", num_hidden_layers=6)  # so many that what pooling holds hardly counts
     objective = objective_for("contrastive", tmp_path, attention_dropout=0.1, lora={"dropout": dropout})
@@ -193,8 +195,11 @@ def test_what_a_graph_holds_is_what_backward_reads(dropout, tmp_path):
     everyone = np.arange(len(rows.lengths))
     held = graph_bytes(partial(encode, model, rows, everyone, training), known) / 4 / len(rows.ids)
     spec, rank = model.decoder.spec, objective.config.lora.r
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size
-    layer = 2 * spec.hidden_size + heads + 2 * spec.mlp_size + 7 * rank  # 7 updates' x Aᵀ
+    filled = np.array([filled_length(n) for n in rows.lengths])
+    attention = filled.sum() * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size
+    attention += (filled * filled).sum() * spec.num_heads
+    layer = attention / len(rows.ids) + spec.num_heads * spec.head_size
+    layer += 2 * spec.hidden_size + 2 * spec.mlp_size + 7 * rank  # 7 updates' x Aᵀ
     layer += 2 * spec.hidden_size + spec.mlp_size
     if dropout:
         layer += spec.hidden_size + 2 * 4  # a copy of attention's output, and masks' keys
