@@ -261,6 +261,7 @@ def lora(
     dropout: Dropout | None = None,
     identities_T: Tensor | None = None,
     positions_T: Tensor | None = None,
+    keys_2T: Tensor | None = None,
 ) -> Tensor:
     """Multiply every row by a frozen weight and its trainable low-rank update.
 
@@ -276,6 +277,7 @@ def lora(
         dropout: of the update's input, one mask for all projections.
         identities_T: int [T], the identity of each row's sequence (`Schedule.identity_of_rows`); for dropout.
         positions_T: int [T], each row's position in its sequence; for dropout.
+        keys_2T: int32 [2, T] of `mask_keys` or `mask_keys_of_sites`, in their place.
 
     Returns:
         [T, N] in the dtype of `x_TC`. Differentiable in `x_TC`, `a_PRC` and `b_NR`.
@@ -293,15 +295,7 @@ def lora(
     _check(x_TC, weight_NC, a_PRC, b_NR, scales, splits, bias_N)
     keys, threshold = None, 0
     if dropout is not None and dropout.p > 0:
-        if identities_T is None or positions_T is None:
-            raise ValueError("dropout needs identities_T and positions_T: its masks are keyed by them")
-        if identities_T.shape != x_TC.shape[:1] or positions_T.shape != x_TC.shape[:1]:
-            found = f"{tuple(identities_T.shape)} and {tuple(positions_T.shape)}"
-            raise ValueError(f"identities_T and positions_T are {found}, x_TC has {x_TC.shape[0]} rows")
-        for name, x in (("identities_T", identities_T), ("positions_T", positions_T)):
-            if x.dtype not in INTEGERS or x.device != x_TC.device:
-                raise ValueError(f"{name} is {x.dtype} on {x.device}, expected int32 or int64 on {x_TC.device} as x_TC")
-        keys, threshold = mask_keys(dropout, identities_T, positions_T), dropout.threshold
+        keys, threshold = _keys_given(x_TC, dropout, identities_T, positions_T, keys_2T), dropout.threshold
     bias_N = None if bias_N is None else bias_N.contiguous()
     return _lora(x_TC, weight_NC, bias_N, a_PRC, b_NR, splits, scales, keys, threshold)[0]
 
@@ -309,6 +303,41 @@ def lora(
 def mask_keys(dropout: Dropout, identities_T: Tensor, positions_T: Tensor) -> Tensor:
     """The two words of each row's dropout key: int32 [2, T]."""
     return _lora_keys(identities_T.contiguous(), positions_T.contiguous(), list(dropout.key()))
+
+
+def mask_keys_of_sites(
+    dropout: Dropout, sites: Sequence[int], identities_T: Tensor, positions_T: Tensor
+) -> Sequence[Tensor]:
+    """`mask_keys` of `dropout.at(site)` for each site, together: of a CPU's few rows calls are all it costs.
+
+    Returns:
+        One int32 [2, T] for each of S sites, views of 8 S T bytes.
+    """
+    words_2S1 = torch.tensor([dropout.at(site).key() for site in sites], dtype=torch.int32).T[..., None]
+    words_2S1 = words_2S1.to(identities_T.device)
+    keys = fold_reference((words_2S1[0], words_2S1[1]), identities_T.to(torch.int32))
+    return torch.stack(fold_reference(keys, positions_T.to(torch.int32)), 1).unbind()
+
+
+def _keys_given(
+    x: Tensor, dropout: Dropout, identities: Tensor | None, positions: Tensor | None, keys: Tensor | None
+) -> Tensor:
+    if keys is not None:
+        if keys.dtype != torch.int32 or keys.shape != (2, len(x)) or keys.device != x.device:
+            found = f"{keys.dtype} {tuple(keys.shape)} on {keys.device}"
+            raise ValueError(f"keys_2T is {found}, expected int32 {(2, len(x))} on {x.device} as x_TC")
+        return keys
+    if identities is None or positions is None:
+        raise ValueError("dropout needs identities_T and positions_T, or keys_2T: its masks are keyed by them")
+    if identities.shape != x.shape[:1] or positions.shape != x.shape[:1]:
+        found = f"{tuple(identities.shape)} and {tuple(positions.shape)}"
+        raise ValueError(f"identities_T and positions_T are {found}, x_TC has {x.shape[0]} rows")
+    for name, words in (("identities_T", identities), ("positions_T", positions)):
+        if words.dtype not in INTEGERS or words.device != x.device:
+            raise ValueError(
+                f"{name} is {words.dtype} on {words.device}, expected int32 or int64 on {x.device} as x_TC"
+            )
+    return mask_keys(dropout, identities, positions)
 
 
 def _scales(scales: float | Sequence[float], P: int) -> list[float]:

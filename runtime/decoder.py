@@ -25,7 +25,7 @@ from flashvec.kernels.attention import Rotation, attention, rotate
 from flashvec.kernels.backend import implementation
 from flashvec.kernels.dropout import Dropout
 from flashvec.kernels.linear import linear, pack
-from flashvec.kernels.lora import lora
+from flashvec.kernels.lora import lora, mask_keys_of_sites
 from flashvec.kernels.rms_norm import rms_norm
 from flashvec.kernels.rope import rope_table
 from flashvec.kernels.schedule import Queries, Schedule
@@ -119,7 +119,8 @@ class Rows(NamedTuple):
 
     plan: Sequence[int]
     positions_T: Tensor
-    identities_T: Tensor | None  # for dropout
+    identities_T: Tensor | None = None  # for dropout of updates' inputs
+    keys: Sequence[Tensor] | None = None  # for it on a CPU: int32 [2, T] each, of all layers' sites in their order
 
 
 class Turn(NamedTuple):
@@ -221,8 +222,7 @@ class Decoder:
         if self.device.type == "cpu":
             keep_freed_memory()
         training = training or Training()
-        drops_inputs = training.lora_dropout is not None and training.lora_dropout.p > 0
-        rows = Rows(row_plan, schedule.positions, schedule.identity_of_rows() if drops_inputs else None)
+        rows = self._named(Rows(row_plan, schedule.positions), schedule, training.lora_dropout, max(depths))
         tables, query_scale_T = self._rope_rows(schedule), self._query_scale(schedule)
         context = Context(schedule, rows, causal, tables, query_scale_T, training)
         h_TD, y_TD, post_norm_D = self._embed(ids_T, schedule), None, None
@@ -268,9 +268,20 @@ class Decoder:
         """How a backward makes the norm of the stream again; None where it is kept."""
         return partial(self._norm, h_TD.detach(), weight_D.detach(), self.dtype) if _remakes(training, h_TD) else None
 
+    def _named(self, rows: Rows, schedule: Schedule, dropout: Dropout | None, depth: int) -> Rows:
+        """Rows with what names them in dropout's keys, where there is any."""
+        if dropout is None or not dropout.p:
+            return rows
+        rows = rows._replace(identities_T=schedule.identity_of_rows())
+        if implementation(rows.positions_T) != "cpu":
+            return rows
+        sites = range(depth * SITES_PER_LAYER)
+        return rows._replace(keys=mask_keys_of_sites(dropout, sites, rows.identities_T, rows.positions_T))
+
     def _select(self, rows: Rows, queries: Queries) -> Rows:
-        identities = None if rows.identities_T is None else rows.identities_T[queries.rows]
-        return Rows(self.row_plan(len(queries.rows)), rows.positions_T[queries.rows], identities)
+        at = queries.rows
+        identities = None if rows.identities_T is None else rows.identities_T[at]
+        return Rows(self.row_plan(len(at)), rows.positions_T[at], identities)
 
     def _embed(self, ids_T: Tensor, schedule: Schedule) -> Tensor:
         if schedule.is_static:  # only the ids say which rows are filling: those stay zero
@@ -362,6 +373,7 @@ class Decoder:
                 dropout=_at(training.lora_dropout, turn.number, site),
                 identities_T=rows.identities_T,
                 positions_T=rows.positions_T,
+                keys_2T=None if rows.keys is None else rows.keys[turn.number * SITES_PER_LAYER + site],
             )
 
     def _weight(self, turn: Turn, name: str) -> Tensor:

@@ -81,7 +81,21 @@ def test_masks_go_by_identity_not_by_place():
     assert float((got - other).abs().max()) > 0.01
 
 
-def test_scores_are_not_kept():
+@pytest.mark.parametrize("drop", [None, Dropout(0.3, seed=1)], ids=["plain", "dropout"])
+def test_probabilities_that_are_kept_give_the_bits_of_those_that_are_made_again(drop, monkeypatch):
+    schedule, leaves = problem(16, torch.float32)
+    found = []
+    for longest in (64, 24, 0):
+        monkeypatch.setattr(attention_cpu_training, "KEPT_LENGTH", longest)
+        own = [x.clone().requires_grad_() for x in leaves]
+        out = attention(*own, schedule, scale=0.3, dropout=drop)
+        out.square().sum().backward()
+        found.append([out.detach(), *(x.grad for x in own)])
+    for again in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], again, strict=True))
+
+
+def test_scores_of_long_texts_are_not_kept():
     """Between forward and backward q, k and v live, and nothing of the size of scores."""
     schedule = build_schedule([256])
     leaves = [torch.randn(256, 4, 8).requires_grad_() for _ in range(3)]

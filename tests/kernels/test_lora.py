@@ -9,7 +9,7 @@ from compare import assert_as_close_as_torch, wider
 from flashvec.kernels import backend, low_rank
 from flashvec.kernels import lora as lora_module
 from flashvec.kernels.dropout import Dropout, keep_reference
-from flashvec.kernels.lora import _lora, _lora_bwd, _lora_keys, lora, lora_reference
+from flashvec.kernels.lora import _lora, _lora_bwd, _lora_keys, lora, lora_reference, mask_keys_of_sites
 
 DROPOUT = Dropout(0.3, seed=5, step=2, site=7)
 SCALES = [0.5, 2.0, 1.25]
@@ -213,6 +213,17 @@ def test_strides_and_no_rows(run, device, request):
     assert empty.shape == (0, 16) and torch.equal(a.grad, torch.zeros_like(a))
 
 
+def test_keys_of_several_sites_are_those_of_each():
+    x, weight, _, a, b, identities, positions = inputs(SHAPES[1], torch.float32, "cpu")
+    sites = [7, 0, 131]
+    for site, keys in zip(sites, mask_keys_of_sites(DROPOUT, sites, identities, positions), strict=True):
+        dropout = DROPOUT.at(site)
+        assert torch.equal(keys, lora_module.mask_keys(dropout, identities, positions))
+        options = {"scales": 1.0, "splits": SHAPES[1][2], "dropout": dropout}
+        named = lora(x, weight, a, b, **options, identities_T=identities, positions_T=positions)
+        assert torch.equal(lora(x, weight, a, b, **options, keys_2T=keys), named)
+
+
 @pytest.mark.parametrize("run", ["cpu", "kernels"])
 @pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"])
 def test_is_a_well_behaved_torch_op(dropped, run, device, request):
@@ -257,6 +268,7 @@ def test_rejects():
             {"dropout": DROPOUT, "identities_T": identities.float(), "positions_T": positions},
             "identities_T is torch.float",
         ),
+        ({"dropout": DROPOUT, "keys_2T": keys_of(identities, positions)[:, 1:]}, r"keys_2T is torch.int32 \(2, "),
         (
             {"dropout": DROPOUT, "identities_T": identities, "positions_T": positions.to("meta")},
             "positions_T .* on meta",
