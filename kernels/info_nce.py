@@ -102,10 +102,11 @@ def _forward(
     prefixes: Sequence[int],
 ) -> Tensor:
     """Loss: fp32 [P, B]."""
+    if implementation(q_BD) != "triton":
+        return _loss_torch(q_BD, c_MD, positives_B, ids_M, temperature, margin, prefixes)
     q_PB, c_PM = _lengths(q_BD, prefixes), _lengths(c_MD, prefixes)
     exact_PB = _positive_cosines(q_BD, c_MD, positives_B, q_PB, c_PM, prefixes)
-    run = loss_tiles if implementation(q_BD) == "triton" else _loss_torch
-    return run(q_BD, c_MD, q_PB, c_PM, positives_B, exact_PB, ids_M, temperature, margin, prefixes)
+    return loss_tiles(q_BD, c_MD, q_PB, c_PM, positives_B, exact_PB, ids_M, temperature, margin, prefixes)
 
 
 def _backward(
@@ -149,16 +150,13 @@ def _tiles_torch(
 def _loss_torch(
     q: Tensor,
     c: Tensor,
-    q_lengths: Tensor,
-    c_lengths: Tensor,
     positives: Tensor,
-    exact: Tensor,
     ids: Tensor | None,
     temperature: float,
     margin: float,
     prefixes: Sequence[int],
 ) -> Tensor:
-    loss = torch.empty_like(exact)
+    loss = q.new_empty(len(prefixes), len(q), dtype=torch.float32)
     for m, size in enumerate(prefixes):
         for rows, *_, scores in _tiles_torch(q, c, positives, ids, temperature, margin, size):
             loss[m, rows] = scores.logsumexp(1)
