@@ -272,11 +272,10 @@ class Decoder:
         """Rows with what names them in dropout's keys, where there is any."""
         if dropout is None or not dropout.p:
             return rows
-        rows = rows._replace(identities_T=schedule.identity_of_rows())
-        if implementation(rows.positions_T) != "cpu":
-            return rows
-        sites = range(depth * SITES_PER_LAYER)
-        return rows._replace(keys=mask_keys_of_sites(dropout, sites, rows.identities_T, rows.positions_T))
+        identities_T, keys = schedule.identity_of_rows(), None
+        if implementation(identities_T) == "cpu":
+            keys = mask_keys_of_sites(dropout, range(depth * SITES_PER_LAYER), identities_T, rows.positions_T)
+        return rows._replace(identities_T=identities_T, keys=keys)
 
     def _select(self, rows: Rows, queries: Queries) -> Rows:
         at = queries.rows
