@@ -146,15 +146,16 @@ class SpreadEncoder(Encoder):
                 progress.advance(chunk.stop - chunk.start, 0)
 
             self._pool.run(method, chunks, self.spec, receive, into)
-        _warn(notes, len(rows), limit)
+        _warn(notes, len(rows), limit, self.spec.document_limit)
         return [results[start] for start in sorted(results)]
 
 
-def _warn(notes: Sequence[tuple[int, Notes]], num_texts: int, limit: int) -> None:
+def _warn(notes: Sequence[tuple[int, Notes]], num_texts: int, limit: int, document_limit: int | None) -> None:
     num_truncated = sum(own.num_truncated for _, own in notes)
     non_finite = sorted(start + row for start, own in notes for row in own.non_finite)
     if num_truncated:
-        warnings.warn(TruncationWarning.of(num_truncated, num_texts, limit), stacklevel=callers_level())
+        warning = TruncationWarning.of(num_truncated, num_texts, limit, document_limit)
+        warnings.warn(warning, stacklevel=callers_level())
     if non_finite:
         warnings.warn(NonFiniteWarning.of(non_finite, num_texts), stacklevel=callers_level())
 

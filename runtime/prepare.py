@@ -30,6 +30,7 @@ class Prepared:
     texts: list[str]
     after: list[str]
     pooled: list[str] | None = None  # count_from_right: the part whose own token count is pooled
+    cut: list[bool] | None = None  # `compat`: was a text cut by words already
 
     @property
     def strings(self) -> list[str]:
@@ -70,10 +71,11 @@ def _prepare_reference(
     spec: ModelSpec, texts: Sequence[str], instructions: Sequence[str] | None, tokenizer: Tokenizer
 ) -> Prepared:
     """`LLM2Vec.encode`'s own preparation (llm2vec 0.2.3): cut by words, join by the separator, wrap, split again."""
-    strings, pooled = [], []
+    strings, pooled, cut = [], [], []
     limit = spec.document_max_length or spec.max_length
-    for i, text in enumerate(texts):
-        text = _cut_by_words(text, limit, spec.max_length, tokenizer)
+    for i, whole in enumerate(texts):
+        text = _cut_by_words(whole, limit, spec.max_length, tokenizer)
+        cut.append(text is not whole)
         instruction = instructions[i] if instructions is not None else ""
         joined = f"{instruction.strip()} {SEPARATOR}{text}" if instruction else SEPARATOR + text
         if spec.template or spec.text_suffix:  # text that nothing is written around stays as it is
@@ -82,7 +84,7 @@ def _prepare_reference(
         parts = wrapped.split(SEPARATOR)
         strings.append("".join(parts))
         pooled.append(parts[1] if len(parts) > 1 else "")
-    return Prepared([""] * len(texts), strings, [""] * len(texts), pooled)
+    return Prepared([""] * len(texts), strings, [""] * len(texts), pooled, cut)
 
 
 def _cut_by_words(text: str, limit: int, max_length: int, tokenizer: Tokenizer) -> str:
@@ -121,7 +123,9 @@ def tokenise(
         tokens = tokenizer.encode(strings, max_length, offsets=offsets)
         tokens = replace(tokens, truncated=truncated | tokens.truncated)
     tokens = replace(tokens, text_sizes=sizes)
-    return _with_split_rows(tokens, odd, tokenizer, prepared, max_length, offsets) if odd else tokens
+    if odd:
+        tokens = _with_split_rows(tokens, odd, tokenizer, prepared, max_length, offsets)
+    return tokens if prepared.cut is None else replace(tokens, truncated=tokens.truncated | prepared.cut)
 
 
 def _check_room(tokenizer: Tokenizer, prepared: Prepared, rows: Sequence[int], max_length: int) -> None:

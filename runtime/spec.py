@@ -97,6 +97,11 @@ class ModelSpec:
             width = self.dense[-1].out_features
         return min(width, self.truncate_dim or width)
 
+    @property
+    def document_limit(self) -> int | None:
+        """Tokens that a text is cut to by words before anything is written around it; None but for `compat`."""
+        return self.document_max_length if self.compat else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, JSON-ready; `spec_from_dict` reads it back."""
         return asdict(self)

@@ -128,7 +128,8 @@ class TextRunner:
                 progress.advance(len(done.rows), done.ran.num_tokens)
         yield from self._run_again(call, overflown.rows(), settings.first_row)
         if num_truncated:
-            warnings.warn(TruncationWarning.of(num_truncated, len(texts), limit), stacklevel=callers_level())
+            warning = TruncationWarning.of(num_truncated, len(texts), limit, self.spec.document_limit)
+            warnings.warn(warning, stacklevel=callers_level())
 
     def _run_again(self, call: Call, rows: np.ndarray, first_row: int) -> Iterator[Done]:
         """Texts whose results were not finite, one at a time in fp32."""

@@ -22,13 +22,17 @@ class TextWarning(UserWarning):
 
 
 class TruncationWarning(UserWarning):
-    """Texts were longer than `max_length`; the message says how many, and so does `num_texts`."""
+    """Texts were longer than the model reads; the message says how many, and so does `num_texts`."""
 
     num_texts = 0
 
     @classmethod
-    def of(cls, num_texts: int, num_all: int, limit: int) -> "TruncationWarning":
-        warning = cls(f"{num_texts} of {num_all} texts were longer than max_length={limit} tokens and were cut")
+    def of(cls, num_texts: int, num_all: int, limit: int, document_limit: int | None = None) -> "TruncationWarning":
+        """Of texts cut to `limit` tokens, with LLM2Vec's own rules by words to `document_limit` before that."""
+        limits = f"max_length={limit}"
+        if document_limit is not None:
+            limits = f"doc_max_length={document_limit} or {limits}"
+        warning = cls(f"{num_texts} of {num_all} texts were longer than {limits} tokens and were cut")
         warning.num_texts = num_texts
         return warning
 

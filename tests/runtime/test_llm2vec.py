@@ -7,6 +7,7 @@ padded batches.
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import peft
@@ -20,6 +21,7 @@ from flashvec import Encoder
 from flashvec.kernels.linear import unpacked
 from flashvec.runtime.checkpoint.llm2vec import TEMPLATES
 from flashvec.runtime.checkpoint.source import CheckpointError
+from flashvec.runtime.texts import TruncationWarning
 from flashvec.runtime.tokenize import Tokenizer
 
 LLAMA3 = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -210,6 +212,20 @@ def test_a_long_word_is_cut_to_nothing_as_in_the_reference(tmp_path):
     encoder = Encoder.load(tmp_path / "base", compat="llm2vec", dtype="float32")
     word, empty = encoder.embed(["nospaces" * 200, ""])
     assert np.array_equal(word, empty) and np.isfinite(word).all()
+
+
+@pytest.mark.parametrize("text", ["word " * 70, "nospaces" * 40, "</s> word " * 70], ids=["words", "one", "special"])
+def test_what_is_cut_by_words_is_counted(text, tmp_path):
+    """Cut to `doc_max_length` it is shorter than `max_length`, and one long word is gone altogether."""
+    base_model(tmp_path / "base")
+    settings = {"max_length": 500, "doc_max_length": 60}
+    (tmp_path / "base" / "llm2vec_config.json").write_text(json.dumps(settings))
+    encoder = Encoder.load(tmp_path / "base", compat="llm2vec", dtype="float32")
+    with pytest.warns(TruncationWarning, match="1 of 2 texts were longer than doc_max_length=60 or max_length=500 tok"):
+        encoder.embed(["short", text])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.embed(["short", "x"])
 
 
 @pytest.mark.parametrize("compat", ["llm2vec", None])
