@@ -261,7 +261,7 @@ class Encoder(PartVectors, FittedVectors, SentenceTransformerNames):
             output: "numpy", or "torch" for a tensor that stays on the device.
             out: array or memmap [n, d] to write into; it is also returned.
             split_special: read special-token strings inside a text as plain text. By default they become control
-                tokens, as in Hugging Face.
+                tokens, as in Hugging Face. Not with `compat`.
             spans: character ranges in each text; the result is then that of `embed_spans`.
 
         Returns:

@@ -114,6 +114,11 @@ class TextRunner:
             raise ValueError(f"max_length is {limit}; expected at least 1")
         if limit > self.spec.decoder.max_positions:
             raise ValueError(f"max_length is {limit}, the model has {self.spec.decoder.max_positions} positions")
+        if settings.split_special and self.spec.compat:
+            raise ValueError(
+                f"split_special and compat={self.spec.compat!r} do not go together: there the special tokens' strings "
+                "in a text and those of the template are one string"
+            )
         call = Call(texts, instructions, limit, settings.split_special, program, offsets, on_device)
         budget = self._budget(settings.batch_tokens)
         overflown, num_truncated = NonFiniteRows(program.counts), 0

@@ -228,6 +228,16 @@ def test_what_is_cut_by_words_is_counted(text, tmp_path):
         encoder.embed(["short", "x"])
 
 
+def test_split_special_keeps_the_template_whole_or_is_refused(chain):
+    folder, _ = chain
+    encoder = Encoder.load(folder / "base-mntp-supervised", dtype="float32")
+    assert np.array_equal(encoder.embed(TEXTS[2]), encoder.embed(TEXTS[2], split_special=True))
+    encoder = Encoder.load(folder / "base-mntp-supervised", dtype="float32", compat="llm2vec")
+    for embed in (encoder.embed, encoder.embed_tokens):
+        with pytest.raises(ValueError, match="split_special and compat='llm2vec' do not go together"):
+            embed([TEXTS[2]], split_special=True)
+
+
 @pytest.mark.parametrize("compat", ["llm2vec", None])
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
 def test_without_skip_instruction_all_tokens_are_pooled(pooling, compat, tmp_path):
