@@ -28,6 +28,7 @@ def chunk_texts(encoder: Any, text: str, settings: JobSettings) -> list[Chunk]:
     room = limit - _overhead(encoder, settings)
     if room < 2:
         raise ValueError(f"max_length is {limit}, and prompt and special tokens leave {room} tokens of a text")
+    room = min(room, encoder.spec.document_limit or room)  # a longer chunk would be cut once more
     if len(text) <= room // 4:  # a tokenizer makes at most four tokens of a character's bytes
         return [Chunk(text, 1)]
     tokens = encoder.tokenizer.encode([text], MAX_TOKENS, offsets=True)

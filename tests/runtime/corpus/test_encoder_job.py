@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -173,6 +174,17 @@ def test_chunks(encoder, tmp_path):
     mean = np.average(own.astype(np.float64), axis=0, weights=[chunk.num_tokens for chunk in chunks])
     np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=1e-6)
     np.testing.assert_array_equal(found[1], encoder.embed(["short"], instruction="Query: ")[0])
+
+
+def test_chunks_are_not_cut_once_more_under_the_references_rules(tmp_path):
+    tiny_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "llm2vec_config.json").write_text(json.dumps({"max_length": 96, "doc_max_length": 20}))
+    encoder = Encoder.load(tmp_path / "model", compat="llm2vec")
+    chunks = chunk_texts(encoder, "the dough has to rise again " * 30, JobSettings(long="chunk"))
+    assert max(chunk.num_tokens for chunk in chunks) == 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.embed([chunk.text for chunk in chunks])
 
 
 def test_chunks_without_room_are_refused_before_there_is_a_plan(encoder):
