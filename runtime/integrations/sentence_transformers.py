@@ -16,6 +16,7 @@ import torch
 
 try:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util.decorators import deprecated_kwargs
     from transformers import PreTrainedTokenizerFast
 except ImportError as error:
     raise ImportError(f"this integration needs {error.name}: pip install 'flashvec[sentence-transformers]'") from None
@@ -70,6 +71,7 @@ class FlashvecSentenceTransformer(SentenceTransformer):
     def dtype(self) -> torch.dtype:
         return self.encoder.dtype
 
+    @deprecated_kwargs(sentences="inputs")  # as there: its name before version 6, which most code still writes
     def encode(  # type: ignore[override]  # one signature for that library's ten overloads
         self,
         inputs: str | Iterable[str],

@@ -66,6 +66,12 @@ def test_queries_and_documents(ours, theirs):
     assert np.abs(ours.encode_query(list(TEXTS)) - ours.encode_document(list(TEXTS))).max() > 0.01
 
 
+def test_texts_by_their_older_name(ours, theirs):
+    for name in ("encode", "encode_query"):
+        a, b = (getattr(model, name)(sentences=list(TEXTS)) for model in (ours, theirs))
+        np.testing.assert_allclose(a, b, atol=TOLERANCE)
+
+
 def test_parameters_are_that_classs():
     theirs = inspect.signature(SentenceTransformer.encode).parameters
     ours = inspect.signature(FlashvecSentenceTransformer.encode).parameters
