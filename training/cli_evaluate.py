@@ -158,11 +158,13 @@ def words(
     Example: `flashvec evaluate words train.conllu dev.conllu --task pos --model ./my-encoder`
     """
     from flashvec.training.word_files import read_tagged
-    from flashvec.training.words import probe_words
+    from flashvec.training.words import probe_words, without_template
 
     read = [read_tagged(path, task, column=column, max_sentences=max_sentences) for path in (train, dev)]
     choices = _choices(adapter, attention, layers, dtype)
     encoder = _open(model, backend, choices)
+    if backend == "flashvec":
+        encoder = without_template(encoder)
     found = probe_words(
         lambda lists: encoder.embed_words(lists, shift=int(shift)), *read, has_entities=task != "pos", seeds=seeds
     )

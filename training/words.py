@@ -5,15 +5,18 @@ accuracy is the share of words that get theirs. Differences: the vectors are mad
 a tenth of the training sentences chooses when to stop.
 """
 
+import copy
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from flashvec.runtime.encoder import Encoder
 from flashvec.runtime.progress import Progress
 from flashvec.runtime.texts import TruncationWarning
 from flashvec.training.data import DataError
@@ -27,6 +30,13 @@ EmbedWords = Callable[[Sequence[Sequence[str]]], list[np.ndarray]]
 CHUNK_SENTENCES = 512  # embedded together: the states of all their tokens are held
 HELD_OUT = 0.1  # of the training sentences
 MEASURES = ("accuracy", "precision", "recall", "f1")
+
+
+def without_template(encoder: Encoder) -> Encoder:
+    """The same encoder with nothing written around words: LLM2Vec's chat template is not part of its word tasks."""
+    plain = copy.copy(encoder)
+    plain.spec = replace(encoder.spec, template=None, text_suffix="")
+    return plain
 
 
 class WordSet:

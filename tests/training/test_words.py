@@ -117,6 +117,21 @@ def test_command_runs_ours_and_hugging_faces_encoders(tmp_path):
     assert "Example" in CliRunner().invoke(app, ["evaluate", "words", "--help"]).stdout
 
 
+def test_words_are_read_without_a_chat_template(tmp_path):
+    files = [write_conll(tmp_path / "train.conll", 5), write_conll(tmp_path / "dev.conll", 1)]
+    tiny_base(tmp_path / "model")
+    runs = []
+    for keys in ({}, {"architectures": ["LlamaBiModel"], "_name_or_path": "meta-llama/Llama-2-7b-chat-hf"}):
+        config = json.loads((tmp_path / "model" / "config.json").read_text()) | keys
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        model = str(tmp_path / "model")
+        assert (Encoder.load(model).spec.template is not None) == bool(keys)
+        command = ["evaluate", "words", *files, "--task", "ner", "--model", model, "--json", "--max-sentences", "3"]
+        result = CliRunner().invoke(app, [*command, "--shift", "--dtype", "float32"])
+        runs.append(json.loads(result.stdout))
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 def test_hugging_faces_words_are_ours(shift, tmp_path):
     tiny_checkpoint(tmp_path, "llama")
