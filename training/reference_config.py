@@ -69,6 +69,11 @@ def translate(values: Mapping[str, Any], objective: str, where: str) -> dict[str
     Raises:
         ConfigError: a key that is not known here, or a file of another objective.
     """
+    if "classifier_dropout" in values:
+        raise ConfigError(
+            f"{where}: trains a classifier of words, which is no encoder: measure one by flashvec evaluate words, with "
+            "--adapter for peft_addr and --shift for retroactive_labels: next_token"
+        )
     _check_kinds(values, where)
     left = dict(values)
     take = left.pop

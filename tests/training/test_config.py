@@ -249,6 +249,9 @@ def test_the_references_unknown_keys_are_refused():
     with pytest.raises(ConfigError, match="num_train_epochs is 3: add stop_after_n_steps"):
         translate({**epochs, "num_train_epochs": 3}, "MntpConfig", "x.json")
     assert translate({**MNTP, "num_train_epochs": 3}, "MntpConfig", "x.json")["loop"]["steps"] == 1000
+    words = {"model_name_or_path": "owner/llama", "peft_addr": "owner/mntp", "classifier_dropout": 0.1}
+    with pytest.raises(ConfigError, match=r"^x.json: trains a classifier of words.*evaluate words, with --adapter"):
+        translate(words, "MntpConfig", "x.json")
     with pytest.raises(ConfigError, match="no such objective"):
         translate(MNTP, "DistillConfig", "x.json")
     with pytest.raises(ConfigError, match="mask_token_type is 'eos'"):
