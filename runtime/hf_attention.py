@@ -61,7 +61,8 @@ def register_with_transformers() -> None:
 
     Then `AutoModel.from_pretrained(..., attn_implementation="flashvec")`, `model.set_attn_implementation("flashvec")`
     and `SentenceTransformer(..., model_kwargs={"attn_implementation": "flashvec"})` run and train on it;
-    sentence-transformers also flattens its batches, so that they hold no padding at all.
+    sentence-transformers also flattens its batches, so that they hold no padding at all. Processes that it spawns need
+    the call, too: make it where the script is imported, not under `if __name__ == "__main__"`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations import hub_kernels
