@@ -191,6 +191,10 @@ def _read_modules(folder: Path) -> _Modules:
             raise CheckpointError(
                 f"{MODULES_FILE}: module {name!r} is not known; known are Transformer, Pooling, Dense, Normalize"
             )
+    if names == ["Transformer"]:
+        raise CheckpointError(
+            f"{MODULES_FILE}: a Transformer alone gives no vectors of texts; a cross-encoder (it scores pairs) is such"
+        )
     dense = names.count("Dense")
     expected = ["Transformer", "Pooling"] + ["Dense"] * dense
     if names not in (expected, [*expected, "Normalize"]):

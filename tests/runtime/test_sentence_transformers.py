@@ -317,6 +317,7 @@ def test_module_path_through_a_link(dense_folder):
         (["Transformer", "Dense"], "only Transformer, Pooling"),
         (["Transformer", "Pooling", "LayerNorm"], "module 'LayerNorm' is not known"),
         (["Pooling"], "only Transformer, Pooling"),
+        (["Transformer"], "gives no vectors of texts; a cross-encoder"),
     ],
 )
 def test_refuses_other_modules_and_orders(order, named, dense_folder):
