@@ -148,6 +148,7 @@ def verify(
     attention: Attention = None,
     pooling: Pooling = None,
     adapter: Adapters = None,
+    compat: Compat = None,
     limit: Annotated[int, typer.Option(help="Texts to compare.", min=2)] = 200,
     max_length: Annotated[int | None, typer.Option(help="Tokens per text.")] = None,
     as_json: Json = False,
@@ -166,6 +167,7 @@ def verify(
         adapters=adapter or (),
         attention=attention,
         pooling=pooling_modes(pooling),
+        compat=compat,
     )
     if as_json:
         print(json.dumps(report, indent=1))

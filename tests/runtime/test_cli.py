@@ -108,6 +108,9 @@ def test_convert_then_verify(folder, tmp_path, run_here):
     assert done.returncode == 0 and not json.loads(done.stdout)["failures"]
     shown = run_here("verify", tmp_path / "out", texts, "--dtype", "float32").stdout
     assert "passed" in shown and "flashvec" in shown
+    done = run_here("verify", folder, texts, "--dtype", "float32", "--compat", "llm2vec")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "compat='llm2vec' is for" in run_here("verify", tmp_path / "out", texts, "--compat", "llm2vec").stderr
 
 
 @pytest.mark.parametrize(
