@@ -3,8 +3,8 @@
 torch's own CPU kernel knows no dropout, and the reference's gradient, sequence by sequence, writes a tensor of the
 whole batch for every one of them. Here neighbours whose lengths round up to the same multiple of eight are one batched
 product and a gradient is written where it belongs. Between the two passes q, k and v live, and of short texts the
-probabilities, which are no larger; those of longer ones are made again. A block of scores is bounded, so that long
-texts and many short ones need the same memory.
+probabilities, which take about as much; those of longer ones are made again. A block of scores is bounded, so that
+long texts and many short ones need the same memory.
 
 Of short texts a call costs more than its arithmetic: so the whole batch is brought once into the order that products
 read (fp32; of each sequence, a head's tokens together), every block is a view of that, and only products, softmax
@@ -33,6 +33,7 @@ from flashvec.kernels.schedule import Schedule, filled_length
 BLOCK_SCORES = 1 << 22  # elements of a block of scores: 16 MB of fp32, several of which live at once
 DRAWN = 64  # probabilities of a row that are drawn for together, whether a text has so many or not
 KEPT_LENGTH = DRAWN  # tokens of the longest texts whose probabilities live until the backward
+MOST_FILLED = 2  # times a batch's rows: where texts fill up to more, q, k and v are kept as they came
 HIDDEN = -1e30  # added to a filled key's score: its probability is zero, and a row that sees none else stays finite
 RUN_ROWS = 1 << 15  # rows of so many whose draws neighbouring blocks share: 8 MB
 
@@ -109,18 +110,22 @@ class _Attention(torch.autograd.Function):
             _multiply(thinned, block.keys(values), kept_scale, out=block.queries(mixed, G))
             if is_kept:
                 kept.append(p if draws is None else p.lerp_(thinned, 2.0))  # 2 thinned - p: exact
-        ctx.save_for_backward(*ordered, *kept)
+        ctx.is_ordered = len(queries) <= MOST_FILLED * len(q_THK)
+        # A copy of v: as a part of the merged product it would keep q and k alive, of which the rotated ones are kept.
+        held = ordered if ctx.is_ordered else (q_THK, k_TGK, v_TGK.contiguous())
+        ctx.save_for_backward(*held, *kept)
         ctx.schedule, ctx.settings, ctx.num_rows = schedule, settings, len(q_THK)
         return _by_tokens(mixed, q_THK.dtype, len(q_THK), schedule)
 
     @staticmethod
     @as_given
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_XHK, k_XGK, v_XGK, *kept = ctx.saved_tensors
+        q_THK, k_TGK, v_TGK, *kept = ctx.saved_tensors
         schedule, settings, left = ctx.schedule, ctx.settings, iter(kept)
-        ordered = (q_XHK, k_XGK, v_XGK, _by_heads(grads[0], schedule))
-        queries, keys, values, gradients = (x.float() for x in ordered)
-        (_, H, _), (_, G, _), dtype = queries.shape, keys.shape, q_XHK.dtype
+        held = (q_THK, k_TGK, v_TGK)
+        ordered = held if ctx.is_ordered else [_by_heads(x, schedule) for x in held]
+        queries, keys, values, gradients = (x.float() for x in (*ordered, _by_heads(grads[0], schedule)))
+        (_, H, _), (_, G, _), dtype = queries.shape, keys.shape, q_THK.dtype
         dqueries, dkeys, dvalues = (torch.empty_like(x) for x in (queries, keys, values))
         kept_scale = _kept_scale(settings)
         scale = settings.scale * kept_scale  # scores' gradients are linear in the probabilities' ones

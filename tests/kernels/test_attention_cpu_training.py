@@ -110,6 +110,26 @@ def test_scores_of_long_texts_are_not_kept():
     assert sizes == [256 * 4 * 8] * 3
 
 
+@pytest.mark.parametrize("drop", [None, Dropout(0.3, seed=1)], ids=["plain", "dropout"])
+def test_of_texts_of_a_few_tokens_no_filling_is_kept(drop):
+    """They fill up to 16 tokens: a graph of words would hold q, k and v many times over."""
+    lengths = [1, 2, 3] * 40
+    schedule = build_schedule(lengths, identities=range(len(lengths)))
+    leaves = [torch.randn(sum(lengths), X, 16) for X in (6, 2, 2)]
+    sizes: list[int] = []
+
+    def note(x):
+        sizes.append(x.numel())
+        return x
+
+    run = partial(attention, schedule=schedule, scale=0.3, dropout=drop)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        run(*(x.clone().requires_grad_() for x in leaves))
+    assert sizes[:3] == [x.numel() for x in leaves]
+    reference = partial(attention_reference, schedule=schedule, scale=0.3, dropout=drop)
+    assert_op_and_gradients(run, lambda *x: reference(*x)[0], leaves)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("drop", [None, Dropout(0.2, seed=1)], ids=["plain", "dropout"])
 @pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
