@@ -120,6 +120,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @as_given
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what is kept has no graph: torch would take zeros for its gradient
+            raise RuntimeError("attention's backward has no gradient: first derivatives alone, no create_graph=True")
         q_THK, k_TGK, v_TGK, *kept = ctx.saved_tensors
         schedule, settings, left = ctx.schedule, ctx.settings, iter(kept)
         held = (q_THK, k_TGK, v_TGK)

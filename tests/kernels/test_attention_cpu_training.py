@@ -130,6 +130,14 @@ def test_of_texts_of_a_few_tokens_no_filling_is_kept(drop):
     assert_op_and_gradients(run, lambda *x: reference(*x)[0], leaves)
 
 
+@pytest.mark.parametrize("length", [3, 20, 100])
+def test_second_derivatives_are_refused(length):
+    schedule = build_schedule([length])
+    leaves = [torch.randn(length, 2, 16, requires_grad=True) for _ in range(3)]
+    with pytest.raises(RuntimeError, match=r"attention's backward has no gradient: .* no create_graph=True"):
+        torch.autograd.grad(attention(*leaves, schedule, scale=0.3).sum(), leaves, create_graph=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("drop", [None, Dropout(0.2, seed=1)], ids=["plain", "dropout"])
 @pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
