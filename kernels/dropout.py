@@ -4,7 +4,7 @@
 
 The key of a row is folded from (seed, step, site) and from what names the row: its sequence's identity, its head, its
 position. Packing, order, micro-batches, processes and recomputation therefore see the same mask, and a backward pass
-draws it again instead of storing it. Two views of one text differ by their identities.
+can draw it again instead of storing it. Two views of one text differ by their identities.
 
 One 32-bit draw serves four elements, a byte each, so rates are multiples of 1/256. Columns are taken in blocks of 64:
 column j uses byte (j // 16) % 4 of draw 16 * (j // 64) + j % 16, so that the four elements of a draw lie where a tensor
