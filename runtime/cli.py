@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import flashvec
@@ -21,6 +20,7 @@ from flashvec.bench.cli import bench
 from flashvec.runtime import cli_corpus
 from flashvec.runtime.cli_corpus import Adapters, Attention, Pooling, pooling_modes
 from flashvec.runtime.cli_serve import serve
+from flashvec.runtime.console import PlainFormatter, stderr, stdout
 from flashvec.training.cli import mine, pairs, sentences, train_app
 from flashvec.training.cli_evaluate import evaluate_app
 
@@ -40,9 +40,6 @@ app.command()(mine)
 app.command()(sentences)
 app.command()(pairs)
 app.command()(bench)
-# What is printed is a file's or a user's word: "[INST]" in it is no markup, ":cat:" no picture.
-stdout = Console(markup=False, emoji=False, soft_wrap=True)
-stderr = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -204,13 +201,16 @@ def _show(message: Warning | str, category: type[Warning], *place: Any, **rest: 
     if category.__module__.startswith("flashvec."):
         stderr.print(f"note: {message}", highlight=False)
     else:
-        stderr.print(warnings.formatwarning(message, category, *place[:2]), highlight=False, end="")
+        for line in warnings.formatwarning(message, category, *place[:2]).splitlines():
+            stderr.print(line, highlight=False)
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr, never a traceback."""
     warnings.showwarning = _show
-    logging.basicConfig(format="note: %(message)s", level=logging.WARNING)
+    notes = logging.StreamHandler()
+    notes.setFormatter(PlainFormatter())
+    logging.basicConfig(handlers=[notes], level=logging.WARNING)
     for noisy in ("transformers", "huggingface_hub", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:

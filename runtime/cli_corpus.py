@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-# What is printed is a file's or a user's word: "[INST]" in it is no markup, ":cat:" no picture.
-stdout = Console(markup=False, emoji=False, soft_wrap=True)
-stderr = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
+from flashvec.runtime.console import stderr, stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: an object for each event, the last one the result.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... or all; default all GPUs, else the CPU.")]
@@ -117,7 +114,7 @@ def embed(
         from flashvec.runtime.corpus.estimate import estimate_job, estimate_lines
 
         def say(note: str) -> None:
-            stderr.print(f"note: {note}", highlight=False, markup=False)
+            stderr.print(f"note: {note}", highlight=False)
 
         first = devices_of(device)[0]
         estimate = estimate_job(inputs, model=model, settings=settings, load=load, device=first, note=say)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from flashvec.runtime.console import stderr, stdout
 
 train_app = typer.Typer(help="Train an encoder: mntp, contrastive, distill; average.", no_args_is_help=True)
-stdout = Console(markup=False, emoji=False, soft_wrap=True)  # names of files stay whole
-stderr = Console(stderr=True, markup=False, emoji=False, soft_wrap=True)
 
 Config = Annotated[Path, typer.Argument(help="YAML or JSON file of settings.", show_default=False)]
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, over the file's; lora.r=8", show_default=False)]

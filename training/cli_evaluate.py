@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from flashvec.runtime.cli_corpus import Adapters, Attention, Layers, Pooling, pooling_modes
+from flashvec.runtime.console import stdout
 
 evaluate_app = typer.Typer(help="Measure an encoder on files.", no_args_is_help=True)
-stdout = Console(markup=False, emoji=False, soft_wrap=True)  # names of files stay whole
 
 Model = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.", show_default=False)]
 Dtype = Annotated[

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from flashvec.runtime.console import printable
 from flashvec.runtime.corpus.local import Event
 
 LINE_EVERY_S = 10.0
@@ -121,9 +122,9 @@ class Reporter:
 
     def _say(self, text: str) -> None:
         if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False)
+            self.bar.console.print(printable(text), markup=False, highlight=False)
         else:
-            print(text, file=self.out, flush=True)
+            print(printable(text), file=self.out, flush=True)
 
 
 def counted(number: int, noun: str) -> str:

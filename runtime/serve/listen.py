@@ -12,6 +12,8 @@ except ImportError as error:
 
 from fastapi import FastAPI
 
+from flashvec.runtime.console import printable
+
 UNREAD_S = 60  # an answer that its client leaves unread for so long is dropped with the connection
 BACKLOG = 2048
 
@@ -26,7 +28,10 @@ def listen(app: FastAPI, host: str, port: int, name: str, end_s: int) -> None:
     """
     with bound_socket(host, port) as listening:
         at = listening.getsockname()
-        print(f"{name} at http://{f'[{at[0]}]' if ':' in at[0] else at[0]}:{at[1]}/v1/embeddings", file=sys.stderr)
+        print(
+            f"{printable(name)} at http://{f'[{at[0]}]' if ':' in at[0] else at[0]}:{at[1]}/v1/embeddings",
+            file=sys.stderr,
+        )
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=end_s, server_header=False)
         _Server(config).run(sockets=[listening])
 

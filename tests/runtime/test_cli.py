@@ -94,6 +94,13 @@ def test_brackets_and_colons_of_a_model_are_printed_as_they_are(folder, tmp_path
     assert "[b]out" in done.stdout.replace("\n", "")
 
 
+def test_no_control_character_of_a_name_reaches_the_terminal(tmp_path, run_here):
+    folder = tmp_path / "m\x1b[2J\nflashvec: forged"
+    folder.mkdir()
+    done = run_here("info", folder)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and r"m\x1b[2J\nflashvec: forged" in done.stderr
+
+
 def test_convert_then_verify(folder, tmp_path, run_here):
     done = run_here("convert", folder, tmp_path / "out", "--pooling", "mean")
     assert done.returncode == 0, done.stderr

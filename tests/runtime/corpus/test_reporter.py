@@ -1,6 +1,8 @@
 import io
 import json
 
+import pytest
+
 from flashvec.runtime.corpus.reporter import Reporter, Tally, duration
 
 EVENTS = [
@@ -52,3 +54,11 @@ def test_events_for_machines():
 
 def test_durations():
     assert [duration(s) for s in (5, 600, 36_000)] == ["5 s", "10 min", "10.0 h"]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_note_is_one_line_without_orders_to_the_terminal(is_terminal):
+    out = io.StringIO()
+    with Reporter(False, out, is_terminal=is_terminal) as report:
+        report({"event": "note", "text": "a\x1b]0;title\x07\nb.md: passed over"})
+    assert r"note: a\x1b]0;title\x07\nb.md: passed over" in out.getvalue()
