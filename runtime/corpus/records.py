@@ -14,6 +14,7 @@ import pyarrow as pa
 from flashvec.runtime.corpus.sources import Source, SourceError, fault, open_source
 
 MAX_RECORD = 16 << 20  # bytes
+MAX_QUOTE_LINES = 100  # of a CSV record, with a quote on each that ends a field of several lines
 MAX_RATIO = 250  # decompressed to compressed bytes, past the first MAX_RECORD of them
 BLOCK, SMALL_BLOCK = 1 << 20, 1 << 16
 
@@ -104,6 +105,7 @@ class _Lines:
         self.stop = start
         self.taken: list[Record] = []  # by the record that is being read
         self.waiting: deque[Record] = deque()  # taken by one that was none
+        self.num_bytes = self.quote_lines = 0  # of lines after a record's first
 
     def __iter__(self) -> "_Lines":
         return self
@@ -115,7 +117,21 @@ class _Lines:
         if record.content is None:
             return "\n"
         content = record.content.removeprefix(BOM_UTF8) if record.start == 0 else record.content
+        if len(self.taken) > 1:
+            self._check(content)
         return content.decode("latin-1") + "\n"
+
+    def begin(self) -> None:
+        """A record begins with the next line."""
+        self.taken.clear()
+        self.num_bytes = self.quote_lines = 0
+
+    def _check(self, content: bytes) -> None:
+        """A further line of a record. Where each line's quotes end one field and open another, it would never end."""
+        self.num_bytes += len(content)
+        self.quote_lines += b'"' in content.replace(b'""', b"")
+        if self.num_bytes > MAX_RECORD or self.quote_lines > MAX_QUOTE_LINES:
+            raise csv.Error("a record without end")
 
     def give_back(self) -> None:
         """All lines of a broken record but its first: a stray quote must not take what follows it."""
@@ -132,7 +148,7 @@ def read_csv(source: Source, start: int, stop: int | None = None) -> Iterator[Re
     at = start
     try:
         while stop is None or at < stop:
-            lines.taken.clear()
+            lines.begin()
             try:
                 fields: list[bytes] | None = [field.encode("latin-1") for field in next(rows)]
             except StopIteration:
@@ -172,8 +188,11 @@ def csv_header(source: Source) -> tuple[list[str], int]:
         names = [name.decode("utf-8-sig" if i == 0 else "utf-8") for i, name in enumerate(record.fields)]
     except UnicodeDecodeError:
         raise SourceError(f"{source.uri}: the header line is not UTF-8") from None
-    if twice := next((name for i, name in enumerate(names) if name and name in names[:i]), None):
-        raise SourceError(f"{source.uri}: the header names the column {twice!r} twice: rename one")
+    seen: set[str] = set()
+    for name in names:
+        if name and name in seen:
+            raise SourceError(f"{source.uri}: the header names the column {name!r} twice: rename one")
+        seen.add(name)
     return names, record.stop
 
 

@@ -2,6 +2,7 @@ import bz2
 import errno
 import gzip
 import io
+import time
 
 import pyarrow as pa
 import pytest
@@ -129,6 +130,35 @@ def test_a_stray_quote_takes_no_row_with_it(tmp_path):
     ]  # fmt: skip
     assert [record.stop for record in found[:-1]] == [record.start for record in found[1:]]
     assert found[-1].stop == source.size
+
+
+def test_quotes_that_end_and_open_a_field_on_each_line_are_not_followed_to_the_end(tmp_path, monkeypatch):
+    taken = 0
+    given = module._Lines.__next__
+
+    def count(lines):
+        nonlocal taken
+        taken += 1
+        return given(lines)
+
+    monkeypatch.setattr(module._Lines, "__next__", count)
+    source = source_of(tmp_path / "a.csv", b"a,b\n" + 2000 * b'b","\n' + b"1,good\n")
+    *broken, last = read_records(source, csv_header(source)[1])
+    assert len(broken) == 2000 and last.fields == [b"1", b"good"]
+    assert taken < 2000 * (module.MAX_QUOTE_LINES + 4)
+    monkeypatch.setattr(module, "MAX_RECORD", 1000)
+    long = b"\n".join(100 * [b"line"])
+    source = source_of(
+        tmp_path / "b.csv", b'a,b\n1,"' + long + b'"\n2,"' + long + b'","' + long + b'","' + long + b'"\n'
+    )
+    fitting, *broken = read_records(source, csv_header(source)[1])
+    assert fitting.fields == [b"1", long] and broken[0].fields is None
+
+
+def test_a_header_of_many_columns_takes_no_longer_than_its_length(tmp_path):
+    start = time.perf_counter()
+    names, _ = csv_header(source_of(tmp_path / "a.csv", b",".join(b"a%d" % i for i in range(60_000)) + b"\n"))
+    assert len(names) == 60_000 and time.perf_counter() - start < 10  # comparing each with each took half a minute
 
 
 def test_a_quoted_header_may_follow_a_mark_of_its_encoding(tmp_path):
