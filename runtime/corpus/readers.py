@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from flashvec.runtime.corpus import rows as reasons
 from flashvec.runtime.corpus.records import MAX_RECORD, Record, csv_header, read_records
-from flashvec.runtime.corpus.rows import Bad, Rows, make_rows, sound, strings, without_views
+from flashvec.runtime.corpus.rows import Bad, Rows, check_bounds, make_rows, sound, strings, without_views
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.sources import Source, SourceError, fault, open_source
 from flashvec.runtime.corpus.storage import is_uri
@@ -137,6 +137,8 @@ def _arrow(source: Source, start: int, stop: int, settings: JobSettings) -> Iter
             if starts[i] >= stop:
                 return
             batch = file.get_batch(i).select(wanted)
+            for name in wanted:
+                check_bounds(batch.column(name))
             for offset in range(0, len(batch), BATCH_ROWS):
                 yield starts[i] + offset, batch.slice(offset, BATCH_ROWS)
 

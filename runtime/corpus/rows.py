@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from flashvec.runtime.corpus.settings import JobSettings
 
@@ -28,6 +29,13 @@ BROKEN_CSV = Bad(
 )
 NO_ID = Bad("no_id", "the id is null or missing")
 NOT_FINITE = Bad("not_finite", "the model gave a vector with NaN or infinite values, or beyond what float16 holds")
+
+
+_AS_BYTES = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
 
 
 @dataclass
@@ -114,6 +122,39 @@ def strings(array: pa.Array) -> list[Any]:
         return found
     except (pa.ArrowInvalid, UnicodeDecodeError):
         return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
+
+
+def check_bounds(array: pa.Array) -> None:
+    """Do an Arrow file's offsets and indices stay inside its data; Arrow itself follows them unseen.
+
+    Text that is not UTF-8 passes where it is a column's own: that is for `strings` and `sound` to find.
+
+    Raises:
+        pa.ArrowInvalid: they do not.
+    """
+    if pa.types.is_dictionary(array.type):
+        check_bounds(array.dictionary)
+        array.indices.validate()
+        bounds = pc.min_max(array.indices).as_py()  # of none, or nulls alone: None
+        if bounds["min"] is not None and not 0 <= bounds["min"] <= bounds["max"] < len(array.dictionary):
+            raise pa.ArrowInvalid("an index is beyond its dictionary")
+        return
+    types, kind = pa.types, array.type
+    if kind in _AS_BYTES:
+        array.view(_AS_BYTES[kind]).validate(full=True)
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        empty = pa.large_list(pa.null()) if types.is_large_list(kind) else pa.list_(pa.null())
+        inside = [pa.nulls(len(array.values))]
+        own = pa.Array.from_buffers(empty, len(array), array.buffers()[:2], offset=array.offset, children=inside)
+        own.validate(full=True)
+        check_bounds(array.values)
+    elif types.is_fixed_size_list(kind):
+        check_bounds(array.values)
+    elif types.is_struct(kind):
+        for i in range(kind.num_fields):
+            check_bounds(array.field(i))
+    else:  # what values mean is not asked: a date64 that is no whole day goes through
+        array.validate(full=not types.is_primitive(kind))
 
 
 def sound(array: pa.Array) -> pa.Array:

@@ -195,6 +195,33 @@ def test_truncated_parquet(tmp_path):
         read(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("column", ["text", "id", "tags"])
+def test_an_arrow_file_whose_offsets_leave_its_data_is_damaged(tmp_path, column):
+    """Followed, they show other memory as text, or end the process."""
+    values = {"text": ["hello", "world", "xyz"], "id": ["a", "b", "c"], "tags": [["s"], ["t"], ["u"]]}
+    table = pa.table(values)
+    path = tmp_path / "a.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    offsets = table[column].chunk(0).buffers()[1].to_pybytes()[:16]
+    wrong = offsets[:8] + (2000).to_bytes(4, "little") + (3000).to_bytes(4, "little")
+    before, found, after = path.read_bytes().rpartition(offsets)
+    assert found
+    path.write_bytes(before + wrong + after)
+    with pytest.raises(SourceError, match="damaged"):
+        read(path, JobSettings(text_columns=("text",), id_column="id", columns=("tags",)))
+
+
+@pytest.mark.parametrize("index", [3, -1])
+def test_an_arrow_file_whose_indices_leave_their_dictionary_is_damaged(tmp_path, index):
+    indices, own = pa.array([0, index], pa.int8()), pa.array(["a", "b", "c"])
+    table = pa.table({"text": ["x", "y"], "id": pa.DictionaryArray.from_arrays(indices, own, safe=False)})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(SourceError, match="damaged"):
+        read(tmp_path / "a.arrow", JobSettings(text_columns=("text",), id_column="id"))
+
+
 def test_an_arrow_stream_is_told_from_a_damaged_file(tmp_path):
     """What datasets leaves in its cache has the same ending."""
     table = pa.table({"id": ["1"], "text": ["words"], "n": ["x"]})
