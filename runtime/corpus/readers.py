@@ -46,8 +46,11 @@ def read_rows(file: int, source: Source, start: int, stop: int, settings: JobSet
         raise SourceError(f"{source.uri}: {fault(error)} ({str(error).splitlines()[0][:200]})") from None
 
 
-def open_parquet(source: Source) -> pq.ParquetFile:
+def open_parquet(source: Source, shared: Sequence[str] = ()) -> pq.ParquetFile:
     """A Parquet file, with bounds on what its header may claim.
+
+    Args:
+        shared: text columns whose values are held once each, as the file has them, however many rows name one.
 
     Raises:
         SourceError: no Parquet file, or a cut-off one.
@@ -59,6 +62,7 @@ def open_parquet(source: Source) -> pq.ParquetFile:
             page_checksum_verification=True,
             thrift_string_size_limit=THRIFT_LIMIT,
             thrift_container_size_limit=THRIFT_LIMIT,
+            read_dictionary=shared,
         )
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{source.uri}: no readable Parquet file ({str(error).splitlines()[0][:200]})") from None
@@ -99,7 +103,8 @@ def _wanted(settings: JobSettings) -> list[str]:
 
 def _parquet(source: Source, start: int, stop: int, settings: JobSettings) -> Iterator[tuple[int, pa.RecordBatch]]:
     wanted = _wanted(settings)
-    with open_parquet(source) as file:
+    written = {settings.id_column, *settings.columns}  # in the type that the file states
+    with open_parquet(source, [name for name in settings.text_fields() if name not in written]) as file:
         groups: list[int] = []
         first, at, size = 0, 0, BATCH_ROWS
         for i in range(file.metadata.num_row_groups):

@@ -195,6 +195,14 @@ def test_truncated_parquet(tmp_path):
         read(tmp_path / "a.parquet")
 
 
+def test_a_text_that_a_parquet_file_names_in_many_rows_is_held_once(tmp_path):
+    """The file has it once, too: some hundred bytes that were gigabytes in memory."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 500, pa.int32()), pa.array(["word " * 10_000, "b"]))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", store_schema=False)
+    found = read(tmp_path / "a.parquet", JobSettings(text_columns=("text",)))[1]
+    assert found == ["word " * 10_000, "b"] * 500 and len(set(map(id, found))) == 2
+
+
 @pytest.mark.parametrize("column", ["text", "id", "tags"])
 def test_an_arrow_file_whose_offsets_leave_its_data_is_damaged(tmp_path, column):
     """Followed, they show other memory as text, or end the process."""
