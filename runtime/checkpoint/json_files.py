@@ -20,7 +20,9 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes, more than a configuration can have")
     try:
-        return json.loads(path.read_bytes())  # in whatever encoding JSON may have, with its mark or without
+        values = json.loads(path.read_bytes())  # in whatever encoding JSON may have, with its mark or without
+        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text: no path, no prompt has it
+        return values
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
 
