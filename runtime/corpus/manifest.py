@@ -17,6 +17,8 @@ from flashvec.runtime.corpus.storage import Storage, digest
 
 MANIFESTS, ERRORS, SUCCESS_FILE = "_manifest", "_errors", "_SUCCESS"
 MAX_MANIFEST_BYTES = 1 << 20
+COUNTS = ("rows_read", "rows", "errors", "duplicates", "reused", "truncated")
+PARTS = ("part-{:05d}.parquet", "part-{:05d}.npy", "part-{:05d}.ids.parquet")
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,30 @@ def read_entry(storage: Storage, shard: int) -> Entry | None:
         return None
     try:
         values = json.loads(content)
-        return Entry(**{**values, "files": tuple(FileFacts(**facts) for facts in values["files"])})
-    except (ValueError, KeyError, TypeError) as error:
+        entry = Entry(**{**values, "files": tuple(FileFacts(**facts) for facts in values["files"])})
+        _check_entry(entry, shard)
+        return entry
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{storage.location}/{manifest_name(shard)}: cannot be read ({error}); delete it to have the shard redone"
         ) from None
+
+
+def _check_entry(entry: Entry, shard: int) -> None:
+    """A manifest is a file like any other: its counts are numbers, and its files the shard's own."""
+    if entry.shard != shard:
+        raise ValueError(f"it is that of shard {entry.shard!r}")
+    for name in COUNTS:
+        if type(count := getattr(entry, name)) is not int or count < 0:
+            raise ValueError(f"{name} is {count!r:.80}")
+    parts = [name.format(shard) for name in PARTS]
+    for facts in entry.files:
+        if facts.name not in (*parts, errors_name(shard)):
+            raise ValueError(f"it names {facts.name!r:.80}, which is no file of this shard")
+        if type(facts.bytes) is not int or not isinstance(facts.xxh3, str):
+            raise ValueError(f"it says {facts.bytes!r:.80} bytes and xxh3 {facts.xxh3!r:.80} of {facts.name}")
+    if not any(facts.name in parts for facts in entry.files):
+        raise ValueError("it names no part")
 
 
 def is_done(storage: Storage, shard: int) -> Entry | None:

@@ -13,12 +13,14 @@ import pyarrow as pa
 
 from flashvec.runtime.corpus.cuts import Piece, Shard
 from flashvec.runtime.corpus.settings import JobSettings, settings_from_dict
-from flashvec.runtime.corpus.sources import Source
+from flashvec.runtime.corpus.sources import COMPRESSIONS, FORMATS, Source
 from flashvec.runtime.corpus.storage import Storage
 
 PLAN_FILE = "plan.json"
 VERSION = 1
 MAX_PLAN_BYTES = 1 << 30
+MAX_DIM = 1 << 24  # of a vector; far above every model there is
+MAX_FP32 = 3.4e38
 
 
 class PlanError(ValueError):
@@ -152,7 +154,7 @@ def read_plan(storage: Storage) -> Plan | None:
         if values["version"] != VERSION:
             raise ValueError(f"is of version {values['version']}, this package reads {VERSION}")
         ranges = values["int8_ranges"]
-        return Plan(
+        plan = Plan(
             settings=settings_from_dict(values["settings"]),
             sources=tuple(Source(**source) for source in values["sources"]),
             shards=tuple(Shard([Piece(*p) for p in shard["pieces"]], shard["rows"]) for shard in values["shards"]),
@@ -162,5 +164,34 @@ def read_plan(storage: Storage) -> Plan | None:
             reuse=values["reuse"],
             mixed_machines=values["mixed_machines"],
         )
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        _check(plan)
+        return plan
+    except (ValueError, LookupError, TypeError, RecursionError, pa.ArrowException) as error:
         raise PlanError(f"{storage.location}/{PLAN_FILE}: not a plan that can be read ({error})") from None
+
+
+def _check(plan: Plan) -> None:
+    """What a file states, before anything is opened or sized by it."""
+    for source in plan.sources:
+        known = source.format in FORMATS.values() and source.compression in (None, *COMPRESSIONS.values())
+        if not known or not isinstance(source.uri, str) or not _are_whole(source.size, abs(source.mtime_ns)):
+            raise ValueError(f"its source {source.uri!r:.80} is not described as one")
+    for shard in plan.shards:
+        if not _are_whole(shard.num_rows) or not all(_are_whole(*piece) for piece in shard.pieces):
+            raise ValueError("a shard's rows are no numbers")
+        if any(piece.file >= len(plan.sources) for piece in shard.pieces):
+            raise ValueError("a shard is of a file that it does not name")
+    model = plan.model
+    if not isinstance(model.load, dict) or not isinstance(model.machine, dict):
+        raise ValueError("its model is not described as one")
+    if not _are_whole(model.dim) or model.dim > MAX_DIM or not isinstance(plan.reuse, str | None):
+        raise ValueError(f"its model's vectors have {model.dim!r:.80} dimensions, or reuse is no place")
+    if (plan.int8_ranges is None) == (plan.settings.precision == "int8"):
+        raise ValueError(f"int8_ranges do not belong to precision {plan.settings.precision!r}")
+    for bounds in plan.int8_ranges or ():
+        if not all(isinstance(bound, float | int) and abs(bound) <= MAX_FP32 for bound in bounds):
+            raise ValueError("int8_ranges hold what is no number")
+
+
+def _are_whole(*values: Any) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)

@@ -62,6 +62,11 @@ class JobSettings:
             if not isinstance(given, list | tuple):
                 raise ValueError(f"{name} is {given!r}; give a tuple of names")
             object.__setattr__(self, name, tuple(given))  # as a plan gives them back
+            if other := [value for value in given if not isinstance(value, str)]:
+                raise ValueError(f"{name} holds {other[0]!r:.80}; give names")
+        for name in ("text_template", "id_column", "instruction", "prompt_name"):
+            if not isinstance(given := getattr(self, name), str | None):
+                raise ValueError(f"{name} is {given!r:.80}; expected a text or None")
         for name in ("shard_size", "max_length", "dims"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from stand_in import embed_with_stand_in
 
@@ -39,6 +41,27 @@ def test_damage_is_named(job, damage, named):
     damage(job)
     problems = check_job(Storage(job)).problems
     assert len(problems) == 1 and named in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"files": [{"name": "../other.parquet", "bytes": 3, "xxh3": "0"}]}, "no file of this shard"),
+        ({"files": [{"name": "/etc/hostname", "bytes": 3, "xxh3": "0"}]}, "no file of this shard"),
+        ({"files": [{"name": "part-00001.parquet", "bytes": 3, "xxh3": "0"}]}, "no file of this shard"),
+        ({"files": []}, "names no part"),
+        ({"errors": None}, "errors is None"),
+        ({"rows": -1}, "rows is -1"),
+        ({"shard": 1}, "it is that of shard 1"),
+    ],
+)
+def test_a_manifest_speaks_of_its_shards_files_alone(job, change, named):
+    path = job / "_manifest" / "00000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    problems = check_job(Storage(job)).problems
+    assert len(problems) == 1 and "00000.json: cannot be read" in problems[0] and named in problems[0]
+    with pytest.raises(ValueError, match=named):
+        is_done(Storage(job), 0)
 
 
 def test_done_means_manifest_and_files(job):
