@@ -81,9 +81,13 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
     if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
         raise CheckpointError(f"{path}: {size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are read")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
         raise CheckpointError(f"{path}: damaged, or not a tokenizer: {error}") from None
+    if getattr(backend.model, "dropout", None):
+        logger.warning("%s: its dropout, a rule of training that gives a text other tokens each time, is off", path)
+        backend.model.dropout = None
+    return backend
 
 
 def read_config(folder: Path, backend: tokenizers.Tokenizer) -> SpecialTokens:

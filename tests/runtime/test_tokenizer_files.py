@@ -182,3 +182,13 @@ def test_texts_to_be_cut_on_the_left_are_said_to_keep_their_starts(
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"truncation_side": side}))
         Tokenizer.from_folder(tmp_path)
         assert caplog.text.count("here long texts keep their starts") == said
+
+
+def test_dropout_of_a_tokenizer_is_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_checkpoint(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    sure = tokenizer_files.read_backend(tmp_path).encode(TEXTS[0]).ids
+    values = json.loads(path.read_text())
+    values["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(values))
+    assert tokenizer_files.read_backend(tmp_path).encode(TEXTS[0]).ids == sure and "dropout" in caplog.text
