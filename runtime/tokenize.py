@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -87,6 +87,8 @@ class Tokenizer:
         self.bos_id, self.eos_id = special.bos_id, special.eos_id
         self.pad_id, self.mask_id = special.pad_id, special.mask_id
         self.prefix_ids, self.suffix_ids = template_ids(backend)
+        if unknown := [i for i in (*self.prefix_ids, *self.suffix_ids) if backend.id_to_token(i) is None]:
+            raise ValueError(f"its post_processor adds the token {unknown[0]}, which the vocabulary does not have")
         before, after = self.prefix_ids, self.suffix_ids
         if special.add_bos and self.bos_id is not None and self.bos_id not in before:
             before = (self.bos_id, *before)
@@ -161,7 +163,7 @@ class Tokenizer:
         encode = backend.encode_batch if offsets else backend.encode_batch_fast
         rows: list[_Row] = []
         for first, heads in self._chunks(texts, CUT_CHARS_PER_TOKEN * room + CUT_CHARS_EXTRA):
-            encodings = encode(heads, add_special_tokens=False)
+            encodings = _tokens_of(encode, heads)
             self._lengthen(encode, texts[first : first + len(heads)], heads, encodings, room)
             rows += [self._row(encoding, room, offsets) for encoding in encodings]
         return _join(rows, offsets)
@@ -178,7 +180,7 @@ class Tokenizer:
         start = 0
         for string, split_special in parts:
             backend = self._splitting_backend if split_special else self.backend
-            encoding = backend.encode(string, add_special_tokens=False)
+            encoding = _tokens_of(backend.encode, string)
             ids += encoding.ids
             offsets += [(start + first, start + stop) for first, stop in encoding.offsets]
             start += len(string)
@@ -192,7 +194,7 @@ class Tokenizer:
         """Tokens of each text, uncut: int64 [n]; with `special`, those that `encode` adds are counted too."""
         counts = np.zeros(len(texts), dtype=np.int64)
         for first, chunk in self._chunks(texts, None):
-            encodings = self.backend.encode_batch_fast(chunk, add_special_tokens=False)
+            encodings = _tokens_of(self.backend.encode_batch_fast, chunk)
             counts[first : first + len(chunk)] = [len(encoding) for encoding in encodings]
         if special:
             counts = np.maximum(counts + len(self.prefix_ids) + len(self.suffix_ids), 1)
@@ -259,7 +261,7 @@ class Tokenizer:
                 return
             for i in short:
                 heads[i] = self._head(texts[i], 2 * len(heads[i]))
-            longer = encode([heads[i] for i in short], add_special_tokens=False)
+            longer = _tokens_of(encode, [heads[i] for i in short])
             for i, encoding in zip(short, longer, strict=True):
                 encodings[i] = encoding
 
@@ -298,6 +300,21 @@ class _Row(NamedTuple):
     truncated: bool
     offsets: np.ndarray | None
     special: np.ndarray | None
+
+
+def _tokens_of(encode: Callable[..., Any], given: Any) -> Any:
+    """Tokens without the template's.
+
+    Raises:
+        ValueError: the library panics, as where its regular expressions give up: that is no `Exception`, and would end
+            a worker or a server's only thread.
+    """
+    try:
+        return encode(given, add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer fails at a text: {error}") from None
 
 
 def _join(rows: list[_Row], offsets: bool) -> Tokens:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizer_samples import CORPUS, FAST, KINDS, NAMES, TEXTS, backend_of, rows_of, tokenizer_of, write_folder
+from tokenizers import Regex, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
@@ -120,3 +121,24 @@ def test_a_megabyte_of_text(kind: str) -> None:
     tokens = tokenizer_of(kind).encode(rows, 512)
     assert tokens.lengths.tolist() == [512, 512] or kind == "unigram"
     assert tokens.truncated[0]
+
+
+def test_a_text_at_which_a_regular_expression_gives_up_is_an_error() -> None:
+    """The library panics there, which is no `Exception`: workers and the server's thread would end by it."""
+    backend = Backend.from_str(backend_of("llama3").to_str())
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    tokenizer = Tokenizer.from_backend(backend, eos_id=2)
+    text = "a" * 40 + "b"
+    for tokenise in (lambda: tokenizer.encode([text], 99), lambda: tokenizer.count([text])):
+        with pytest.raises(ValueError, match=r"the tokenizer fails at a text: .*retry-limit"):
+            tokenise()
+    with pytest.raises(ValueError, match="the tokenizer fails at a text"):
+        tokenizer.join([(text, False)])
+
+
+def test_a_template_may_add_tokens_of_the_vocabulary_alone() -> None:
+    backend = Backend.from_str(backend_of("llama3").to_str())
+    special = [("<s>", 4_000_000_000)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=special)
+    with pytest.raises(ValueError, match="adds the token 4000000000, which the vocabulary does not have"):
+        Tokenizer.from_backend(backend, eos_id=2)
