@@ -20,7 +20,8 @@ import xxhash
 
 BLOCK = 1 << 20
 PLAIN = "/=+,:;@&!$'()*~"  # what stands in a URI as it is
-_SECRET_KEYS = {"access_key", "secret_key", "session_token"}
+# Of a URI's query: S3's access_key, Azure's client_secret and the signature of a shared access, sig, and their kin.
+_SECRET_KEY = re.compile(r"secret|token|passw|key|credential$|^sig(nature)?$", re.IGNORECASE)
 _TEMPORARY = re.compile(r"^\..+\.\d+-[0-9a-f]{12}\.tmp$")
 
 
@@ -41,7 +42,9 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
         ValueError: a URI that carries a password (it would be kept in the plan), or of an unknown kind.
     """
     parts = urlsplit(uri)
-    if parts.password or _SECRET_KEYS & {key for key, _ in parse_qsl(parts.query)}:
+    query = parse_qsl(parts.query)
+    inner = [value for _, value in query if "@" in value]  # an address with a user and a password of its own
+    if parts.password or any(_SECRET_KEY.search(key) for key, _ in query) or any(map(_has_password, inner)):
         raise ValueError(f"the {parts.scheme} URI holds a secret: give credentials through the environment instead")
     try:
         filesystem, path = pafs.FileSystem.from_uri(escaped(uri))
@@ -50,6 +53,10 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"cannot open {uri}: {str(error).splitlines()[0]}") from None
     return filesystem, path.rstrip("/")
+
+
+def _has_password(address: str) -> bool:
+    return ":" in address.partition("//")[2].rpartition("@")[0]
 
 
 def digest(file: IO[bytes]) -> str:

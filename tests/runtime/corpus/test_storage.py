@@ -77,8 +77,18 @@ def test_secrets_are_refused_and_not_repeated():
     with pytest.raises(ValueError, match="holds a secret") as refused:
         open_uri("s3://key:hunter2@bucket/x")
     assert "hunter2" not in str(refused.value)
-    with pytest.raises(ValueError, match="holds a secret"):
-        open_uri("s3://bucket/x?secret_key=hunter2")
+    for query in (
+        "secret_key=hunter2",
+        "SECRET_KEY=hunter2",
+        "client_id=a&tenant_id=b&client_secret=hunter2",
+        "sv=2022&sig=hunter2",
+        "access_token=hunter2",
+        "endpoint_override=http://user:hunter2@host",
+    ):
+        for scheme in ("s3", "abfs"):
+            with pytest.raises(ValueError, match="holds a secret") as refused:
+                open_uri(f"{scheme}://bucket/x?{query}")
+            assert "hunter2" not in str(refused.value)
     with pytest.raises(ValueError, match="cannot open"):
         open_uri("gopher://x/y")
 
