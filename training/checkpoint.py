@@ -27,7 +27,8 @@ from flashvec.training.files import whole
 
 PREFIX = "checkpoint-"
 STATE_FILE = "state.json"
-DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what reading a damaged checkpoint raises
+# What reading a damaged checkpoint raises.
+DAMAGE = (OSError, ValueError, ArithmeticError, KeyError, TypeError, RecursionError, SafetensorError)
 TENSOR_FILES = ("parameters.safetensors", "optimizer.safetensors")
 
 logger = logging.getLogger("flashvec")

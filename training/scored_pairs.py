@@ -78,7 +78,7 @@ def scored_rows(path: Path) -> Iterator[ScoredRow]:
             yield _row(number, read(line, where))
         except DataError:
             raise
-        except (ValueError, IndexError, KeyError, TypeError):
+        except (ValueError, IndexError, KeyError, TypeError, RecursionError):
             raise DataError(f"{where}: expected two texts and a score") from None
 
 

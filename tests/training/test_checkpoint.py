@@ -115,6 +115,16 @@ def test_a_state_that_was_edited_is_damage(change, tmp_path, caplog):
     assert "checkpoint-00000002 is damaged" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"step": 1e400, "fingerprint": "own"}', "[]"], ids=["deep", "inf", "list"]
+)
+def test_a_state_that_is_none_is_damage(content, tmp_path, caplog):
+    saved(tmp_path)
+    (checkpoints(tmp_path)[-1] / "state.json").write_text(content)
+    assert load_checkpoint(tmp_path, *small_state(9.0), "own") == 1
+    assert "checkpoint-00000002 is damaged" in caplog.text
+
+
 def test_all_damaged_is_an_error_and_no_checkpoint_is_a_start(tmp_path):
     parameters, optimizer = small_state()
     assert load_checkpoint(tmp_path, parameters, optimizer, "own") == 0

@@ -70,6 +70,7 @@ def test_files_to_train_on_that_are_none_are_named(tmp_path):
         ("a.csv", "m\tf\t1\t2\thigh\ta\tb\n" * 2, "a.csv line 1: expected two texts and a score"),
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\t3\ta\n", "a.csv line 2: expected"),
         ("a.jsonl", "{}\n{}\n", "line 1: expected"),
+        ("a.jsonl", "[" * 100_000 + "\n{}\n", "line 1: expected"),
         ("a.jsonl", '{"sentence1": null, "sentence2": "b", "score": 1}\n' * 2, "line 1: expected"),
         ("a.csv", "m\tf\t1\t2\t3\ta\tb\n" + "m\tf\t1\t2\tnan\ta\tb\n", "a.csv line 2: expected two texts and a score"),
         ("a.tsv", "score\tsentence1\tsentence2\n1\ta\tb\n", "1 pairs; a correlation needs two"),
@@ -82,7 +83,7 @@ def test_files_to_train_on_that_are_none_are_named(tmp_path):
         ("a.tsv", "score\tsentence1\tsentence2\n1\t \tb\n3\tc\td\n", "a.tsv line 2: a text is empty"),
         ("a.tsv", "score\tsentence1\tsentence2\n3\ta\tb\n3\tc\td\n", "a.tsv: all scores are 3: nothing correlates"),
     ],
-    ids=str,
+    ids=lambda value: value[:80],
 )
 def test_bad_files_are_named(name, text, named, tmp_path):
     (tmp_path / name).write_text(text)
