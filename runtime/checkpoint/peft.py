@@ -24,6 +24,7 @@ from flashvec.runtime.checkpoint.source import CheckpointError, TensorSource
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_RANK = 4096
+MAX_ALPHA = 1e12  # an update's scale beyond it leaves nothing of the weights
 MAX_PATTERN_CHARS = 256
 MAX_WAYS = 2**18  # in which all patterns of a key may match one name: every way is tried before a name is given up
 IGNORED_MODULES = ("lm_head",)  # an encoder has no use for the language-model head, adapted or not
@@ -252,8 +253,8 @@ class AdapterSource:
             if pattern.match(module):
                 value = own
                 break
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise CheckpointError(f"{self._config_name}: {key} of {module} is {value!r}; expected a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
+            raise CheckpointError(f"{self._config_name}: {key} of {module} is {repr(value)[:80]}; expected a number")
         return float(value)
 
 
