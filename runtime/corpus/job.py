@@ -167,21 +167,21 @@ def embed_corpus(
         if len(entries) < len(plan.shards):
             storage.remove(SUCCESS_FILE)  # of a job that has lost a part since
             on_event({"event": "plan", "shards": len(plan.shards), "rows": plan.num_rows, "done": len(entries)})
-            with ExitStack() as stack:
-                stack.enter_context(terminable())
-                workers = stack.enter_context(make_fleet(arguments))
-                facts = workers.facts()
-                for note in (*notes, *workers.notes):
-                    on_event({"event": "note", "text": note})
-                plan = _settle(plan, facts, workers, storage)
-                on_event({"event": "ready", "rows_done": sum(e.rows_read for e in entries.values())})
-                if plan_only:
-                    return _result(plan, storage, [entries[i] for i in sorted(entries)], ())
-                try:
+            try:
+                with ExitStack() as stack:
+                    stack.enter_context(terminable())
+                    workers = stack.enter_context(make_fleet(arguments))
+                    facts = workers.facts()
+                    for note in (*notes, *workers.notes):
+                        on_event({"event": "note", "text": note})
+                    plan = _settle(plan, facts, workers, storage)
+                    on_event({"event": "ready", "rows_done": sum(e.rows_read for e in entries.values())})
+                    if plan_only:
+                        return _result(plan, storage, [entries[i] for i in sorted(entries)], ())
                     _run(plan, location, workers, entries, set_aside, max_errors, on_event)
-                except KeyboardInterrupt:
-                    done = f"{len(entries)} of {counted(len(plan.shards), 'shard')} finished"
-                    raise Interrupted(f"stopped: {done}; the same command goes on from there") from None
+            except KeyboardInterrupt:  # also while the model loads
+                done = f"{len(entries)} of {counted(len(plan.shards), 'shard')} finished"
+                raise Interrupted(f"stopped: {done}; the same command goes on from there") from None
         ordered = [entries[i] for i in sorted(entries)]
         errors = sum(entry.errors for entry in ordered)
         if max_errors is not None and errors > max_errors:  # of shards that ran at the same time, or elsewhere

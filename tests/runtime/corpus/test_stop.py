@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import stand_in_job
 from stand_in import embed_with_stand_in, tree
+from stand_in_job import InProcess
 
+from flashvec.runtime.corpus.job import Interrupted, embed_corpus
 from flashvec.runtime.corpus.local import WorkerError
 
 NOBODY = 65534
@@ -51,6 +53,18 @@ def test_a_signal(texts_file, tmp_path, number):
     assert kept
     embed_with_stand_in(texts_file, tmp_path / "out", **options)
     assert kept.items() <= tree(tmp_path / "out").items() and (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_signal_while_the_model_loads(texts_file, tmp_path):
+    class Loading(InProcess):
+        def facts(self):
+            signal.raise_signal(signal.SIGTERM)
+            return super().facts()
+
+    with pytest.raises(Interrupted, match="stopped: 0 of 1 shard finished; the same command goes on from there"):
+        embed_corpus(texts_file, tmp_path / "out", model="stand-in", fleet=Loading)
+    assert not (tmp_path / "out").exists()
+    assert embed_corpus(texts_file, tmp_path / "out", model="stand-in", fleet=InProcess).rows == 300
 
 
 def test_a_full_disk(texts_file, tmp_path):
