@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 failed, 2 wrong usage. `--json` prints one object for machines instead of tables.
 """
 
+import io
 import json
 import logging
 import os
@@ -205,8 +206,21 @@ def _show(message: Warning | str, category: type[Warning], *place: Any, **rest: 
             stderr.print(line, highlight=False)
 
 
+def _mend_streams() -> None:
+    """Closed ones (`2>&-`) go nowhere: a file would get their number, and what a library prints. Signs that the
+    terminal's encoding lacks are written escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  as long as the process
+            os.set_inheritable(null.fileno(), True)
+            setattr(sys, name, null)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python has it for stderr
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr, never a traceback."""
+    _mend_streams()
     warnings.showwarning = _show
     notes = logging.StreamHandler()
     notes.setFormatter(PlainFormatter())

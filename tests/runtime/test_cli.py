@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -139,3 +140,22 @@ def test_a_mistake_is_one_line_and_a_status(arguments, status, message, folder, 
     assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
     if status == 1:
         assert done.stderr.strip().splitlines()[-1].startswith("flashvec: ")
+
+
+def test_closed_streams_are_as_the_null_device(folder, tmp_path):
+    """Nothing that is opened gets their number, and what would be said to nobody stops no job."""
+    (tmp_path / "in.txt").write_text("A cat sleeps.\n")
+    embed = f"{sys.executable} -m flashvec.runtime.cli embed {tmp_path}/in.txt --model {folder}"
+    for closed, out, rest in (("2>&-", "a", ""), (">&-", "b", "--json"), ("<&- >&- 2>&-", "c", "")):
+        assert subprocess.run(["sh", "-c", f"{embed} --out {tmp_path}/{out} {rest} {closed}"]).returncode == 0
+        assert (tmp_path / out / "_SUCCESS").exists()
+
+
+def test_what_the_terminal_cannot_show_is_escaped(folder, tmp_path):
+    """A result beyond its encoding, or a name that is not UTF-8, is no reason to stop."""
+    (tmp_path / "in.txt").write_text("Le chat dort à Zürich.\n")
+    assert run("embed", tmp_path / "in.txt", "--model", folder, "--out", tmp_path / "out").returncode == 0
+    command = [sys.executable, "-m", "flashvec.runtime.cli", "search", str(tmp_path / "out"), "chat"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert found.returncode == 0 and r"Le chat dort \xe0 Z\xfcrich." in found.stdout, found.stderr
