@@ -157,8 +157,10 @@ def _open(path: Path) -> Any:
     """The library's handle, its header checked."""
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{path}: not a sound safetensors file ({error}); fetch it again") from None
+    except (OSError, MemoryError, RuntimeError) as error:  # no memory to map it, too many open files: it may be sound
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
 def _header(path: Path) -> list[str]:

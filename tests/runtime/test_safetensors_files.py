@@ -200,6 +200,19 @@ def test_files_too_short_for_a_header(tmp_path: Path, content: bytes) -> None:
         SafetensorsSource(tmp_path)
 
 
+def test_a_sound_file_that_cannot_be_opened_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / WEIGHTS_FILE)
+
+    def full(*arguments: Any, **keywords: Any) -> None:
+        raise RuntimeError("unable to mmap 538088776 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("flashvec.runtime.checkpoint.safetensors_files.safe_open", full)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(.*Cannot allocate memory.*\)$"):
+        SafetensorsSource(tmp_path)
+
+
 def test_a_header_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashvec.runtime.checkpoint.safetensors_files.MAX_HEADER_BYTES", 10)
     save_file({"a": torch.ones(1)}, tmp_path / WEIGHTS_FILE)
