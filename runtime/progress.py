@@ -6,6 +6,11 @@ from typing import Any
 WORTH_A_BAR = 1000  # texts
 
 
+def is_watched() -> bool:
+    """Is stderr a terminal; it may also be closed, or missing as in a program without a console."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
 class Progress:
     """Use as a context manager; `advance` after every pack.
 
@@ -18,7 +23,7 @@ class Progress:
     def __init__(self, total: int, show: bool | None, doing: str = "embedding", unit: str = "texts") -> None:
         self.total = total
         self.doing, self.unit = doing, unit
-        self.show = show if show is not None else total >= WORTH_A_BAR and sys.stderr.isatty()
+        self.show = show if show is not None else total >= WORTH_A_BAR and is_watched()
         self.num_tokens = 0
         self.bar: Any = None
 

@@ -1,8 +1,9 @@
 """A training run's line on stderr: step, loss, tokens per second, memory, time left. Silent where nobody looks."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from flashvec.runtime.progress import is_watched
 
 
 class TrainingBar:
@@ -16,7 +17,7 @@ class TrainingBar:
 
     def __init__(self, steps: int, done: int, show: bool | None) -> None:
         self.steps, self.done = steps, done
-        self.show = sys.stderr.isatty() if show is None else show
+        self.show = is_watched() if show is None else show
         self.bar: Any = None
 
     def __enter__(self) -> "TrainingBar":

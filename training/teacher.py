@@ -21,7 +21,6 @@ On 300 pairs of STS-B dev one prompt scores 76.2 as it is, 78.5 centred (p = 0.2
 of the judged texts are not to be had, so centring promises more than it keeps.
 """
 
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -41,6 +40,7 @@ from flashvec.runtime.checkpoint.open import resolve
 from flashvec.runtime.checkpoint.peft import read_adapter_config
 from flashvec.runtime.decoder import Decoder
 from flashvec.runtime.encoder import Encoder
+from flashvec.runtime.progress import is_watched
 from flashvec.runtime.texts import TruncationWarning
 from flashvec.training.adapter import base_part
 from flashvec.training.config import DistillConfig
@@ -122,7 +122,7 @@ class Teacher:
     def _read(self, rows: np.ndarray) -> Tensor:
         """`_states` of many rows, with a progress line."""
         parts = np.array_split(rows, -(-len(rows) // READ_TOGETHER))
-        hidden = not (self.world.is_first and sys.stderr.isatty())
+        hidden = not (self.world.is_first and is_watched())
         shown = track(parts, "the teacher reads", console=Console(stderr=True), transient=True, disable=hidden)
         return torch.cat([self._states(part) for part in shown], 1)
 

@@ -1,3 +1,5 @@
+import io
+
 import pytest
 
 from flashvec.runtime.progress import WORTH_A_BAR, Progress
@@ -16,3 +18,13 @@ def test_shows_texts_and_rate_on_stderr(capsys):
         progress.advance(5, 100)
     captured = capsys.readouterr()
     assert not captured.out and "5/5" in captured.err and "tokens/s" in captured.err
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_is_silent_where_stderr_is_closed_or_missing(monkeypatch, closed):
+    stderr = io.StringIO()
+    stderr.close()
+    monkeypatch.setattr("sys.stderr", stderr if closed else None)
+    with Progress(WORTH_A_BAR, None) as progress:
+        progress.advance(1, 1)
+    assert progress.bar is None
