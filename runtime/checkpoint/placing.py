@@ -1,6 +1,8 @@
 """Where a written model comes to lie: in a folder of its own, whole or not at all, or among other files."""
 
+import errno
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -83,13 +85,24 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
         new.mkdir()
         write(new)
         if target.exists():
-            target.rename(old)
+            _set_aside(target, old)
         try:
             new.rename(target)
         except OSError:
             if old.exists():
                 old.rename(target)
             raise
+
+
+def _set_aside(target: Path, old: Path) -> None:
+    """Rename a folder; one of a container's image, in a layer below the writable one, is copied and dropped instead."""
+    try:
+        target.rename(old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(target, old, symlinks=True)
+        shutil.rmtree(target)
 
 
 def write_among_others(folder: Path, write: Callable[[Path], None]) -> None:

@@ -1,7 +1,10 @@
 """`Encoder.save`: the same bits again, and nothing of the user's lost on the way."""
 
+import errno
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,3 +224,22 @@ def test_dense_heads_are_not_forgotten_with_their_list(encoder, tmp_path):
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"flashvec\.json: not a flashvec model spec: dense is missing"):
         Encoder.load(tmp_path / "saved")
+
+
+def test_a_folder_of_a_containers_image_is_replaced(tmp_path, monkeypatch):
+    """Its file system, an overlay, does not rename what lies in a lower layer."""
+    tiny_checkpoint(tmp_path / "model", "llama")
+    encoder = Encoder.load(tmp_path / "model")
+    target = tmp_path / "saved"
+    encoder.save(target)
+    (target / "old-layer").touch()
+    rename = Path.rename
+
+    def overlay(path, to):
+        if path == target:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", overlay)
+    encoder.save(target, overwrite=True)
+    assert not (target / "old-layer").exists() and np.array_equal(texts(Encoder.load(target)), texts(encoder))
