@@ -3,6 +3,7 @@
 Reading runs ahead on one thread and writing follows on another; between them at most a few windows wait.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -38,6 +39,7 @@ from flashvec.runtime.corpus.writers import PartWriter, facts_schema, part_names
 LOCKS = "_locks"
 TELL_EVERY_S = 2.0  # of a window that is being worked on
 LOCK_WAIT_S = 60.0  # for a process that is being stopped to let go of a shard
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre and NFS may be mounted without: as behind a URI then
 
 
 class TooManyErrors(ValueError):
@@ -298,9 +300,13 @@ def _try_lock(path: Path) -> int | None:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
-            return handle
-    except BlockingIOError:
-        pass
-    os.close(handle)  # held by another process, or its file was dropped when a job was finished
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(handle)
+            if isinstance(error, BlockingIOError):
+                return None  # held by another process
+            raise
+    if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+        return handle
+    os.close(handle)  # its file was dropped when a job was finished
     return None

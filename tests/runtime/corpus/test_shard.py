@@ -1,7 +1,9 @@
 """One shard, in this process: bytes, counts, bad rows, chunks, locks."""
 
+import errno
 import json
 import multiprocessing
+import os
 import re
 import tempfile
 import threading
@@ -198,6 +200,19 @@ def test_a_lock_belongs_to_one_process(tmp_path):
         (tmp_path / "lock").unlink()  # as a finished job does
         with open_lock(tmp_path / "lock", 0, "taken"):
             pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_as_one_behind_a_uri(tmp_path, monkeypatch, number):
+    def flock(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shard_module.fcntl, "flock", flock)
+    with open_lock(tmp_path / "lock", 0.0, "held"), open_lock(tmp_path / "lock", 0.0, "held"):
+        pass
+    number = errno.EIO  # any other failure is one
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), open_lock(tmp_path / "lock", 0.0, "held"):
+        pass
 
 
 def test_windows_are_bounded(tmp_path, monkeypatch):
