@@ -6,6 +6,7 @@ state.json comes last and holds the digests of the other two. A folder is writte
 that is damaged is passed over for the one before it, with a notice.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -227,5 +228,8 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a folder of a file system that cannot, as SMB shares
+            raise
     finally:
         os.close(handle)

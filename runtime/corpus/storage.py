@@ -5,6 +5,7 @@ renamed, and the folder is flushed too; behind a URI it is sent as one object, w
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -225,10 +226,13 @@ class Storage:
 
 
 def sync_folder(path: Path) -> None:
-    """Make names in a folder durable."""
+    """Make names in a folder durable, where its file system can be asked to: SMB shares and some others cannot."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(handle)
 
