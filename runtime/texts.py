@@ -1,5 +1,6 @@
 """What a caller may give as texts: any ordered run of str, checked row by row, never repaired in silence."""
 
+import os
 import re
 import sys
 import warnings
@@ -123,6 +124,20 @@ def check_truth(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} is {repr(value)[:80]}; expected True or False")
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Refuse a name that tokenizers, safetensors and Arrow cannot be given: before the work, not after it.
+
+    Raises:
+        ValueError: bytes that are no text in the encoding of file names.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        shown, encoding = os.fsencode(path).decode(errors="replace"), sys.getfilesystemencoding()
+        cure = "rename it" if encoding == "utf-8" else "rename it, or set PYTHONUTF8=1"
+        raise ValueError(f"{shown}: its name is not {encoding}: {cure}") from None
 
 
 def check_ordered(texts: Any, argument: str = "texts") -> None:

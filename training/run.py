@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flashvec.runtime.texts import check_path
 from flashvec.training.checkpoint import checkpoints
 from flashvec.training.config import ContrastiveConfig, DistillConfig, MntpConfig, TrainConfig, read_config
 from flashvec.training.contrastive import Contrastive
@@ -62,6 +63,7 @@ def run_training(config: TrainConfig, *, show: bool | None = None, until: int | 
 def _check_output(config: TrainConfig) -> None:
     """What is trained must not be written over what it is trained from, over any other model or another's files."""
     output = Path(config.output).resolve()
+    check_path(output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output is {config.output!r}, a file: name a folder to write")
     written = (output, output / ENCODER_FOLDER) if config.train == "body" else (output,)

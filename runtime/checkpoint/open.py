@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flashvec.runtime.checkpoint.source import CheckpointError, TensorSource
 from flashvec.runtime.spec import ModelSpec
+from flashvec.runtime.texts import check_path
 from flashvec.runtime.tokenize import Tokenizer
 
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*/*.json", "*/*.safetensors")
@@ -49,6 +50,7 @@ def resolve(model: str | Path, revision: str | None = None, local_files_only: bo
 
     Raises:
         TypeError: no name of a model.
+        ValueError: a name that no library can open.
         CheckpointError: neither exists; one line.
     """
     if not isinstance(model, str | os.PathLike):
@@ -61,6 +63,7 @@ def resolve(model: str | Path, revision: str | None = None, local_files_only: bo
             raise CheckpointError(
                 f"{name}: revision is {revision!r}, but this is a place on this machine, with no revisions"
             )
+        check_path(path)
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix.lower() == ".gguf":
         raise CheckpointError(f"{name}: no such file or folder (a hub id has the form owner/name)")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from flashvec.runtime.checkpoint.safetensors_files import INDEX_FILE, WEIGHTS_FILE
 from flashvec.runtime.checkpoint.saved import SPEC_FILE
 from flashvec.runtime.checkpoint.sentence_transformers import MODULES_FILE, SETTINGS_FILE, TRANSFORMER_FILE
-from flashvec.runtime.texts import check_truth
+from flashvec.runtime.texts import check_path, check_truth
 
 # A place that takes no file, however much room there is.
 NO_PLACE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
@@ -48,6 +48,7 @@ def target_folder(folder: str | Path, overwrite: bool, sources: Iterable[Path] =
     if not str(folder):
         raise ValueError("folder is '': name one to write ('.' is the current one)")
     target = Path(folder).expanduser().resolve()
+    check_path(target)
     for source in map(Path.resolve, sources):
         if source == target:
             raise ValueError(f"{folder}: is the model's own folder; write to another")

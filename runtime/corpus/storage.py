@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import xxhash
 
+from flashvec.runtime.texts import check_path
+
 BLOCK = 1 << 20
 PLAIN = "/=+,:;@&!$'()*~"  # what stands in a URI as it is
 # Of a URI's query: S3's access_key, Azure's client_secret and the signature of a shared access, sig, and their kin.
@@ -131,6 +133,7 @@ class Storage:
                 self.root = Path(self.base)
         else:
             self.root = Path(self.location).absolute()
+            check_path(self.root)
             self.filesystem, self.base = pafs.LocalFileSystem(), str(self.root)
 
     def make(self, *folders: str) -> None:

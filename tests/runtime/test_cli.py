@@ -159,3 +159,23 @@ def test_what_the_terminal_cannot_show_is_escaped(folder, tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     found = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert found.returncode == 0 and r"Le chat dort \xe0 Z\xfcrich." in found.stdout, found.stderr
+
+
+def test_names_that_are_not_utf8_are_refused_before_the_work(run_here, folder, tmp_path):
+    """Neither tokenizers nor safetensors nor Arrow can be given them; a run ended where it was to be saved."""
+    odd = tmp_path / "z\udcfcrich"
+    odd.symlink_to(folder)
+    (tmp_path / "in.txt").write_text("A cat sleeps.\n")
+    (tmp_path / "mntp.json").write_text(json.dumps({"model": str(folder), "texts": str(tmp_path / "in.txt")}))
+    new = tmp_path / "n\udce4chste"
+    for command in (
+        ("info", odd),
+        ("embed", tmp_path / "in.txt", "--model", odd, "--out", tmp_path / "out"),
+        ("embed", tmp_path / "in.txt", "--model", folder, "--out", new),
+        ("convert", folder, new),
+        ("train", "mntp", tmp_path / "mntp.json", f"output={new}"),
+    ):
+        said = run_here(*command)
+        assert said.returncode == 1 and "\ufffd" in said.stderr, said.stderr
+        assert said.stderr.endswith(": its name is not utf-8: rename it\n")
+    assert not new.exists() and not (tmp_path / "out").exists()
