@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,7 @@ class _Worker:
         self.stderr.seek(max(self.stderr.tell() - TAIL, 0))
         words = self.stderr.read().decode(errors="replace").strip()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        how += " (is memory short?)" if code == -signal.SIGKILL else ""
         return f"process {self.process.pid} {how}" + (f": {words.splitlines()[-1]}" if words else "")
 
     def stop(self) -> None:
@@ -203,7 +205,9 @@ class LocalFleet:
         """Before the shards are dealt out: notes are kept, failures end it."""
         if message["event"] == "note":
             self.notes.append(message["text"])
-        elif message["event"] in ("failed", "died"):
+        elif message["event"] == "died":
+            raise WorkerError(f"a worker ended before the first shard: {message['message']}")
+        elif message["event"] == "failed":
             raise WorkerError(message["message"])
 
 

@@ -42,6 +42,13 @@ def test_a_program_that_is_no_worker(tmp_path):
         fleet.facts()
 
 
+def test_a_worker_that_is_killed_while_it_loads(tmp_path):
+    command = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+    said = r"^a worker ended before the first shard: process \d+ was killed by signal 9 \(is memory short\?\)$"
+    with LocalFleet({}, command=command) as fleet, pytest.raises(WorkerError, match=said):
+        fleet.facts()
+
+
 def test_questions(tmp_path):
     with LocalFleet({}, [None, None], COMMAND) as fleet:
         assert fleet.facts().dim == DIM
