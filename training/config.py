@@ -59,7 +59,7 @@ class LoopConfig:
     micro_batch_tokens: int | None = None  # tokens run together; default 2,048 on a CPU, 16,384 on a GPU
     recompute: bool = False  # layers' activations are made again in the backward instead of being kept
     shard_base: bool = False  # each of several processes keeps a part of the frozen base, for one that does not fit
-    activation_gib: float | None = None  # for graphs of micro-batches that are kept; default half of what is free
+    activation_gib: float | None = None  # for kept graphs, by what the first one takes; default half of what is free
     log_every: int = 10
     tensorboard: bool = False  # lines of the log as events too, in the output's folder `tensorboard`
     save_every: int = 200
