@@ -15,7 +15,7 @@ from flashvec.runtime.corpus.readers import json_constant, open_arrow, open_parq
 from flashvec.runtime.corpus.records import Stream, csv_header, read_lines
 from flashvec.runtime.corpus.rows import without_views
 from flashvec.runtime.corpus.settings import JobSettings
-from flashvec.runtime.corpus.sources import Source, SourceError, at_once
+from flashvec.runtime.corpus.sources import Source, SourceError, at_once, fault
 
 SAMPLED_LINES = 100  # of a JSON lines file, to see its keys
 MORE_LINES = 100_000  # where a column that was asked for is not among them
@@ -131,6 +131,13 @@ def _refuse_unwritable(source: Source, name: str, kind: pa.DataType) -> None:
 
 
 def _inspect(source: Source) -> Inspected:
+    try:
+        return _look_into(source)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{source.uri}: {fault(error)} ({str(error).splitlines()[0][:200]})") from None
+
+
+def _look_into(source: Source) -> Inspected:
     if source.format == "parquet":
         with open_parquet(source) as file:
             metadata = file.metadata

@@ -162,3 +162,14 @@ def test_planning_many_files_is_quick(tmp_path):
     shards = cut(sources, inspected, 300)
     assert time.perf_counter() - start < 5  # ten times the rate that is needed would be 0.5; other work goes on here
     assert len(shards) == 4 and shards[0].num_rows == 300 and settings.text_columns == ("text",)
+
+
+def test_a_damaged_batch_of_an_arrow_file_is_named(tmp_path):
+    path, table = tmp_path / "a.arrow", pa.table({"text": ["cat"] * 50})
+    packed = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema, options=packed) as writer:
+        writer.write_table(table)
+    magic = b"\x28\xb5\x2f\xfd"
+    path.write_bytes(path.read_bytes().replace(magic, b"\0\0\0\0"))
+    with pytest.raises(SourceError, match=r"a\.arrow: damaged \("):
+        inspect_sources(find_sources([path]))
