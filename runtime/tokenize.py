@@ -302,19 +302,23 @@ class _Row(NamedTuple):
     special: np.ndarray | None
 
 
+class TokenizerError(ValueError):
+    """The tokenizer's library fails at a text."""
+
+
 def _tokens_of(encode: Callable[..., Any], given: Any) -> Any:
     """Tokens without the template's.
 
     Raises:
-        ValueError: the library panics, as where its regular expressions give up: that is no `Exception`, and would end
-            a worker or a server's only thread.
+        TokenizerError: the library panics, as where its regular expressions give up: that is no `Exception`, and would
+            end a worker or a server's only thread.
     """
     try:
         return encode(given, add_special_tokens=False)
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the tokenizer fails at a text: {error}") from None
+        raise TokenizerError(f"the tokenizer fails at a text: {error}") from None
 
 
 def _join(rows: list[_Row], offsets: bool) -> Tokens:

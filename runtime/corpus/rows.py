@@ -28,6 +28,7 @@ BROKEN_CSV = Bad(
     "broken_csv", "the record does not follow the CSV rules or has another number of fields than the header"
 )
 NO_ID = Bad("no_id", "the id is null or missing")
+NO_TOKENS = Bad("no_tokens", "the tokenizer's library fails at the text")
 NOT_FINITE = Bad("not_finite", "the model gave a vector with NaN or infinite values, or beyond what float16 holds")
 
 

@@ -11,11 +11,13 @@ import pyarrow as pa
 import xxhash
 
 from flashvec.runtime.corpus.plan import Plan
-from flashvec.runtime.corpus.rows import NOT_FINITE
+from flashvec.runtime.corpus.rows import NO_TOKENS, NOT_FINITE
 from flashvec.runtime.corpus.settings import JobSettings
 from flashvec.runtime.corpus.windows import Window
+from flashvec.runtime.tokenize import TokenizerError
 
 HASH_BYTES = 16
+WITHOUT = {-1: NOT_FINITE, -2: NO_TOKENS}  # in the place of a vector's number: why there is none
 
 
 class TextEncoder(Protocol):
@@ -52,14 +54,14 @@ class Vectors:
         width = plan.vector_type()
         self.empty = np.zeros((0, width.list_size), width.value_type.to_pandas_dtype())
         self.kept: list[np.ndarray] = []  # a window's new vectors each; none kept without dedupe
-        self.places: dict[bytes, int] = {}  # hash -> number among all kept vectors, -1: not finite
+        self.places: dict[bytes, int] = {}  # hash -> number among all kept vectors, or of `WITHOUT`
         self.num_kept = 0
 
     def make(self, window: Window) -> tuple[Window, list[bytes], np.ndarray, Counts]:
         """Vectors of a window.
 
         Returns:
-            The window, with chunks as rows of their own and rows without a finite vector marked bad; hashes and
+            The window, with chunks as rows of their own and rows without a (finite) vector marked bad; hashes and
             vectors [n, d] of its good rows, in order; and the counts.
         """
         if self.plan.settings.long == "chunk" and self.plan.settings.chunks == "rows":
@@ -78,12 +80,12 @@ class Vectors:
                 fresh[key] = window.texts[i]
         reused, truncated = self._add(fresh)
         at = np.array([self.places[key] for key in keys], dtype=np.int64)
-        finite = at >= 0
-        bad = {**window.bad, **{good[i]: NOT_FINITE for i in np.flatnonzero(~finite)}}
+        has_one = at >= 0
+        bad = {**window.bad, **{good[i]: WITHOUT[at[i]] for i in np.flatnonzero(~has_one)}}
         together = self.kept[0] if len(self.kept) == 1 else np.concatenate([self.empty, *self.kept])
         self.kept = [together]
-        own = [key for key, is_finite in zip(hashes, finite, strict=True) if is_finite]
-        return replace(window, bad=bad), own, together[at[finite]], Counts(duplicates, reused, truncated)
+        own = [key for key, is_there in zip(hashes, has_one, strict=True) if is_there]
+        return replace(window, bad=bad), own, together[at[has_one]], Counts(duplicates, reused, truncated)
 
     def hash(self, text: str) -> bytes:
         """xxh3 (128 bits) of prompt and text: equal hashes have equal vectors."""
@@ -99,7 +101,9 @@ class Vectors:
         keys = [key for key, known in zip(keys, is_known, strict=True) if not known]
         if not keys:
             return int(is_known.sum()), 0
-        vectors, truncated = self._embed([fresh[key] for key in keys])
+        vectors, truncated, failing = self._embed_all([fresh[key] for key in keys])
+        self.places.update((keys[i], -2) for i in failing)
+        keys = [key for i, key in enumerate(keys) if i not in failing]
         finite = np.isfinite(vectors).all(1)
         if self.plan.settings.precision == "float16":  # vectors that are not of unit length may be beyond it
             with np.errstate(over="ignore"):
@@ -115,6 +119,17 @@ class Vectors:
         self.places.update(zip(keys, range(self.num_kept, self.num_kept + len(keys)), strict=True))
         self.kept.append(vectors)
         self.num_kept += len(keys)
+
+    def _embed_all(self, texts: list[str]) -> tuple[np.ndarray, int, set[int]]:
+        """As `_embed`, of the texts that the tokenizer does not fail at, and which it fails at."""
+        try:
+            return *self._embed(texts), set()
+        except TokenizerError:
+            if len(texts) == 1:
+                return np.zeros((0, self.plan.dim), np.float32), 0, {0}
+        half = len(texts) // 2
+        (one, cut_one, failing), (two, cut_two, others) = (self._embed_all(x) for x in (texts[:half], texts[half:]))
+        return np.concatenate([one, two]), cut_one + cut_two, failing | {half + i for i in others}
 
     def _embed(self, texts: list[str]) -> tuple[np.ndarray, int]:
         if self.plan.settings.long == "chunk" and self.plan.settings.chunks == "mean":
@@ -135,11 +150,14 @@ class Vectors:
         numbers: list[int] = []
         bad = {}
         for i, text in enumerate(window.texts):
-            if i in window.bad:
-                bad[len(texts)] = window.bad[i]
-                parts = [""]
-            else:
-                parts = [chunk.text for chunk in chunk_texts(self.encoder, text, self.plan.settings)]
+            parts, why = [""], window.bad.get(i)
+            if why is None:
+                try:
+                    parts = [chunk.text for chunk in chunk_texts(self.encoder, text, self.plan.settings)]
+                except TokenizerError:
+                    why = NO_TOKENS
+            if why is not None:
+                bad[len(texts)] = why
             texts += parts
             rows += [i] * len(parts)
             numbers += range(len(parts))

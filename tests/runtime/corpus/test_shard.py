@@ -29,6 +29,7 @@ from flashvec.runtime.corpus.sources import SourceError, find_sources
 from flashvec.runtime.corpus.storage import Storage
 from flashvec.runtime.corpus.windows import read_windows
 from flashvec.runtime.corpus.writers import facts_schema, part_names
+from flashvec.runtime.tokenize import TokenizerError
 
 
 def plan_of(path, **settings):
@@ -61,6 +62,28 @@ def test_good_rows_have_vectors_and_bad_ones_reasons(table_file, tmp_path):
     errors = [json.loads(line) for line in (tmp_path / "out" / "_errors" / "00000.jsonl").read_text().splitlines()]
     assert [(e["row"], e["code"]) for e in errors] == [(1, "null"), (4, "empty"), (5, "not_finite"), (7, "not_finite")]
     assert NOT_FINITE not in (tmp_path / "out" / "_errors" / "00000.jsonl").read_text()
+
+
+@pytest.mark.parametrize("dedupe", [True, False])
+def test_a_text_at_which_the_tokenizer_fails_is_one_row_without_a_vector(tmp_path, dedupe):
+    """It ended its shard, each time anew."""
+
+    class Failing(StandIn):
+        def embed(self, texts, **settings):
+            if "poison" in texts:
+                raise TokenizerError("the tokenizer fails at a text")
+            return super().embed(texts, **settings)
+
+    texts = ["one", "poison", "two", "three", "poison", "four", "five"]
+    (tmp_path / "in.txt").write_text("".join(text + "\n" for text in texts))
+    entry = run_shard(plan_of(tmp_path / "in.txt", dedupe=dedupe), 0, Failing(), Storage(tmp_path / "out"))
+    assert (entry.rows, entry.errors) == (5, 2)
+    found = np.array(pq.read_table(tmp_path / "out" / "part-00000.parquet")["vector"].to_pylist(), np.float32)
+    np.testing.assert_array_equal(found, StandIn().embed([text for text in texts if text != "poison"]))
+    assert (tmp_path / "out" / "_errors" / "00000.jsonl").read_text().count("no_tokens") == 2
+    (tmp_path / "in.txt").write_text("poison\n")
+    entry = run_shard(plan_of(tmp_path / "in.txt"), 0, Failing(), Storage(tmp_path / "alone"))
+    assert (entry.rows, entry.errors) == (0, 1)
 
 
 def test_vectors_that_float16_cannot_hold_are_errors(tmp_path):
