@@ -6,7 +6,6 @@ state.json comes last and holds the digests of the other two. A folder is writte
 that is damaged is passed over for the one before it, with a notice.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashvec.runtime.checkpoint.safetensors_files import write_tensors
+from flashvec.runtime.durable import sync
 from flashvec.training.files import whole
 
 PREFIX = "checkpoint-"
@@ -93,8 +93,8 @@ def save_checkpoint(
         state["torch"] = torch.__version__
         (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
         for path in partial.iterdir():
-            _sync(path)
-    _sync(output)
+            sync(path)
+    sync(output)
     others = [folder for folder in checkpoints(output) if folder != target]
     due = [folder for folder in others if _was_due(folder, is_due)]
     room = keep - is_due(step)
@@ -222,14 +222,3 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Te
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a folder of a file system that cannot, as SMB shares
-            raise
-    finally:
-        os.close(handle)

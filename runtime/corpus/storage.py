@@ -5,7 +5,6 @@ renamed, and the folder is flushed too; behind a URI it is sent as one object, w
 """
 
 import contextlib
-import errno
 import os
 import re
 import secrets
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import xxhash
 
+from flashvec.runtime.durable import sync
 from flashvec.runtime.texts import check_path
 
 BLOCK = 1 << 20
@@ -107,7 +107,7 @@ class Staged:
         self.file.close()
         place = self.storage.root / self.name
         os.rename(self.path, place)
-        sync_folder(place.parent)
+        sync(place.parent)
 
     def discard(self) -> None:
         """Drop the file; does nothing where it is gone."""
@@ -153,7 +153,7 @@ class Storage:
                 held = next(p for p in (path, *path.parents) if os.path.lexists(p))  # a link to nothing, too
                 raise ValueError(f"out is {self.location}, and {held} is no folder: give another") from None
             for made in missing:
-                sync_folder(made.parent)
+                sync(made.parent)
 
     @property
     def staging(self) -> str:
@@ -226,18 +226,6 @@ class Storage:
         for entry in os.scandir(self.root / folder):
             if _TEMPORARY.match(entry.name) and belongs(entry.name[1:].rsplit(".", 2)[0]):
                 Path(entry.path).unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Make names in a folder durable, where its file system can be asked to: SMB shares and some others cannot."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:

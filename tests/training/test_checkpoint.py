@@ -1,11 +1,9 @@
 """Checkpoints: kill -9 and go on, damage, other settings, a full disk."""
 
-import errno
 import json
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -198,19 +196,6 @@ def test_the_mean_of_the_last_is_the_result(tmp_path):
     damaged.write_text("")
     parameters = {key: torch.zeros_like(x) for key, x in last.items()}
     assert average_parameters(tmp_path / "out", parameters, 2) == 1
-
-
-def test_a_file_system_that_syncs_no_folders(tmp_path, monkeypatch):
-    sync = os.fsync
-
-    def files_alone(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        sync(handle)
-
-    monkeypatch.setattr(os, "fsync", files_alone)
-    saved(tmp_path)
-    assert load_checkpoint(tmp_path, *small_state(9.0), "own") == 2
 
 
 def test_a_full_disk_leaves_the_one_before(tmp_path):

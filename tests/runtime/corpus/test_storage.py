@@ -1,4 +1,3 @@
-import errno
 import io
 import os
 import stat
@@ -52,7 +51,7 @@ def test_synced_before_and_after_the_rename(tmp_path, monkeypatch):
 
 def test_made_folders_are_synced_up_to_what_was_there(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(module, "sync_folder", lambda path: synced.append(Path(path)))
+    monkeypatch.setattr(module, "sync", lambda path: synced.append(Path(path)))
     storage = Storage(tmp_path / "a" / "b")
     storage.make("c")
     assert (tmp_path / "a" / "b" / "c").is_dir()
@@ -61,21 +60,6 @@ def test_made_folders_are_synced_up_to_what_was_there(tmp_path, monkeypatch):
         tmp_path / "a",
         tmp_path / "a" / "b",
     ]  # each holds the name of what was made in it
-
-
-def test_a_file_system_that_syncs_no_folders(tmp_path, monkeypatch):
-    sync = os.fsync
-
-    def files_alone(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        sync(handle)
-
-    monkeypatch.setattr(module.os, "fsync", files_alone)
-    storage = Storage(tmp_path / "new" / "job")
-    storage.make("sub")
-    storage.write("sub/a", b"whole")
-    assert storage.read("sub/a") == b"whole"
 
 
 def test_sweep_takes_only_its_own(tmp_path):
