@@ -103,7 +103,11 @@ def _set_aside(target: Path, old: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         shutil.copytree(target, old, symlinks=True)
-        shutil.rmtree(target)
+        try:
+            shutil.rmtree(target)
+        except OSError:  # a part of it may be gone
+            shutil.copytree(old, target, symlinks=True, dirs_exist_ok=True)
+            raise
 
 
 def write_among_others(folder: Path, write: Callable[[Path], None]) -> None:

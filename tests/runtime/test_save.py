@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,7 +234,7 @@ def test_a_folder_of_a_containers_image_is_replaced(tmp_path, monkeypatch):
     target = tmp_path / "saved"
     encoder.save(target)
     (target / "old-layer").touch()
-    rename = Path.rename
+    rename, drop = Path.rename, shutil.rmtree
 
     def overlay(path, to):
         if path == target:
@@ -241,5 +242,17 @@ def test_a_folder_of_a_containers_image_is_replaced(tmp_path, monkeypatch):
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", overlay)
+    with monkeypatch.context() as patched:  # where it cannot be dropped either, it is whole again
+
+        def drop_a_part(path, **options):
+            if path != target:
+                return drop(path, **options)
+            (path / "old-layer").unlink()
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        patched.setattr(shutil, "rmtree", drop_a_part)
+        with pytest.raises(OSError, match=os.strerror(errno.EACCES)):
+            encoder.save(target, overwrite=True)
+    assert (target / "old-layer").exists()
     encoder.save(target, overwrite=True)
     assert not (target / "old-layer").exists() and np.array_equal(texts(Encoder.load(target)), texts(encoder))
