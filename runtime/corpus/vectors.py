@@ -101,7 +101,8 @@ class Vectors:
         keys = [key for key, known in zip(keys, is_known, strict=True) if not known]
         if not keys:
             return int(is_known.sum()), 0
-        vectors, truncated, failing = self._embed_all([fresh[key] for key in keys])
+        found, truncated, failing = embed_but_failing(self._embed, [fresh[key] for key in keys])
+        vectors = np.concatenate([np.zeros((0, self.plan.dim), np.float32), *found])
         self.places.update((keys[i], -2) for i in failing)
         keys = [key for i, key in enumerate(keys) if i not in failing]
         finite = np.isfinite(vectors).all(1)
@@ -119,17 +120,6 @@ class Vectors:
         self.places.update(zip(keys, range(self.num_kept, self.num_kept + len(keys)), strict=True))
         self.kept.append(vectors)
         self.num_kept += len(keys)
-
-    def _embed_all(self, texts: list[str]) -> tuple[np.ndarray, int, set[int]]:
-        """As `_embed`, of the texts that the tokenizer does not fail at, and which it fails at."""
-        try:
-            return *self._embed(texts), set()
-        except TokenizerError:
-            if len(texts) == 1:
-                return np.zeros((0, self.plan.dim), np.float32), 0, {0}
-        half = len(texts) // 2
-        (one, cut_one, failing), (two, cut_two, others) = (self._embed_all(x) for x in (texts[:half], texts[half:]))
-        return np.concatenate([one, two]), cut_one + cut_two, failing | {half + i for i in others}
 
     def _embed(self, texts: list[str]) -> tuple[np.ndarray, int]:
         if self.plan.settings.long == "chunk" and self.plan.settings.chunks == "mean":
@@ -179,6 +169,25 @@ def embed_texts(encoder: TextEncoder, texts: list[str], settings: JobSettings) -
         warnings.simplefilter("always")
         vectors = encoder.embed(texts, **embed_settings(settings))
     return vectors, sum(getattr(warning.message, "num_texts", 0) for warning in caught)
+
+
+def embed_but_failing(
+    embed: Callable[[list[str]], tuple[np.ndarray, int]], texts: list[str]
+) -> tuple[list[np.ndarray], int, set[int]]:
+    """Vectors in pieces, in order, and how many texts were cut, of those that the tokenizer does not fail at.
+
+    The numbers of the others come last. They are found by halves: a window seldom has one.
+    """
+    try:
+        vectors, truncated = embed(texts)
+        return [vectors], truncated, set()
+    except TokenizerError:
+        if len(texts) == 1:
+            return [], 0, {0}
+    half = len(texts) // 2
+    one, cut_one, failing = embed_but_failing(embed, texts[:half])
+    two, cut_two, others = embed_but_failing(embed, texts[half:])
+    return one + two, cut_one + cut_two, failing | {half + i for i in others}
 
 
 def embed_settings(settings: JobSettings) -> dict[str, Any]:

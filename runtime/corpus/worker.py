@@ -28,7 +28,7 @@ from flashvec.runtime.corpus.plan import ModelFacts, Plan, PlanError, check_same
 from flashvec.runtime.corpus.settings import JobSettings, settings_from_dict
 from flashvec.runtime.corpus.shard import Step, run_shard
 from flashvec.runtime.corpus.storage import Storage
-from flashvec.runtime.corpus.vectors import KnownVectors, TextEncoder, embed_texts
+from flashvec.runtime.corpus.vectors import KnownVectors, TextEncoder, embed_but_failing, embed_texts
 
 
 class ShardRunner:
@@ -99,8 +99,9 @@ class ShardRunner:
 
     def ranges(self, texts: list[str], settings: JobSettings) -> dict[str, Any]:
         """Per dimension minimum and maximum over some texts."""
-        vectors, _ = embed_texts(self.encoder, texts, settings)
-        vectors = vectors[np.isfinite(vectors).all(1)]  # a row that is no number is an error of its own, later
+        found, *_ = embed_but_failing(lambda texts: embed_texts(self.encoder, texts, settings), texts)
+        # What has no vector, or none of numbers, is a row's own error, later.
+        vectors = np.concatenate([x[np.isfinite(x).all(1)] for x in found]) if found else np.empty((0, 0))
         if len(vectors) < 2:
             raise ValueError("precision 'int8' measures ranges on a sample, of which fewer than two vectors are finite")
         return {"ranges": [vectors.min(0).tolist(), vectors.max(0).tolist()]}

@@ -28,6 +28,7 @@ from flashvec.runtime.corpus.shard import LOCKS, ShardInUse, TooManyErrors, open
 from flashvec.runtime.corpus.sources import SourceError, find_sources
 from flashvec.runtime.corpus.storage import Storage
 from flashvec.runtime.corpus.windows import read_windows
+from flashvec.runtime.corpus.worker import ShardRunner
 from flashvec.runtime.corpus.writers import facts_schema, part_names
 from flashvec.runtime.tokenize import TokenizerError
 
@@ -84,6 +85,11 @@ def test_a_text_at_which_the_tokenizer_fails_is_one_row_without_a_vector(tmp_pat
     (tmp_path / "in.txt").write_text("poison\n")
     entry = run_shard(plan_of(tmp_path / "in.txt"), 0, Failing(), Storage(tmp_path / "alone"))
     assert (entry.rows, entry.errors) == (0, 1)
+    vectors = StandIn().embed(["one", "two"])
+    ranges = ShardRunner(Failing(), facts({})).ranges(["one", "poison", "two"], JobSettings())["ranges"]
+    assert ranges == [vectors.min(0).tolist(), vectors.max(0).tolist()]
+    with pytest.raises(ValueError, match="fewer than two"):
+        ShardRunner(Failing(), facts({})).ranges(["poison", "poison"], JobSettings())
 
 
 def test_vectors_that_float16_cannot_hold_are_errors(tmp_path):
